@@ -1,0 +1,122 @@
+"""The hand's skeleton: joint names and orders, parents, bones, fingers, and the arrays that describe a MANO-like hand.
+
+Numpy only, no torch: data workers and the drawing code import it.
+
+Shape legend: V vertices, F faces, J = 21 joints (OpenPose order), K = 16 MANO joints.
+
+Two joint orders meet here
+  * *MANO order* (16): wrist, then index, middle, pinky, ring, thumb, three joints each, palm to tip.
+  * *OpenPose order* (21), used by every Sample, Batch and Prediction: wrist, then thumb, index, middle, ring, pinky,
+    four joints each, palm to tip. The fifth joint of each finger, its tip, is a vertex of the mesh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FINGER_NAMES = ("thumb", "index", "middle", "ring", "pinky")
+
+# MANO: Romero, Tzionas, Black, "Embodied Hands", SIGGRAPH Asia 2017; the order is that of the official file.
+NUM_MANO_JOINT = 16
+NUM_MANO_VERTEX = 778
+MANO_JOINT_NAMES = ("wrist",) + tuple(
+    f"{f}{i}" for f in ("index", "middle", "pinky", "ring", "thumb") for i in (1, 2, 3)
+)
+MANO_PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14)
+MANO_TIP_VERTEX_IDS = (744, 320, 443, 554, 671)  # thumb, index, middle, ring, pinky
+
+JOINT_NAMES = ("wrist",) + tuple(f"{f}{i}" for f in FINGER_NAMES for i in (1, 2, 3, 4))
+WRIST = 0
+# Index of each finger's four joints in OpenPose order, palm to tip.
+FINGER_JOINTS = {f: tuple(range(1 + 4 * i, 5 + 4 * i)) for i, f in enumerate(FINGER_NAMES)}
+TIP_JOINTS = tuple(joints[-1] for joints in FINGER_JOINTS.values())
+JOINT_PARENTS = tuple(-1 if j == 0 else (0 if j % 4 == 1 else j - 1) for j in range(21))
+# (parent, child) pairs for drawing and bone lengths.
+BONES = tuple((parent, child) for child, parent in enumerate(JOINT_PARENTS) if parent >= 0)
+
+# joint_21 = concatenate(mano_joint_16, tip_5 in thumb..pinky order)[MANO_TO_OPENPOSE]
+MANO_TO_OPENPOSE = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)
+
+NUM_SHAPE = 10
+NUM_FINGER_POSE = 45
+NUM_POSE_BASIS = 135  # 15 joints x 9 entries of (R - I)
+
+
+@dataclass(frozen=True, eq=False)
+class HandArrays:
+    """The arrays of a hand in MANO's parameter space. Lengths are METRES (MANO's own unit), angles radians.
+
+    Raises ValueError when a shape, a type or a value contradicts the others.
+    """
+
+    name: str  # "mano" or "standin"; a run says which hand it uses
+    v_template: np.ndarray  # [V, 3] m
+    shapedirs: np.ndarray  # [V, 3, 10] m per unit of shape
+    posedirs: np.ndarray  # [V, 3, 135] m per unit of (R - I), joint-major, each 3x3 row-major
+    joint_regressor: np.ndarray  # [16, V] rows sum to 1
+    skin_weights: np.ndarray  # [V, 16] rows sum to 1
+    faces: np.ndarray  # [F, 3] int, vertex ids
+    parents: tuple[int, ...]  # 16 parents in MANO order, the root's is -1
+    mean_pose: np.ndarray  # [45] axis-angle added to the fingers where flat_hand_mean is False (MANO's hands_mean)
+    tip_vertex_ids: tuple[int, ...]  # thumb, index, middle, ring, pinky
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def num_vertex(self) -> int:
+        return self.v_template.shape[0]
+
+    def check(self) -> None:
+        """Raise ValueError naming the first array whose shape, type or content is wrong."""
+        if np.ndim(self.v_template) != 2 or np.shape(self.v_template)[0] == 0:
+            raise ValueError(f"hand '{self.name}': v_template must be [V, 3], got shape {np.shape(self.v_template)}")
+        num = np.shape(self.v_template)[0]
+        expected = {
+            "v_template": (num, 3),
+            "shapedirs": (num, 3, NUM_SHAPE),
+            "posedirs": (num, 3, NUM_POSE_BASIS),
+            "joint_regressor": (NUM_MANO_JOINT, num),
+            "skin_weights": (num, NUM_MANO_JOINT),
+            "mean_pose": (NUM_FINGER_POSE,),
+        }
+        for key, shape in expected.items():
+            self._check_float(key, shape)
+        self._check_sums("joint_regressor")
+        self._check_sums("skin_weights")
+        self._check_topology(num)
+
+    def _check_float(self, key: str, shape: tuple[int, ...]) -> None:
+        value = np.asarray(getattr(self, key))
+        if value.shape != shape:
+            raise ValueError(f"hand '{self.name}': {key} must have shape {shape}, got {value.shape}")
+        if value.dtype.kind != "f":
+            raise ValueError(f"hand '{self.name}': {key} must be a float array, got dtype {value.dtype}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"hand '{self.name}': {key} holds NaN or infinite values")
+
+    def _check_sums(self, key: str) -> None:
+        worst = float(np.abs(getattr(self, key).sum(axis=1) - 1.0).max())
+        if worst > 1e-3:
+            raise ValueError(f"hand '{self.name}': each row of {key} must sum to 1, one is off by {worst:.3g}")
+
+    def _check_topology(self, num: int) -> None:
+        faces = np.asarray(self.faces)
+        if faces.ndim != 2 or faces.shape[1] != 3 or faces.dtype.kind not in "iu":
+            raise ValueError(
+                f"hand '{self.name}': faces must be [F, 3] integers, got shape {faces.shape} of {faces.dtype}"
+            )
+        if faces.size and (faces.min() < 0 or faces.max() >= num):
+            raise ValueError(f"hand '{self.name}': faces name vertices outside 0..{num - 1}")
+        parents = tuple(self.parents)
+        ordered = len(parents) == NUM_MANO_JOINT and all(0 <= p < i for i, p in enumerate(parents) if i)
+        if not ordered or parents[0] != -1:
+            raise ValueError(
+                f"hand '{self.name}': parents must be {NUM_MANO_JOINT} entries, -1 first, "
+                f"each later one the id of an earlier joint; got {parents}"
+            )
+        tips = tuple(self.tip_vertex_ids)
+        if len(tips) != len(FINGER_NAMES) or not all(0 <= t < num for t in tips):
+            raise ValueError(f"hand '{self.name}': tip_vertex_ids must be 5 ids within 0..{num - 1}, got {tips}")
