@@ -1,0 +1,247 @@
+"""The typed sections GENERAL, TRAIN, DATA, MODEL, LOSS and AIM: types, bounds and the rules that tie keys together.
+
+Defaults live in config/*.yaml alone, so no field has one here. src/config_parse.py fills these classes from what Hydra
+composed. Nothing here imports torch or touches the disk: a typing mistake costs no waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says which keys, which values and what to do."""
+
+
+def knob(
+    minimum: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    at_most: float | None = None,
+) -> Any:
+    """A required config field with the bounds its value (or each item of a list) must keep."""
+    bounds = {"minimum": minimum, "below": below, "at_most": at_most, "choices": choices}
+    return field(default=MISSING, metadata={k: v for k, v in bounds.items() if v not in (None, ())})
+
+
+@dataclass
+class GeneralConfig:
+    """Length of the run, intervals (in optimizer steps), seeds and where things go."""
+
+    total_step: int = knob(minimum=1)
+    log_step: int = knob(minimum=1)
+    vis_step: int = knob(minimum=1)
+    checkpoint_step: int = knob(minimum=1)
+    keep_checkpoint: int = knob(minimum=1)
+    warmup_step: int = knob(minimum=0)
+    dropout_warmup_step: int = knob(minimum=0)
+    dropout_schedule: str = knob(choices=("gate", "linear", "cosine"))
+    num_worker: int = knob(minimum=0)
+    prefetch_factor: int = knob(minimum=1)
+    seed: int = knob(minimum=0)
+    val_seed: int = knob(minimum=0)
+    output_root: str = knob()
+    resume_path: str | None = knob()
+    description: str = knob()
+
+
+@dataclass
+class TrainConfig:
+    """The optimizer and the augmentation of training samples."""
+
+    lr: float = knob(minimum=0)
+    backbone_lr: float | None = knob(minimum=0)
+    weight_decay: float = knob(minimum=0)
+    max_grad: float = knob(minimum=0)
+    grad_accum_step: int = knob(minimum=1)
+    sample_per_device: int = knob(minimum=1)
+    mixed_precision: str = knob(choices=("auto", "no", "bf16", "fp16"))
+    expansion_ratio: float = knob(minimum=0.1)
+    scale_z_range: list[float] = knob(minimum=0.1)
+    scale_f_range: list[float] = knob(minimum=0.1)
+    persp_rot_max: float = knob(minimum=0, at_most=60)
+    rot_max: float = knob(minimum=0, at_most=180)
+    shift_max: float = knob(minimum=0, at_most=1)
+    brightness: float = knob(minimum=0, at_most=1)
+    contrast: float = knob(minimum=0, at_most=1)
+    saturation: float = knob(minimum=0, at_most=1)
+    noise_std: float = knob(minimum=0)
+    blur_max: float = knob(minimum=0)
+    occlusion_prob: float = knob(minimum=0, at_most=1)
+
+
+@dataclass
+class TrainSourceConfig:
+    """`source`: a list of patterns, or named sources `{name: {source: [...], weight: w}}`."""
+
+    source: Any = knob()
+
+
+@dataclass
+class ValSourceConfig:
+    """`max_sample` caps the fixed validation sample; null takes every frame."""
+
+    source: Any = knob()
+    max_sample: int | None = knob(minimum=1)
+
+
+@dataclass
+class DemoConfig:
+    """How many demo samples are rendered on first use, and from which seed."""
+
+    train_sample: int = knob(minimum=1)
+    val_sample: int = knob(minimum=1)
+    img_size: int = knob(minimum=32)
+    seed: int = knob(minimum=0)
+
+
+@dataclass
+class DataConfig:
+    """Where the shards lie and how they are read."""
+
+    root: str = knob()
+    stride: int = knob(minimum=1)
+    index_dir: str | None = knob()
+    max_bad_fraction: float = knob(minimum=0, at_most=1)
+    train: TrainSourceConfig = field(default_factory=TrainSourceConfig)
+    val: ValSourceConfig = field(default_factory=ValSourceConfig)
+    demo: DemoConfig | None = knob()
+
+
+@dataclass
+class BackboneConfig:
+    """A DINOv2: the folder with its weights, or random weights of the shape given here."""
+
+    backbone_str: str = knob()
+    random_init: bool = knob()
+    hidden_size: int = knob(minimum=1)
+    num_layer: int = knob(minimum=1)
+    num_head: int = knob(minimum=1)
+    patch_size: int = knob(minimum=1)
+    swiglu: bool = knob()
+
+
+@dataclass
+class HandDecoderConfig:
+    """The transformer decoder; `dropout` is the rate the schedule ends at."""
+
+    dim: int = knob(minimum=1)
+    num_layer: int = knob(minimum=1)
+    num_head: int = knob(minimum=1)
+    dim_head: int = knob(minimum=1)
+    dim_mlp: int = knob(minimum=1)
+    dropout: float = knob(minimum=0, below=1)
+
+
+@dataclass
+class ModelConfig:
+    """The network: patch size and normalisation, backbone, decoder and the hand model behind its output."""
+
+    img_size: int = knob(minimum=14)
+    img_mean: list[float] = knob()
+    img_std: list[float] = knob(minimum=1e-6)
+    hand_model: str = knob()
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    handec: HandDecoderConfig = field(default_factory=HandDecoderConfig)
+
+
+@dataclass
+class LossConfig:
+    """Weights of the loss terms."""
+
+    lambda_theta: float = knob(minimum=0)
+    lambda_shape: float = knob(minimum=0)
+    lambda_trans: float = knob(minimum=0)
+    lambda_rel: float = knob(minimum=0)
+    lambda_img: float = knob(minimum=0)
+
+
+@dataclass
+class AimConfig:
+    """The experiment tracker. `server_url` null keeps a local repository in `repo`."""
+
+    server_url: str | None = knob()
+    repo: str = knob()
+    experiment: str = knob()
+
+
+@dataclass
+class Config:
+    """All sections of a stage-1 run."""
+
+    GENERAL: GeneralConfig = field(default_factory=GeneralConfig)
+    TRAIN: TrainConfig = field(default_factory=TrainConfig)
+    DATA: DataConfig = field(default_factory=DataConfig)
+    MODEL: ModelConfig = field(default_factory=ModelConfig)
+    LOSS: LossConfig = field(default_factory=LossConfig)
+    AIM: AimConfig = field(default_factory=AimConfig)
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """Shard patterns that are drawn from together, and how often against the other sources."""
+
+    name: str
+    patterns: tuple[str, ...]
+    weight: float
+
+
+def named_sources(source: Any) -> list[NamedSource]:
+    """The sources that `DATA.*.source` means.
+
+    A list of patterns is one source, every frame as likely as any other; `{name: {source: [...], weight: w}}` mixes
+    several by weight, whatever their sizes.
+    """
+    if isinstance(source, str):
+        source = [source]
+    if isinstance(source, list) and source and all(isinstance(p, str) and p for p in source):
+        return [NamedSource("all", tuple(source), 1.0)]
+    if isinstance(source, Mapping) and source:
+        return [_named_source(str(name), entry) for name, entry in source.items()]
+    raise ConfigError("must be a list of patterns, e.g. ['DexYCB/s1/train/*'], or {name: {source: [...], weight: 1.0}}")
+
+
+def _named_source(name: str, entry: Any) -> NamedSource:
+    entry = entry if isinstance(entry, Mapping) else {"source": entry}
+    if extra := sorted(set(entry) - {"source", "weight"}):
+        raise ConfigError(f"source {name!r} has the unknown entry {extra[0]!r}; it may hold `source` and `weight`")
+    weight = entry.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+        raise ConfigError(f"source {name!r} has weight {weight!r}; it must be a positive number")
+    return NamedSource(name, named_sources(entry.get("source"))[0].patterns, float(weight))
+
+
+def cross_problems(cfg: Config) -> Iterator[str]:
+    """Rules that tie several keys together."""
+    general, model, decoder = cfg.GENERAL, cfg.MODEL, cfg.MODEL.handec
+    if general.warmup_step > general.total_step:
+        yield (
+            f"GENERAL.warmup_step={general.warmup_step}: longer than GENERAL.total_step={general.total_step}; "
+            f"shorten it, e.g. GENERAL.warmup_step={general.total_step // 20}"
+        )
+    for name in ("scale_z_range", "scale_f_range"):
+        value = getattr(cfg.TRAIN, name)
+        if len(value) != 2 or value[0] > value[1]:
+            yield f"TRAIN.{name}={value}: must be [low, high] with low <= high, e.g. [0.9,1.1]"
+    for name in ("img_mean", "img_std"):
+        if len(value := getattr(model, name)) != 3:
+            yield f"MODEL.{name}={value}: must hold three numbers (R, G, B)"
+    if model.backbone.hidden_size % model.backbone.num_head:
+        yield (
+            f"MODEL.backbone.hidden_size={model.backbone.hidden_size}: "
+            f"must be a multiple of MODEL.backbone.num_head={model.backbone.num_head}"
+        )
+    if decoder.dropout == 0 and general.dropout_schedule != "gate":
+        yield (
+            f"GENERAL.dropout_schedule={general.dropout_schedule}: has nothing to ramp to while "
+            f"MODEL.handec.dropout=0; set it, e.g. 0.1"
+        )
+    for key, source in (("DATA.train.source", cfg.DATA.train.source), ("DATA.val.source", cfg.DATA.val.source)):
+        try:
+            named_sources(source)
+        except ConfigError as error:
+            yield f"{key}={source}: {error}"
