@@ -1,0 +1,157 @@
+"""The differentiable MANO layer: shape and pose blend, kinematic chain, linear blend skinning, 21 joints, in mm.
+
+Shape legend: B batch, V vertices, K = 16 MANO joints, J = 21 joints (OpenPose order).
+
+Formulas: Romero, Tzionas, Black, "Embodied Hands", SIGGRAPH Asia 2017, eq. 1-5, after Loper et al., "SMPL", 2015.
+MANO's files may not be redistributed, so no array of the hand is part of a state_dict.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from src.geometry.rotation import axis_angle_to_matrix
+from src.hand.mano_file import load_hand_arrays
+from src.hand.skeleton import MANO_TO_OPENPOSE, NUM_FINGER_POSE, NUM_SHAPE, HandArrays
+
+__all__ = ["HandOutput", "ManoLayer", "load_hand_arrays"]
+
+MM_PER_M = 1000.0
+
+
+class HandOutput(NamedTuple):
+    """A posed hand with its wrist joint at the origin."""
+
+    vert: torch.Tensor  # [B, V, 3] mm
+    joint: torch.Tensor  # [B, J, 3] mm, OpenPose order
+
+
+def _tree_levels(parents: tuple[int, ...]) -> list[list[int]]:
+    """Joint ids by depth: MANO's tree has four levels, so the chain takes three matrix products and not fifteen."""
+    depth = [0] * len(parents)
+    for joint, parent in enumerate(parents[1:], start=1):
+        depth[joint] = depth[parent] + 1
+    return [[j for j, d in enumerate(depth) if d == level] for level in range(max(depth) + 1)]
+
+
+class ManoLayer(nn.Module):
+    """Pose and shape to vertices and joints. Computes in the dtype of its buffers (float32; float64 after `.double()`)
+    with autocast off, and is made of plain tensor operations, for torch.compile and torch.export.
+
+    The wrist joint is the origin whatever the shape: the root rotation turns about the wrist, and the hand's camera
+    translation is the camera position of its wrist.
+    """
+
+    faces: torch.Tensor  # [F, 3] int64
+
+    def __init__(self, arrays: HandArrays) -> None:
+        super().__init__()
+        self.name = arrays.name
+        self.num_vertex = arrays.num_vertex
+        levels = _tree_levels(arrays.parents)
+        order = [joint for level in levels for joint in level]  # all joints below are in this order: level by level
+        self._level_sizes = [len(level) for level in levels]
+        rank = {joint: i for i, joint in enumerate(order)}
+        parent = [0, *(rank[arrays.parents[joint]] for joint in order[1:])]
+
+        self._add_blend_basis(arrays, order, parent)
+        self._add_buffer("skin_weights", arrays.skin_weights[:, order])
+        self._add_buffer("mean_pose", arrays.mean_pose)
+        self._add_index("level_order", order)
+        start = 0  # each level finds its parents by their place within the level before
+        for depth, size in enumerate(self._level_sizes[1:], start=1):
+            begin = start + self._level_sizes[depth - 1]
+            self._add_index(f"level_parent{depth}", [p - start for p in parent[begin : begin + size]])
+            start = begin
+        # ranks of the 16 joints; the tips 16..20 follow them as they are
+        self._add_index("joint_order", [rank.get(j, j) for j in MANO_TO_OPENPOSE])
+        self._add_index("tip_vertex_ids", arrays.tip_vertex_ids)
+        self._add_index("faces", arrays.faces)
+
+    def _add_blend_basis(self, arrays: HandArrays, order: list[int], parent: list[int]) -> None:
+        """Everything linear in shape and pose, in mm about the wrist joint: joints are J = J_template + J_shape beta,
+        worked out once, so that the forward pass regresses nothing from vertices."""
+        template = arrays.v_template.astype(np.float64) * MM_PER_M
+        shapedirs = arrays.shapedirs.astype(np.float64) * MM_PER_M
+        regressor = arrays.joint_regressor.astype(np.float64)
+        joint_template = regressor @ template  # [K, 3]
+        joint_shape = np.einsum("kv,vcs->kcs", regressor, shapedirs)  # [K, 3, 10]
+        template, shapedirs = template - joint_template[0], shapedirs - joint_shape[0]
+        joint_template, joint_shape = joint_template - joint_template[0], joint_shape - joint_shape[0]
+        posedirs = arrays.posedirs.astype(np.float64) * MM_PER_M
+
+        joint_template, joint_shape = joint_template[order], joint_shape[order]
+        basis = np.concatenate((shapedirs, posedirs), axis=2).reshape(-1, NUM_SHAPE + posedirs.shape[2])
+        self._add_buffer("vert_template", template.reshape(-1))  # [V*3] mm
+        self._add_buffer("vert_basis", basis.T)  # [10 + 135, V*3] mm
+        self._add_buffer("joint_template", joint_template.reshape(-1))  # [K*3] mm
+        self._add_buffer("joint_basis", joint_shape.reshape(-1, NUM_SHAPE).T)  # [10, K*3] mm
+        self._add_buffer("bone_template", (joint_template - joint_template[parent]).reshape(-1))
+        self._add_buffer("bone_basis", (joint_shape - joint_shape[parent]).reshape(-1, NUM_SHAPE).T)
+
+    def _add_buffer(self, name: str, value: np.ndarray) -> None:
+        self.register_buffer(name, torch.tensor(np.ascontiguousarray(value), dtype=torch.float32), persistent=False)
+
+    def _add_index(self, name: str, value: object) -> None:
+        self.register_buffer(name, torch.tensor(np.asarray(value), dtype=torch.long), persistent=False)
+
+    def pose_to_rotmat(self, pose: torch.Tensor, flat_hand_mean: bool | torch.Tensor) -> torch.Tensor:
+        """Rotations of the 16 joints.
+
+        Args: pose [B, 48] axis-angle, root first; flat_hand_mean: True where the 45 finger angles are the rotations
+        themselves, False where the model's mean pose must be added; one bool, or a bool tensor [B].
+        Returns: [B, 16, 3, 3].
+        """
+        pose = pose.to(self.mean_pose.dtype)
+        if isinstance(flat_hand_mean, bool):
+            flat_hand_mean = torch.full((pose.shape[0],), flat_hand_mean, device=pose.device)
+        add_mean = (~flat_hand_mean.bool()).to(pose.dtype)
+        finger = pose[:, -NUM_FINGER_POSE:] + add_mean[:, None] * self.mean_pose
+        full = torch.cat((pose[:, :-NUM_FINGER_POSE], finger), dim=1)
+        return axis_angle_to_matrix(full.unflatten(1, (-1, 3)))
+
+    def forward(self, rotmat: torch.Tensor, shape: torch.Tensor) -> HandOutput:
+        """Args: rotmat [B, 16, 3, 3] rotation of each joint against its parent, MANO order, root first; shape [B, 10].
+        Returns: HandOutput(vert [B, V, 3] mm, joint [B, 21, 3] mm), the wrist joint at the origin."""
+        with torch.autocast(device_type=rotmat.device.type, enabled=False):
+            return self._forward(rotmat.to(self.vert_template.dtype), shape.to(self.vert_template.dtype))
+
+    def _forward(self, rotmat: torch.Tensor, shape: torch.Tensor) -> HandOutput:
+        eye = torch.eye(3, dtype=rotmat.dtype, device=rotmat.device)
+        pose_feature = (rotmat[:, 1:] - eye).flatten(1)  # [B, 135]
+        blend = torch.cat((shape, pose_feature), dim=1)
+        rest_vert = torch.addmm(self.vert_template, blend, self.vert_basis).unflatten(1, (-1, 3))
+        rest_joint = torch.addmm(self.joint_template, shape, self.joint_basis).unflatten(1, (-1, 3))
+        bone = torch.addmm(self.bone_template, shape, self.bone_basis).unflatten(1, (-1, 3))
+
+        world_rot, joint = self._chain(rotmat[:, self.level_order], bone)
+        vert = self._skin(rest_vert, rest_joint, world_rot, joint)
+        tip = vert[:, self.tip_vertex_ids]
+        return HandOutput(vert, torch.cat((joint, tip), dim=1)[:, self.joint_order])
+
+    def _chain(self, rotmat: torch.Tensor, bone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """World rotation [B, K, 3, 3] and position [B, K, 3] of each joint, level by level: R = R_parent R_local,
+        t = t_parent + R_parent bone. `rotmat` and `bone` (joint minus parent at rest) are in level order."""
+        local_rots = rotmat.split(self._level_sizes, dim=1)
+        bones = bone.split(self._level_sizes, dim=1)
+        rots, places = [local_rots[0]], [bones[0]]  # the wrist's bone is zero
+        for depth in range(1, len(self._level_sizes)):
+            index = getattr(self, f"level_parent{depth}")
+            parent_rot, parent_place = rots[-1][:, index], places[-1][:, index]
+            rots.append(parent_rot @ local_rots[depth])
+            places.append(parent_place + (parent_rot * bones[depth].unsqueeze(-2)).sum(-1))
+        return torch.cat(rots, dim=1), torch.cat(places, dim=1)
+
+    def _skin(
+        self, rest_vert: torch.Tensor, rest_joint: torch.Tensor, world_rot: torch.Tensor, joint: torch.Tensor
+    ) -> torch.Tensor:
+        """Linear blend skinning: v' = sum_k w_vk (R_k (v - j_k) + t_k) -> [B, V, 3]."""
+        shift = joint - (world_rot * rest_joint.unsqueeze(-2)).sum(-1)  # [B, K, 3]
+        transform = torch.cat((world_rot.flatten(2), shift), dim=2)  # [B, K, 12]
+        blended = self.skin_weights @ transform  # [B, V, 12]
+        turned = (blended[..., :9].unflatten(-1, (3, 3)) * rest_vert.unsqueeze(-2)).sum(-1)
+        return turned + blended[..., 9:]
