@@ -1,0 +1,66 @@
+"""The loss terms: a Prediction against a Batch. Owns no network.
+
+Every term is a masked sum and a count of what was valid; the mean is taken once, over all micro-batches and all processes
+of a step. A sample without a label then neither dilutes a term nor changes the weight of the others, and the same global
+batch gives the same loss however it is cut. Shapes: B batch, J = 21 joints.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from src.batch import Batch, Prediction
+from src.config import LossConfig
+from src.hand.mano import ManoLayer
+
+LOSS_TERMS = ("loss_theta", "loss_shape", "loss_trans", "loss_joint_rel", "loss_joint_img")
+
+
+def loss_weights(cfg: LossConfig) -> torch.Tensor:
+    """Weights [5] in the order of LOSS_TERMS."""
+    return torch.tensor([cfg.lambda_theta, cfg.lambda_shape, cfg.lambda_trans, cfg.lambda_rel, cfg.lambda_img])
+
+
+def _masks(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """One validity mask per term: [B], [B], [B], [B, J], [B, J]. Padding counts for nothing."""
+    real = (batch.position >= 0).float()
+    has_root = batch.joint_3d_valid[:, 0] * real
+    return (
+        batch.has_mano * real,
+        batch.has_mano * real,
+        batch.has_intr * has_root,
+        batch.joint_3d_valid * has_root[:, None],
+        batch.joint_2d_valid * real[:, None],
+    )
+
+
+def loss_counts(batch: Batch) -> torch.Tensor:
+    """How many valid items each term of LOSS_TERMS has in this batch, [5] float32. Needs no prediction."""
+    return torch.stack([mask.sum() for mask in _masks(batch)])
+
+
+def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Tensor:
+    """The masked sum of each term of LOSS_TERMS, [5] float32; the gradient reaches the pose through every one but shape.
+
+    * loss_theta: mean absolute difference of the 16 rotation matrices, against the target's full pose.
+    * loss_shape: mean absolute difference of the shape coefficients.
+    * loss_trans: absolute difference of the wrist in the camera, mm, mean of the axes. Needs intrinsics.
+    * loss_joint_rel: absolute difference of wrist-relative joints, mm, mean of the axes.
+    * loss_joint_img: absolute difference of projected joints, px of the patch, mean of the axes.
+    """
+    target_rotmat = hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean)
+    target_rel = batch.joint_cam - batch.joint_cam[:, :1]
+    joint_rel = prediction.joint_cam - prediction.root_cam[:, None]
+    errors = (
+        (prediction.mano_rotmat - target_rotmat).abs().mean((1, 2, 3)),
+        (prediction.mano_shape - batch.mano_shape).abs().mean(1),
+        (prediction.root_cam - batch.joint_cam[:, 0]).abs().mean(1),
+        (joint_rel - target_rel).abs().mean(2),
+        (prediction.joint_patch - batch.joint_patch).abs().mean(2),
+    )
+    return torch.stack([(error * mask).sum() for error, mask in zip(errors, _masks(batch), strict=True)])
+
+
+def mean_terms(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mean of each term, [5]; 0 where nothing was valid."""
+    return sums / counts.clamp(min=1.0)

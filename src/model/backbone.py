@@ -1,0 +1,82 @@
+"""DINOv2 through transformers: from a Hugging Face folder, or with random weights of the same shape.
+
+Shapes: B batch, S patch side in px, N = (S / patch_size)^2 image tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Dinov2Config, Dinov2Model
+
+from src.config import BackboneConfig
+
+
+class Backbone(nn.Module):
+    """DINOv2 that turns a normalised patch into image tokens.
+
+    It has no dropout of its own left: the rate of the schedule is the decoder's, and a backbone that drops on its own
+    would make "rate 0" a lie. The position embedding is resampled once to the run's patch size, not at every forward.
+    """
+
+    def __init__(self, cfg: BackboneConfig, img_size: int) -> None:
+        super().__init__()
+        self.model = _build_dinov2(cfg, img_size)
+        self.patch_size: int = self.model.config.patch_size
+        self.hidden_size: int = self.model.config.hidden_size
+        if img_size % self.patch_size:
+            raise ValueError(f"MODEL.img_size={img_size}: must be a multiple of the patch size {self.patch_size}")
+        self.grid_size = img_size // self.patch_size
+        _fit_position_embedding(self.model, img_size)
+        _remove_dropout(self.model)
+        self.model.embeddings.mask_token.requires_grad_(False)  # unused here; DDP would wait for its gradient
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Normalised image [B, 3, S, S] -> image tokens [B, N, D], row by row, after the final layer norm."""
+        return self.model(pixel_values=image).last_hidden_state[:, 1:]
+
+
+def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
+    if not cfg.random_init:
+        folder = Path(cfg.backbone_str)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"MODEL.backbone.backbone_str={cfg.backbone_str}: there is no config.json in this folder")
+        return Dinov2Model.from_pretrained(
+            folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **no_dropout
+        )
+    shape = Dinov2Config(
+        hidden_size=cfg.hidden_size,
+        num_hidden_layers=cfg.num_layer,
+        num_attention_heads=cfg.num_head,
+        patch_size=cfg.patch_size,
+        use_swiglu_ffn=cfg.swiglu,
+        image_size=img_size,
+        **no_dropout,
+    )
+    shape._attn_implementation = "sdpa"
+    return Dinov2Model(shape)
+
+
+def _fit_position_embedding(model: Dinov2Model, img_size: int) -> None:
+    """Resample the position embedding to the patch's grid with DINOv2's own bicubic rule, once."""
+    embeddings = model.embeddings
+    grid = img_size // model.config.patch_size
+    if embeddings.position_embeddings.shape[1] == grid * grid + 1:
+        return
+    with torch.no_grad():
+        resampled = embeddings.interpolate_pos_encoding(
+            torch.zeros(1, grid * grid + 1, model.config.hidden_size), img_size, img_size
+        )
+    embeddings.position_embeddings = nn.Parameter(resampled.detach().clone())
+    model.config.image_size = img_size
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Replace every dropout module of the backbone by the identity."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, nn.Identity())

@@ -1,0 +1,108 @@
+"""The hand decoder: learned queries read the image tokens by cross-attention, knowing how the camera sees each token.
+
+Shapes: B batch, N image tokens, Q queries, C backbone width, D decoder width, H heads, E width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from src.config import HandDecoderConfig
+from src.geometry.camera import pixel_ray
+
+CAMERA_FEATURES = 3  # ray x, ray y, log of the focal length over the patch side
+
+
+class Attention(nn.Module):
+    """Multi-head attention through `scaled_dot_product_attention`.
+
+    Both dropouts are `nn.Dropout` modules, the one on the attention weights too, so that whoever walks the network's
+    modules to set a rate meets every place that drops.
+    """
+
+    def __init__(self, dim: int, num_head: int, dim_head: int, dropout: float) -> None:
+        super().__init__()
+        inner = num_head * dim_head
+        self.num_head = num_head
+        self.to_query = nn.Linear(dim, inner, bias=False)
+        self.to_key_value = nn.Linear(dim, 2 * inner, bias=False)
+        self.weight_dropout = nn.Dropout(dropout)
+        self.to_out = nn.Linear(inner, dim)
+        self.out_dropout = nn.Dropout(dropout)
+
+    def forward(self, query: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """query [B, Q, D] attends to context [B, N, D] -> [B, Q, D]."""
+        q = self._split_heads(self.to_query(query))
+        k, v = (self._split_heads(t) for t in self.to_key_value(context).chunk(2, dim=-1))
+        rate = self.weight_dropout.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)  # [B, H, Q, E]
+        return self.out_dropout(self.to_out(out.transpose(1, 2).flatten(2)))
+
+    def _split_heads(self, token: torch.Tensor) -> torch.Tensor:
+        return token.unflatten(-1, (self.num_head, -1)).transpose(1, 2)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm: queries look at each other, then at the image, then think."""
+
+    def __init__(self, cfg: HandDecoderConfig) -> None:
+        super().__init__()
+        attention = (cfg.dim, cfg.num_head, cfg.dim_head, cfg.dropout)
+        self.self_norm, self.cross_norm, self.mlp_norm = (nn.LayerNorm(cfg.dim) for _ in range(3))
+        self.self_attention = Attention(*attention)
+        self.cross_attention = Attention(*attention)
+        self.mlp = nn.Sequential(
+            nn.Linear(cfg.dim, cfg.dim_mlp),
+            nn.GELU(),
+            nn.Dropout(cfg.dropout),
+            nn.Linear(cfg.dim_mlp, cfg.dim),
+            nn.Dropout(cfg.dropout),
+        )
+
+    def forward(self, query: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """query [B, Q, D], context [B, N, D] -> [B, Q, D]."""
+        normed = self.self_norm(query)
+        query = query + self.self_attention(normed, normed)
+        query = query + self.cross_attention(self.cross_norm(query), context)
+        return query + self.mlp(self.mlp_norm(query))
+
+
+class HandDecoder(nn.Module):
+    """Image tokens and their camera features -> one refined token per query."""
+
+    def __init__(self, cfg: HandDecoderConfig, dim_token: int, num_query: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(0.02 * torch.randn(num_query, cfg.dim))
+        self.from_token = nn.Linear(dim_token, cfg.dim)
+        self.from_camera = nn.Sequential(nn.Linear(CAMERA_FEATURES, cfg.dim), nn.GELU(), nn.Linear(cfg.dim, cfg.dim))
+        self.context_norm = nn.LayerNorm(cfg.dim)
+        self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_layer))
+        self.out_norm = nn.LayerNorm(cfg.dim)
+
+    def forward(self, token: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
+        """token [B, N, C], camera [B, N, CAMERA_FEATURES] -> refined queries [B, Q, D]."""
+        context = self.context_norm(self.from_token(token) + self.from_camera(camera))
+        query = self.query.expand(token.shape[0], -1, -1)
+        for layer in self.layers:
+            query = layer(query, context)
+        return self.out_norm(query)
+
+
+def camera_features(focal: torch.Tensor, princpt: torch.Tensor, grid_size: int, patch_size: int) -> torch.Tensor:
+    """How the patch camera sees the centre of each image token.
+
+    Args:
+        focal, princpt: [B, 2] px of the patch camera.
+        grid_size: tokens along a side; patch_size: px along a token's side.
+
+    Returns:
+        [B, N, 3]: ray direction x/z and y/z, and log(focal / patch side), row by row as the backbone orders its tokens.
+    """
+    centre = (torch.arange(grid_size, device=focal.device, dtype=focal.dtype) + 0.5) * patch_size - 0.5
+    row, col = torch.meshgrid(centre, centre, indexing="ij")
+    pixel = torch.stack([col, row], dim=-1).flatten(0, 1)  # [N, 2] x, y
+    ray = pixel_ray(pixel, focal, princpt)
+    zoom = (focal.mean(-1) / (grid_size * patch_size)).log()
+    return torch.cat([ray, zoom[:, None, None].expand(-1, ray.shape[1], 1)], dim=-1)

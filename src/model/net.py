@@ -1,0 +1,115 @@
+"""PoseNet: a Batch in, a Prediction out. Backbone, hand decoder, heads and the hand model are put together here.
+
+Shapes: B batch, S patch side in px, N image tokens, Q = 18 queries (16 joints, shape, root).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from src.batch import NUM_SHAPE, Batch, Prediction
+from src.config import ModelConfig
+from src.geometry.camera import project
+from src.geometry.rotation import matrix_to_axis_angle
+from src.hand.mano import ManoLayer
+from src.hand.skeleton import HandArrays
+from src.model.backbone import Backbone
+from src.model.decoder import HandDecoder, camera_features
+from src.model.heads import PoseHead, RootHead, ShapeHead
+
+NUM_MANO_JOINT = 16
+
+
+class PoseNet(nn.Module):
+    """Single-image 3D hand: MANO pose, MANO shape and the wrist's place in the camera.
+
+    Of a Batch it reads `patch`, `patch_focal` and `patch_princpt` alone: nothing of the target can reach a prediction.
+    """
+
+    def __init__(self, cfg: ModelConfig, hand: HandArrays) -> None:
+        super().__init__()
+        self.img_size = cfg.img_size
+        self.backbone = Backbone(cfg.backbone, cfg.img_size)
+        self.decoder = HandDecoder(cfg.handec, self.backbone.hidden_size, num_query=NUM_MANO_JOINT + 2)
+        self.pose_head = PoseHead(cfg.handec.dim)
+        self.shape_head = ShapeHead(cfg.handec.dim, NUM_SHAPE)
+        self.root_head = RootHead(cfg.handec.dim, cfg.img_size)
+        self.hand = ManoLayer(hand)
+        self.register_buffer("img_mean", torch.tensor(cfg.img_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("img_std", torch.tensor(cfg.img_std).view(1, 3, 1, 1), persistent=False)
+        self.dropout_rate = -1.0  # none pushed yet
+        self.set_dropout_rate(cfg.handec.dropout)
+
+    def set_dropout_rate(self, rate: float) -> None:
+        """Give every `nn.Dropout` of the network this rate. Call it before each training step; an unchanged rate is free.
+
+        Raises:
+            ValueError: for a rate outside [0, 1).
+        """
+        if rate == self.dropout_rate:
+            return
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"dropout rate {rate}: must be in [0, 1)")
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+        self.dropout_rate = rate
+
+    def forward(self, batch: Batch) -> Prediction:
+        """Predict the hands of a batch.
+
+        Args:
+            batch: of which `patch` [B, 3, S, S] uint8, `patch_focal` [B, 2] px and `patch_princpt` [B, 2] px are read.
+
+        Returns:
+            Prediction in the patch camera, float32, with `mano_rotmat` [B, 16, 3, 3], `mano_pose` [B, 48],
+            `mano_shape` [B, 10], `root_cam` [B, 3] mm, `joint_cam` [B, 21, 3] mm, `vert_cam` [B, V, 3] mm and
+            `joint_patch` [B, 21, 2] px.
+        """
+        focal, princpt = batch.patch_focal, batch.patch_princpt
+        token = self.backbone((batch.patch.float() / 255.0 - self.img_mean) / self.img_std)
+        camera = camera_features(focal, princpt, self.backbone.grid_size, self.backbone.patch_size)
+        query = self.decoder(token, camera)
+        with torch.autocast(query.device.type, enabled=False):
+            return self._predict(query.float(), focal, princpt)
+
+    def _predict(self, query: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> Prediction:
+        """Refined queries [B, Q, D] to a Prediction, in float32."""
+        rotmat = self.pose_head(query[:, :NUM_MANO_JOINT])
+        shape = self.shape_head(query[:, NUM_MANO_JOINT])
+        root = self.root_head(query[:, NUM_MANO_JOINT + 1], focal, princpt)
+        vert, joint = self.hand(rotmat, shape)
+        joint_cam = joint + root[:, None]
+        return Prediction(
+            mano_rotmat=rotmat,
+            mano_pose=matrix_to_axis_angle(rotmat).flatten(1),
+            mano_shape=shape,
+            root_cam=root,
+            joint_cam=joint_cam,
+            vert_cam=vert + root[:, None],
+            joint_patch=project(joint_cam, focal, princpt),
+        )
+
+    def parameter_groups(self, lr: float, backbone_lr: float | None, weight_decay: float) -> list[dict]:
+        """Optimizer groups: backbone and rest, matrices with weight decay and vectors without.
+
+        A `backbone_lr` of None freezes the backbone: its parameters are in no group and ask for no gradient.
+        Each group carries `peak_lr`, which the schedule scales into `lr`.
+        """
+        if backbone_lr is None:
+            self.backbone.requires_grad_(False)
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                key = (name.startswith("backbone."), parameter.ndim >= 2)
+                groups.setdefault(key, []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": (peak := backbone_lr if in_backbone else lr),
+                "peak_lr": peak,
+                "weight_decay": weight_decay if is_matrix else 0.0,
+            }
+            for (in_backbone, is_matrix), parameters in groups.items()
+        ]

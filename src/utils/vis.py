@@ -1,0 +1,66 @@
+"""Draws what a person looks at: skeletons over patches, and sheets of several patches side by side. uint8 RGB throughout."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from src.batch import Batch, Prediction
+from src.hand.skeleton import BONES
+
+# thumb, index, middle, ring, pinky: one hue a finger, the same in every picture of the project
+FINGER_RGB = ((235, 80, 70), (240, 180, 40), (80, 190, 90), (60, 150, 235), (180, 90, 220))
+SUBPIXEL_BITS = 4
+
+
+def _fixed_point(point: np.ndarray) -> tuple[int, int]:
+    x, y = np.clip(np.round(point * (1 << SUBPIXEL_BITS)), -(2**30), 2**30)
+    return int(x), int(y)
+
+
+def draw_skeleton(image: np.ndarray, joint: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    """A copy of the image with the hand's bones and joints drawn over it.
+
+    Args:
+        image: [H, W, 3] uint8; joint: [21, 2] px of this image; valid: [21], all joints where absent.
+    """
+    out = np.ascontiguousarray(image).copy()
+    valid = np.ones(len(joint)) if valid is None else valid
+    width = max(1, round(max(image.shape[:2]) / 110))
+    draw = {"lineType": cv2.LINE_AA, "shift": SUBPIXEL_BITS}
+    for parent, child in BONES:
+        if valid[parent] and valid[child]:
+            colour = FINGER_RGB[(child - 1) // 4]
+            cv2.line(out, _fixed_point(joint[parent]), _fixed_point(joint[child]), colour, width, **draw)
+    for index in np.flatnonzero(valid):
+        colour = FINGER_RGB[(index - 1) // 4] if index else (255, 255, 255)
+        cv2.circle(out, _fixed_point(joint[index]), (width + 1) << SUBPIXEL_BITS, colour, -1, **draw)
+    return out
+
+
+def tile(images: list[np.ndarray], num_column: int) -> np.ndarray:
+    """Images of one size on a grid, row by row; what is left over stays dark."""
+    height, width = images[0].shape[:2]
+    num_row = -(-len(images) // num_column)
+    sheet = np.full((num_row * height, num_column * width, 3), 24, np.uint8)
+    for index, image in enumerate(images):
+        row, col = divmod(index, num_column)
+        sheet[row * height : (row + 1) * height, col * width : (col + 1) * width] = image
+    return sheet
+
+
+def overlay_sheet(batch: Batch, prediction: Prediction, num_sample: int = 8, side: int = 224) -> np.ndarray:
+    """Patch, target and prediction of the first samples of a batch, one column a sample. [3*side, n*side, 3] uint8."""
+    num_sample = min(num_sample, len(batch))
+    scale = side / batch.patch.shape[-1]
+    patches = batch.patch[:num_sample].permute(0, 2, 3, 1).cpu().numpy()
+    patches = [cv2.resize(patch, (side, side), interpolation=cv2.INTER_LINEAR) for patch in patches]
+
+    def skeletons(joint: np.ndarray, valid: np.ndarray) -> list[np.ndarray]:
+        points = (joint + 0.5) * scale - 0.5
+        return [draw_skeleton(*args) for args in zip(patches, points, valid, strict=True)]
+
+    target_valid = batch.joint_2d_valid[:num_sample].cpu().numpy()
+    target = skeletons(batch.joint_patch[:num_sample].cpu().numpy(), target_valid)
+    guess = skeletons(prediction.joint_patch[:num_sample].detach().cpu().numpy(), np.ones_like(target_valid))
+    return tile(patches + target + guess, num_sample)
