@@ -35,18 +35,20 @@ def _masks(batch: Batch) -> tuple[torch.Tensor, ...]:
 
 
 def loss_counts(batch: Batch) -> torch.Tensor:
-    """How many valid items each term of LOSS_TERMS has in this batch, [5] float32. Needs no prediction."""
-    return torch.stack([mask.sum() for mask in _masks(batch)])
+    """How many valid items each sample has for each term of LOSS_TERMS, [B, 5] float32. Needs no prediction."""
+    return torch.stack([mask.flatten(1).sum(1) if mask.ndim > 1 else mask for mask in _masks(batch)], dim=1)
 
 
 def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Tensor:
-    """The masked sum of each term of LOSS_TERMS, [5] float32; the gradient reaches the pose through every one but shape.
+    """Each sample's masked sum of each term of LOSS_TERMS, [B, 5] float32.
 
     * loss_theta: mean absolute difference of the 16 rotation matrices, against the target's full pose.
     * loss_shape: mean absolute difference of the shape coefficients.
     * loss_trans: absolute difference of the wrist in the camera, mm, mean of the axes. Needs intrinsics.
     * loss_joint_rel: absolute difference of wrist-relative joints, mm, mean of the axes.
     * loss_joint_img: absolute difference of projected joints, px of the patch, mean of the axes.
+
+    The gradient reaches the pose through loss_theta, loss_joint_rel and loss_joint_img.
     """
     target_rotmat = hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean)
     target_rel = batch.joint_cam - batch.joint_cam[:, :1]
@@ -58,7 +60,8 @@ def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Te
         (joint_rel - target_rel).abs().mean(2),
         (prediction.joint_patch - batch.joint_patch).abs().mean(2),
     )
-    return torch.stack([(error * mask).sum() for error, mask in zip(errors, _masks(batch), strict=True)])
+    masked = [error * mask for error, mask in zip(errors, _masks(batch), strict=True)]
+    return torch.stack([term.flatten(1).sum(1) if term.ndim > 1 else term for term in masked], dim=1)
 
 
 def mean_terms(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ class Trainer:
         return factor, rate
 
     def _global_counts(self, micro_batches: list[Batch]) -> torch.Tensor:
-        counts = torch.stack([loss_counts(batch) for batch in micro_batches]).sum(0)
+        counts = torch.cat([loss_counts(batch) for batch in micro_batches]).sum(0)
         return self.accelerator.reduce(counts, "sum")
 
     def _backward(self, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class Trainer:
 
         DDP averages gradients over the processes, hence the factor: their sum is what a mean over global counts needs.
         """
-        sums = loss_sums(self.model(batch), batch, self.net.hand)
+        sums = loss_sums(self.model(batch), batch, self.net.hand).sum(0)
         loss = mean_terms(sums, counts) @ self.loss_weight
         self.accelerator.backward(loss * self.accelerator.num_processes)
         return sums.detach()

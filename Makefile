@@ -1,0 +1,30 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv on first use; afterwards nothing is installed.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test slow-test lint help
+.DEFAULT_GOAL := help
+
+help:       ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*##/:/'
+
+demo: $(STAMP)       ## train on rendered hands: no download, no GPU, minutes (ARGS="KEY=VALUE ..." overrides the config)
+	$(PY) script/stage1.py --config-name=stage1-demo $(ARGS)
+
+test: $(STAMP)       ## the test suite
+	$(PY) -m pytest
+
+slow-test: $(STAMP)  ## what is too slow for every day
+	$(PY) -m pytest -m slow
+
+lint: $(STAMP)       ## ruff
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and f"Python 3.10 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; name one: make PYTHON=python3.12 ...")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned packages into $(VENV); this happens once and takes a few minutes."
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
