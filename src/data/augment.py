@@ -1,0 +1,155 @@
+"""Augmentation as a value: what to do to one sample is drawn first (a pure function of the generator), applied later.
+
+The geometric part (`roll`, `tilt`, `zoom`, `shift`) is carried out by src/data/crop.py as a turn and zoom of a virtual
+camera, so image, 2D, 3D and MANO root stay consistent. The photometric part (`PixelAugmentation`) is applied here, on the
+uint8 patch: occluder, then lens (blur), then exposure (colour), then sensor (noise).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+
+from src.data.rng import stream
+
+_NOISE_SIZE = 3 << 20
+_NOISE_UNIT = 32.0  # standard deviation of the noise table, in its own uint8 steps
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+_OCCLUDER_SIDE = (0.1, 0.45)  # of the patch side
+
+
+@dataclass(frozen=True)
+class Occluder:
+    """A rectangle of one colour; the edges are fractions of the patch side, the colour is RGB."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    color: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class PixelAugmentation:
+    """What happens to the pixels of the patch; the defaults do nothing."""
+
+    brightness: float = 1.0  # factor
+    contrast: float = 1.0  # factor about mid-grey
+    saturation: float = 1.0  # 0 grey, 1 untouched
+    noise_std: float = 0.0  # grey levels
+    noise_offset: float = 0.0  # where in the noise table to begin, 0..1
+    blur_sigma: float = 0.0  # patch px
+    occluder: Occluder | None = None
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One draw of everything that varies; the defaults are the identity."""
+
+    roll: float = 0.0  # rad, turn of the camera about its principal axis
+    tilt: tuple[float, float] = (0.0, 0.0)  # rad, rotation vector (x, y) of the perspective turn
+    zoom: float = 1.0  # factor on the side of the crop box: above 1 the hand looks smaller
+    shift: tuple[float, float] = (0.0, 0.0)  # fraction of the crop box's side
+    pixel: PixelAugmentation = PixelAugmentation()
+
+
+def identity_augmentation() -> Augmentation:
+    """What validation uses: the plain crop."""
+    return Augmentation()
+
+
+def draw_augmentation(rng: np.random.Generator, cfg: Any) -> Augmentation:
+    """Draw one augmentation from the knobs of the TRAIN section.
+
+    Args:
+        rng: the generator of this position; always the same number of values is taken, so one knob does not move another.
+        cfg: has rot_max and persp_rot_max (degrees), scale_z_range and scale_f_range (factors [low, high]), shift_max
+            (fraction of the crop's side), brightness, contrast, saturation (largest change of the factor), noise_std (grey
+            levels), blur_max (sigma, patch px), occlusion_prob. A knob of 0 (or [1, 1]) switches its part off.
+    """
+    u = rng.random(20)
+    signed = 2.0 * u - 1.0
+    tilt, direction = math.radians(cfg.persp_rot_max) * u[1], 2.0 * math.pi * u[2]
+    pixel = PixelAugmentation(
+        brightness=1.0 + cfg.brightness * signed[7],
+        contrast=1.0 + cfg.contrast * signed[8],
+        saturation=1.0 + cfg.saturation * signed[9],
+        noise_std=cfg.noise_std * u[10],
+        noise_offset=u[11],
+        blur_sigma=cfg.blur_max * max(0.0, signed[12]),
+        occluder=_occluder(u[14:20]) if u[13] < cfg.occlusion_prob else None,
+    )
+    return Augmentation(
+        roll=math.radians(cfg.rot_max) * signed[0],
+        tilt=(tilt * math.cos(direction), tilt * math.sin(direction)),
+        zoom=_between(cfg.scale_z_range, u[3]) * _between(cfg.scale_f_range, u[4]),
+        shift=(cfg.shift_max * signed[5], cfg.shift_max * signed[6]),
+        pixel=pixel,
+    )
+
+
+def _between(bounds: Any, fraction: float) -> float:
+    low, high = bounds
+    return low + (high - low) * fraction
+
+
+def _occluder(u: np.ndarray) -> Occluder:
+    """A rectangle inside the patch from six uniform numbers; the colour's channels share most of their brightness."""
+    low, high = _OCCLUDER_SIDE
+    width, height = low + (high - low) * u[0], low + (high - low) * u[1]
+    left, top = (1.0 - width) * u[2], (1.0 - height) * u[3]
+    warmth = 40.0 * (u[5] - 0.5)
+    color = (255.0 * u[4] + warmth, 255.0 * u[4], 255.0 * u[4] - warmth)
+    return Occluder(left, top, left + width, top + height, tuple(min(255.0, max(0.0, c)) for c in color))
+
+
+def augment_pixels(patch: np.ndarray, pixel: PixelAugmentation) -> np.ndarray:
+    """The patch [S, S, 3] uint8 RGB after the photometric changes; the input is left as it is, or returned if nothing changes."""
+    if pixel.occluder is not None:
+        patch = _occlude(patch, pixel.occluder)
+    if pixel.blur_sigma > 0.25:  # below that the kernel's neighbours weigh less than a grey level
+        patch = cv2.GaussianBlur(patch, (0, 0), pixel.blur_sigma)
+    if (pixel.brightness, pixel.contrast, pixel.saturation) != (1.0, 1.0, 1.0):
+        patch = cv2.transform(patch, _color_matrix(pixel))
+    if pixel.noise_std > 0.0:
+        patch = _add_noise(patch, pixel.noise_std, pixel.noise_offset)
+    return patch
+
+
+def _occlude(patch: np.ndarray, occluder: Occluder) -> np.ndarray:
+    side = patch.shape[0]
+    left, top, right, bottom = (
+        round(side * edge) for edge in (occluder.left, occluder.top, occluder.right, occluder.bottom)
+    )
+    patch = patch.copy()
+    patch[top:bottom, left:right] = occluder.color
+    return patch
+
+
+def _color_matrix(pixel: PixelAugmentation) -> np.ndarray:
+    """[3, 4]: brightness x (contrast about mid-grey x (saturation about the luma)) as one affine map of RGB."""
+    saturate = pixel.saturation * np.eye(3) + (1.0 - pixel.saturation) * _LUMA
+    offset = np.full((3, 1), pixel.brightness * 127.5 * (1.0 - pixel.contrast))
+    return np.hstack([pixel.brightness * pixel.contrast * saturate, offset])
+
+
+@lru_cache(maxsize=1)
+def _noise_table() -> np.ndarray:
+    """Gaussian noise about 128, [_NOISE_SIZE] uint8: drawing 150,000 normal numbers per patch would cost more than the decode."""
+    noise = stream("noise table").standard_normal(_NOISE_SIZE, dtype=np.float32)
+    return np.clip(np.rint(128.0 + _NOISE_UNIT * noise), 0, 255).astype(np.uint8)
+
+
+def _add_noise(patch: np.ndarray, std: float, offset: float) -> np.ndarray:
+    table = _noise_table()
+    if patch.size > table.size:
+        table = np.resize(table, patch.size)
+    begin = int(offset * (table.size - patch.size))
+    noise = table[begin : begin + patch.size].reshape(patch.shape)
+    gain = std / _NOISE_UNIT
+    return cv2.addWeighted(patch, 1.0, noise, gain, -128.0 * gain)

@@ -1,0 +1,23 @@
+"""Named random streams: a generator is a function of its purpose and a few integers, and of nothing else.
+
+numpy's `SeedSequence([1, 2])` equals `SeedSequence([1, 2, 0])`, so streams seeded with plain lists can collide. Here the
+purpose and the integers (each as 8 bytes) are hashed together, which keeps every stream apart from every other.
+"""
+
+from __future__ import annotations
+
+import struct
+from hashlib import blake2b
+
+import numpy as np
+
+
+def hash_int(purpose: str, *values: int, num_byte: int = 8) -> int:
+    """An unsigned integer of `num_byte` bytes that depends on the purpose and on all values (each a signed 64-bit)."""
+    payload = struct.pack(f"<{len(values)}q", *values)
+    return int.from_bytes(blake2b(payload, digest_size=num_byte, key=purpose.encode()).digest(), "little")
+
+
+def stream(purpose: str, *values: int) -> np.random.Generator:
+    """The random generator of one purpose (at most 64 bytes of name), e.g. `stream("augment", seed, position)`."""
+    return np.random.Generator(np.random.PCG64(hash_int(purpose, *values, num_byte=16)))

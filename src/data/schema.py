@@ -1,0 +1,310 @@
+"""From the members of one tar sample to Sample: our native format, and both generations of the labs' format.
+
+A tar sample is a clip of T frames (T may be 1) of one hand. Both formats hold `.npy` arrays with a leading T; they differ in
+how images and meta data are kept:
+
+    native   `jpg|jpeg|png|webp` (T = 1) or `0000.jpg`, `0001.jpg`, ...; one `json` with everything that is no array
+    labs     `img_bytes.pickle` (walked, never unpickled), `imgs_path.json`, `handedness.json`, `data_source.json`, ...
+
+An array that is absent is not known: its values are 0 and its flags 0. Flags that are absent fall back to the older ones.
+Shape legend: T frames, J = 21 joints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+
+from src.batch import NUM_JOINT, NUM_POSE, NUM_SHAPE, Sample
+from src.data.blob import SampleError, parse_npy, pickled_image_spans
+
+LAB_IMAGES = "img_bytes.pickle"
+LAB_HAND_MODEL = "mano"
+_IMAGE = re.compile(r"^(?:(\d+)\.)?(jpg|jpeg|png|webp)$")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
+_DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+
+# name -> shape behind T of every array that is read; others are passed over
+FIELDS: dict[str, tuple[int, ...]] = {
+    "hand_bbox": (4,),
+    "joint_img": (NUM_JOINT, 2),
+    "joint_cam": (NUM_JOINT, 3),
+    "joint_valid": (NUM_JOINT,),
+    "joint_2d_valid": (NUM_JOINT,),
+    "joint_3d_valid": (NUM_JOINT,),
+    "mano_pose": (NUM_POSE,),
+    "mano_shape": (NUM_SHAPE,),
+    "mano_valid": (),
+    "has_mano": (),
+    "focal": (2,),
+    "princpt": (2,),
+    "has_intr": (),
+}
+_FLAGS = frozenset({"joint_valid", "joint_2d_valid", "joint_3d_valid", "mano_valid", "has_mano", "has_intr"})
+_MEMBERS = {f"{name}.npy": name for name in FIELDS}
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Where one frame's encoded image lies: in which member, from which byte of it, how many bytes."""
+
+    suffix: str
+    begin: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The annotations of one tar sample, float32 and complete: unknown values are 0 with their flag 0."""
+
+    num_frame: int
+    is_right: bool
+    source: str
+    hand_model: str
+    flat_hand_mean: bool
+    hand_bbox: np.ndarray  # [T, 4] xyxy px
+    joint_img: np.ndarray  # [T, J, 2] px
+    joint_2d_valid: np.ndarray  # [T, J]
+    joint_cam: np.ndarray  # [T, J, 3] mm
+    joint_3d_valid: np.ndarray  # [T, J]
+    mano_pose: np.ndarray  # [T, 48]
+    mano_shape: np.ndarray  # [T, 10]
+    has_mano: np.ndarray  # [T]
+    focal: np.ndarray  # [T, 2] px
+    princpt: np.ndarray  # [T, 2] px
+    has_intr: np.ndarray  # [T]
+    bad_frame: dict[int, str] = field(default_factory=dict)  # frame -> reason it cannot be used
+
+
+def is_image(suffix: str) -> bool:
+    """Whether a member of that suffix holds image bytes (one image, or the labs' list of them)."""
+    return suffix == LAB_IMAGES or _IMAGE.match(suffix) is not None
+
+
+def find_images(members: Mapping[str, memoryview | bytes]) -> list[ImageSpan]:
+    """The encoded images of a sample, in frame order.
+
+    Raises:
+        SampleError: missing_member, bad_pickle, unsafe_pickle, or undecodable_image for bytes of no known image format.
+    """
+    if LAB_IMAGES in members:
+        spans = [ImageSpan(LAB_IMAGES, *span) for span in pickled_image_spans(bytes(members[LAB_IMAGES]))]
+    else:
+        names = sorted((int(m.group(1) or 0), suffix) for suffix in members if (m := _IMAGE.match(suffix)))
+        spans = [ImageSpan(suffix, 0, len(members[suffix])) for _, suffix in names]
+    if not spans:
+        raise SampleError("missing_member", f"neither an image nor {LAB_IMAGES}")
+    for span in spans:
+        if not bytes(members[span.suffix][span.begin : span.begin + 8]).startswith(_MAGIC):
+            raise SampleError("undecodable_image", f"{span.suffix} holds no jpeg, png or webp")
+    return spans
+
+
+def parse_clip(members: Mapping[str, memoryview | bytes]) -> Clip:
+    """Every annotation of a sample, checked.
+
+    Args:
+        members: bytes by suffix ("json", "joint_img.npy", ...); images may be missing here.
+
+    Raises:
+        SampleError: missing_member, bad_json, bad_value, wrong_shape, wrong_dtype, object_array or bad_npy.
+    """
+    if "json" in members:
+        meta, default_mean = _object(_json(members, "json")), None
+    elif "handedness.json" in members:
+        meta, default_mean = _lab_meta(members), False
+    else:
+        raise SampleError("missing_member", "neither json nor handedness.json")
+    arrays = {name: _array(members[member], name) for member, name in _MEMBERS.items() if member in members}
+    for name in ("has_mano", "has_intr"):
+        if name in meta and name not in arrays:
+            arrays[name] = _meta_flags(meta[name], name)
+    if "hand_bbox" not in arrays and "joint_img" not in arrays:
+        raise SampleError("missing_member", "neither hand_bbox.npy nor joint_img.npy")
+    num_frame = {len(a) for a in arrays.values()}
+    if len(num_frame) != 1:
+        raise SampleError("wrong_shape", "numbers of frames differ: " + _lengths(arrays))
+    if meta.get("handedness") not in ("left", "right"):
+        raise SampleError("bad_value", f"handedness {meta.get('handedness')!r} is neither 'left' nor 'right'")
+    if "mano_pose" in arrays and not isinstance(mean := meta.get("flat_hand_mean", default_mean), bool):
+        raise SampleError("bad_value", f"flat_hand_mean {mean!r}: a sample with mano_pose must state true or false")
+    return _complete(meta, default_mean, arrays, num_frame.pop())
+
+
+def _lengths(arrays: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{name} {len(a)}" for name, a in arrays.items())
+
+
+def _json(members: Mapping[str, memoryview | bytes], suffix: str) -> Any:
+    try:
+        return json.loads(bytes(members[suffix]))
+    except (ValueError, RecursionError):
+        raise SampleError("bad_json", f"{suffix} does not parse") from None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise SampleError("bad_json", "the meta data is no object")
+    return value
+
+
+def _lab_meta(members: Mapping[str, memoryview | bytes]) -> dict[str, Any]:
+    """What the labs' single json members say, under the native names. Their MANO angles lack the mean pose."""
+    meta = {"handedness": _json(members, "handedness.json"), "hand_model": LAB_HAND_MODEL}
+    for name in ("data_source", "intr_type"):
+        if f"{name}.json" in members:
+            meta[name] = _json(members, f"{name}.json")
+    return meta
+
+
+def _meta_flags(value: Any, name: str) -> np.ndarray:
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(v, (bool, int, float)) for v in values):
+        raise SampleError("bad_value", f"{name} must be a list of 0 and 1")
+    return np.array(values, np.float32)
+
+
+def _array(data: memoryview | bytes, name: str) -> np.ndarray:
+    """One annotation array as float32; flags become exactly 0 or 1 (NaN becomes 0)."""
+    try:
+        array = parse_npy(data)
+    except SampleError as error:
+        raise SampleError(error.reason, f"{name}.npy: {error.detail}") from None
+    if array.ndim == 0 or array.shape[1:] != FIELDS[name]:
+        raise SampleError("wrong_shape", f"{name}.npy is {array.shape}, not (T, {str(FIELDS[name])[1:]}")
+    if name in _FLAGS:
+        return (array > 0).astype(np.float32)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is found as such
+        return array.astype(np.float32, copy=False)
+
+
+def _complete(meta: dict[str, Any], default_mean: bool | None, arrays: dict[str, np.ndarray], num_frame: int) -> Clip:
+    """Fill in what is absent, zero what is flagged as unknown, and find the frames that cannot be used."""
+    known = {name: np.full((num_frame, *FIELDS[name]), float(name in arrays), np.float32) for name in FIELDS}
+    old_joint = arrays.get("joint_valid")
+    valid_2d = known["joint_img"][..., 0] * arrays.get("joint_2d_valid", _or_one(old_joint))
+    valid_3d = known["joint_cam"][..., 0] * arrays.get("joint_3d_valid", _or_one(old_joint))
+    has_mano = known["mano_pose"][:, 0] * known["mano_shape"][:, 0]
+    has_mano = has_mano * arrays.get("has_mano", _or_one(arrays.get("mano_valid")))
+    has_intr = known["focal"][:, 0] * known["princpt"][:, 0]
+    if "has_intr" in arrays:
+        has_intr = has_intr * arrays["has_intr"]
+    elif has_intr.any():
+        has_intr = has_intr * (arrays["focal"] != 0).all(axis=-1)
+    data = {name: arrays.get(name, np.zeros((num_frame, *FIELDS[name]), np.float32)) for name in FIELDS}
+    joint_img = np.where(valid_2d[..., None] > 0, data["joint_img"], 0)
+    values = {
+        "hand_bbox": data["hand_bbox"] if "hand_bbox" in arrays else _extent(joint_img, valid_2d),
+        "joint_img": joint_img,
+        "joint_cam": np.where(valid_3d[..., None] > 0, data["joint_cam"], 0),
+        "mano_pose": np.where(has_mano[:, None] > 0, data["mano_pose"], 0),
+        "mano_shape": np.where(has_mano[:, None] > 0, data["mano_shape"], 0),
+        "focal": np.where(has_intr[:, None] > 0, data["focal"], 0),
+        "princpt": np.where(has_intr[:, None] > 0, data["princpt"], 0),
+    }
+    return Clip(
+        num_frame=num_frame,
+        is_right=meta["handedness"] == "right",
+        source=str(meta.get("data_source", "unknown")),
+        hand_model=str(meta.get("hand_model", "unknown")),
+        flat_hand_mean=bool(meta.get("flat_hand_mean", default_mean)),
+        joint_2d_valid=valid_2d.astype(np.float32),
+        joint_3d_valid=valid_3d.astype(np.float32),
+        has_mano=has_mano.astype(np.float32),
+        has_intr=has_intr.astype(np.float32),
+        bad_frame=_bad_frames(values, has_intr),
+        **values,
+    )
+
+
+def _or_one(flags: np.ndarray | None) -> np.ndarray | float:
+    return 1.0 if flags is None else flags
+
+
+def _extent(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """[T, 4] tight box of the valid joints, for a sample that states none; NaN where no joint is valid."""
+    known = valid[..., None] > 0
+    low = np.where(known, joint_img, np.inf).min(axis=1)
+    high = np.where(known, joint_img, -np.inf).max(axis=1)
+    return np.concatenate([low, high], axis=-1).astype(np.float32)
+
+
+def _bad_frames(values: dict[str, np.ndarray], has_intr: np.ndarray) -> dict[int, str]:
+    """Frame -> reason: a value that is NaN or infinite though its flag says it is known, or a box or lens that is none."""
+    finite = np.ones(len(has_intr), bool)
+    for array in values.values():
+        if not np.isfinite(array).all():
+            finite &= np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    bad = {int(t): "not_finite" for t in np.flatnonzero(~finite)}
+    box = values["hand_bbox"]
+    for t in np.flatnonzero(~((box[:, 2:] - box[:, :2]) >= 1.0).all(axis=1)):
+        bad.setdefault(int(t), "bad_bbox")
+    for t in np.flatnonzero((has_intr > 0) & ~(values["focal"] > 0).all(axis=1)):
+        bad.setdefault(int(t), "bad_intrinsics")
+    return bad
+
+
+def decode_image(data: bytes | memoryview) -> np.ndarray:
+    """[H, W, 3] uint8 RGB as stored (an EXIF orientation is ignored: annotations refer to the stored pixels).
+
+    Raises:
+        SampleError: undecodable_image.
+    """
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise SampleError("undecodable_image", f"{len(data)} bytes do not decode")
+    return image
+
+
+def guess_intrinsics(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """(focal [2], princpt [2]) where nothing is known: the image's diagonal (a view of 53 degrees), and its centre."""
+    focal = np.full(2, math.hypot(width, height), np.float32)
+    return focal, np.array([0.5 * (width - 1), 0.5 * (height - 1)], np.float32)
+
+
+def make_sample(clip: Clip, frame: int, image: np.ndarray, key: str, hand_model: str) -> Sample:
+    """One frame as a Sample.
+
+    Args:
+        clip: annotations of the clip; image: [H, W, 3] uint8 RGB of the frame; key: of the tar sample.
+        hand_model: the one the run uses; parameters of another model are no target (has_mano 0).
+
+    Raises:
+        SampleError: the reason in `clip.bad_frame`, or bad_bbox for a box that lies outside of the image.
+    """
+    if frame in clip.bad_frame:
+        raise SampleError(clip.bad_frame[frame], f"frame {frame}")
+    height, width = image.shape[:2]
+    box = clip.hand_bbox[frame]
+    if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
+        raise SampleError("bad_bbox", f"{box.tolist()} lies outside of the {width}x{height} image")
+    has_intr, has_mano = bool(clip.has_intr[frame]), bool(clip.has_mano[frame]) and clip.hand_model == hand_model
+    focal, princpt = (clip.focal[frame], clip.princpt[frame]) if has_intr else guess_intrinsics(width, height)
+    return Sample(
+        key=f"{key}/{frame}",
+        source=clip.source,
+        image=image,
+        is_right=clip.is_right,
+        hand_bbox=box,
+        joint_img=clip.joint_img[frame],
+        joint_2d_valid=clip.joint_2d_valid[frame],
+        joint_cam=clip.joint_cam[frame],
+        joint_3d_valid=clip.joint_3d_valid[frame],
+        mano_pose=clip.mano_pose[frame] * has_mano,
+        mano_shape=clip.mano_shape[frame] * has_mano,
+        has_mano=has_mano,
+        flat_hand_mean=clip.flat_hand_mean,
+        focal=focal,
+        princpt=princpt,
+        has_intr=has_intr,
+    )

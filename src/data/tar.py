@@ -1,0 +1,205 @@
+"""Walks tar archives (ustar, GNU long names, pax) block by block, and goes on behind damage instead of stopping at it.
+
+`tarfile` ends quietly at the first zeroed block and raises at the first bad one, which loses the rest of a shard. Here
+damage is reported in the stream of members, and the walk continues at the next block that is a valid header.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+BLOCK = 512
+_EMPTY = bytes(BLOCK)
+_CHUNK = 1 << 20
+_REGULAR = frozenset(b"0\x007")
+_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+class TarError(Exception):
+    """A block that should be a header is none."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One regular file in the archive."""
+
+    name: str
+    begin: int  # byte offset of its first header (that of a long name included)
+    offset: int  # byte offset of its data
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        """Offset of the first block behind its data."""
+        return self.offset + padded(len(self.data))
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something at `offset` that is no healthy archive; `name` where a member is known to be hurt."""
+
+    offset: int
+    reason: str
+    name: str = ""
+
+
+def padded(size: int) -> int:
+    """`size` rounded up to whole blocks."""
+    return (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(sample key, suffix) of a member by webdataset's rule: the key ends at the basename's first dot; None for no member.
+
+    Like webdataset, lower-cases the suffix and passes over `__meta__` entries.
+    """
+    match = None if _META.match(name) else _KEY.match(name)
+    return (match.group(1), match.group(2).lower()) if match else None
+
+
+def _number(field: bytes) -> int:
+    """An octal field, or GNU's base-256 for large values."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def read_header(block: bytes, check: bool = True) -> tuple[str, int, int]:
+    """(name, size, type flag) in a header block. Raises TarError where the checksum or a number is wrong."""
+    try:
+        if check and sum(block[:148]) + 256 + sum(block[156:BLOCK]) != _number(block[148:156]):
+            raise TarError("checksum")
+        size = _number(block[124:136])
+    except (ValueError, IndexError) as error:
+        raise TarError(str(error)) from None
+    name = _text(block[:100])
+    if block[345] and block[257:263] == b"ustar\0":  # GNU tar uses the prefix field otherwise
+        name = f"{_text(block[345:500])}/{name}"
+    return name, size, block[156]
+
+
+def _pax_fields(data: bytes) -> dict[str, str]:
+    """The records `<length> <key>=<value>\\n` of a pax header."""
+    fields, at = {}, 0
+    while at < len(data) and data[at] != 0:
+        length, _, _ = data[at : at + 20].partition(b" ")
+        end = at + int(length)
+        if end <= at:
+            raise TarError("pax record")
+        key, _, value = data[at + len(length) + 1 : end - 1].partition(b"=")
+        fields[key.decode()] = value.decode("utf-8", "surrogateescape")
+        at = end
+    return fields
+
+
+def span_members(span: bytes) -> dict[str, memoryview]:
+    """The members of one sample by suffix, from its bytes in the archive (which a checksum has found unchanged)."""
+    view, members, at, long_name = memoryview(span), {}, 0, ""
+    while at + BLOCK <= len(span):
+        name, size, flag = read_header(span[at : at + BLOCK], check=False)
+        data = view[at + BLOCK : at + BLOCK + size]
+        at += BLOCK + padded(size)
+        if flag in b"L":
+            long_name = _text(bytes(data))
+        elif flag in b"x":
+            long_name = _pax_fields(bytes(data)).get("path", "")
+        elif flag in _REGULAR:
+            parts = split_name(long_name or name)
+            long_name = ""
+            if parts:
+                members[parts[1]] = data
+    return members
+
+
+class TarWalk:
+    """Iterates over the members of an open archive and the damage in it, in order of their offsets."""
+
+    def __init__(self, file: BinaryIO, file_size: int) -> None:
+        self.file, self.size, self.at = file, file_size, 0
+
+    def __iter__(self) -> Iterator[Member | Damage]:
+        begin, override = 0, {}
+        while self.at < self.size:
+            header_at, block = self.at, self._read(BLOCK)
+            if len(block) < BLOCK:
+                yield Damage(header_at, "truncated")
+                return
+            if block == _EMPTY:
+                if self._rest_is_empty():
+                    return
+                yield Damage(header_at, "zeroed")
+                begin, override = self._resync(header_at + BLOCK), {}
+                continue
+            try:
+                name, size, flag = read_header(block)
+                size = int(override.get("size", size)) if flag in _REGULAR else size
+            except (TarError, ValueError):
+                yield Damage(header_at, "bad_header")
+                begin, override = self._resync(header_at + BLOCK), {}
+                continue
+            name = override.get("path", name)
+            if self.at + size > self.size:
+                yield Damage(header_at, "truncated", name)
+                return
+            if flag in b"Lxg" or flag in _REGULAR:
+                data = self._read(padded(size))[:size]
+            else:
+                data = self._skip(padded(size))
+            if flag in b"Lx":
+                override.update(self._extension(flag, data))
+                continue
+            if flag in _REGULAR:
+                yield Member(name, begin, header_at + BLOCK, data)
+            begin, override = self.at, {}
+        yield Damage(self.size, "no_end_of_archive")
+
+    def _read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.at += len(data)
+        return data
+
+    def _skip(self, size: int) -> bytes:
+        self.file.seek(size, 1)
+        self.at += size
+        return b""
+
+    @staticmethod
+    def _extension(flag: int, data: bytes) -> dict[str, str]:
+        """What a long-name or pax header says about the next member."""
+        if flag in b"L":
+            return {"path": _text(data)}
+        try:
+            return _pax_fields(data)
+        except (TarError, ValueError, UnicodeDecodeError):
+            return {}
+
+    def _rest_is_empty(self) -> bool:
+        """Whether only zeros follow; the position is kept."""
+        at, empty = self.at, True
+        while empty and (chunk := self.file.read(_CHUNK)):
+            empty = not chunk.strip(b"\0")
+        self.file.seek(at)
+        return empty
+
+    def _resync(self, start: int) -> int:
+        """Move to the next block at or behind `start` that is a valid header, or to the end; returns where that is."""
+        self.file.seek(start)
+        self.at = start
+        while len(block := self._read(BLOCK)) == BLOCK:
+            if block[257:262] == b"ustar" and block != _EMPTY:
+                try:
+                    read_header(block)
+                except TarError:
+                    continue
+                self.at -= BLOCK
+                break
+        self.file.seek(self.at)
+        return self.at
