@@ -186,7 +186,7 @@ def load_hand_arrays(path: str | Path) -> HandArrays:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"MANO file {path} does not exist. {_GET_IT}")
+        raise ValueError(f"MODEL.hand_model: {path} does not exist. {_GET_IT}")
     if "LEFT" in path.name.upper():
         _refuse_left(path)
     try:
@@ -233,5 +233,5 @@ def _is_left(arrays: HandArrays) -> bool:
 def _refuse_left(path: Path) -> None:
     raise ValueError(
         f"{path} is the left hand. This project mirrors left hands and needs the right one alone: "
-        "set MODEL.mano_path to MANO_RIGHT.pkl."
+        "set MODEL.hand_model=model/mano/MANO_RIGHT.pkl."
     )
