@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import random
@@ -69,6 +70,15 @@ def save(run: Path, step: int, **keywords) -> Path:
     return save_checkpoint(run, model=model, optimizer=optimizer, state=state, rng_by_rank=[capture_rng()], **keywords)
 
 
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """Log records of the checkpoints, whatever another test did to the logger above."""
+    log = logging.getLogger("stage1.checkpoint")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "propagate", False)
+    return caplog
+
+
 def steps_in(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "checkpoints").iterdir())
 
@@ -117,7 +127,7 @@ def test_newest_is_by_stored_step_not_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
-def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, caplog, name: str, how: str) -> None:
+def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, said, name: str, how: str) -> None:
     save(tmp_path, 1)
     file = save(tmp_path, 2) / name
     data = bytearray(file.read_bytes())
@@ -129,8 +139,8 @@ def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, caplog, name: 
     else:
         file.unlink()
     assert find_checkpoint(tmp_path).name == "checkpoint-1"
-    assert str(file.parent) in caplog.text
-    assert name in caplog.text or name == "manifest.json"
+    assert str(file.parent) in said.text
+    assert name in said.text or name == "manifest.json"
     model, optimizer = make()
     with pytest.raises(ValueError, match=r"damaged|incomplete|cannot be read"):
         load_checkpoint(file.parent, model=model, optimizer=optimizer)

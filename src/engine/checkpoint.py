@@ -30,7 +30,7 @@ from torch import nn
 
 from src.engine.run_folder import find_run, write_text_atomic
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("stage1.checkpoint")  # below the logger of src/engine/console.py
 
 MODEL, OPTIMIZER, RNG, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"
 _TEMPORARY = ".tmp-"
