@@ -94,7 +94,9 @@ class Feeder(threading.Thread):
             run_hash=known.get("run_hash"),
             repo=repo,
             experiment=self._header["experiment"],
-            force_resume=True,  # a killed child leaves AIM's lock behind; ours (`_only_child`) allows one child a run
+            force_resume=bool(
+                known
+            ),  # a killed child leaves AIM's lock behind; ours (`_only_child`) allows one child a run
             system_tracking_interval=None,
             capture_terminal_logs=False,
             log_system_params=False,
@@ -282,6 +284,7 @@ def main() -> bool:
     parser.add_argument("--target", help="aim://host:port or the folder of a repository; default: the run's own")
     arguments = parser.parse_args()
     run_folder = arguments.run_folder.resolve()
+    logging.getLogger("aim.sdk.lock_manager").setLevel(logging.ERROR)  # warns of each force_resume
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     if arguments.parent is None:
         with _only_child(run_folder, patience=5.0) as held:

@@ -1,0 +1,323 @@
+"""The tracker: journals that lose nothing, and AIM fed by a child that never blocks or ends the training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src.engine.tracker import Tracker
+
+ROOT = Path(__file__).resolve().parents[1]
+
+QUERY = """
+import json, sys
+import aim
+from aim.storage.context import Context
+repo = aim.Repo.from_path(sys.argv[1])
+found = []
+for run in repo.iter_runs():
+    points = {}
+    for metric in run.metrics():
+        steps, (values,) = metric.data.view("val").numpy()
+        key = metric.context.to_dict()["subset"] + "/" + metric.name
+        points[key] = [[int(s), repr(float(v))] for s, v in sorted(zip(steps, values))]
+    pictures = []
+    for info in run.collect_sequence_info("images", skip_last_value=True)["images"]:
+        sequence = run.get_image_sequence(info["name"], Context(info["context"]))
+        pictures.append([info["context"]["subset"], info["name"], [int(s) for s in sequence.values.sparse_list()[0]]])
+    found.append(dict(name=run.name, experiment=run.experiment, config=run["config"], points=points, pictures=pictures,
+        active=run.active))
+queried = sum(1 for c in repo.query_metrics("metric.name == 'lr'", report_mode=0).iter_runs())
+print(json.dumps(dict(runs=found, queried=queried)))
+"""
+
+
+def in_aim(repo: Path) -> dict:
+    """What a fresh process finds in an AIM repository."""
+    out = subprocess.run([sys.executable, "-c", QUERY, str(repo)], capture_output=True, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def journalled(run: Path) -> dict[str, list]:
+    """The journal in the form of QUERY's `points`."""
+    points: dict[str, list] = {}
+    for row in rows(run):
+        step, subset = row.pop("step"), row.pop("subset")
+        for name, value in row.items():
+            points.setdefault(f"{subset}/{name}", []).append([step, repr(float(value))])
+    return points
+
+
+def start(run: Path, repo: Path, **keywords) -> Tracker:
+    run.mkdir(exist_ok=True)
+    options = {"server_url": None, "repo": repo, "experiment": "test", "config": {"LOSS": {"lambda": [3.0, None]}}}
+    return Tracker.open(run, run_name=run.name, **(options | keywords))
+
+
+def fill(tracker: Tracker, first: int, last: int) -> None:
+    for step in range(first, last):
+        tracker.log(step, "train", {"lr": 1e-4 / (step + 1), "dropout_rate": 0.0, "loss_total": 1.5 / (step + 1)})
+    tracker.log(last, "val", {"mpjpe_cam": float(last)})
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """Log records of the tracker, whatever another test did to the logger above it."""
+    log = logging.getLogger("stage1.tracker")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "level", logging.INFO)
+    monkeypatch.setattr(log, "propagate", False)
+    return caplog
+
+
+@pytest.fixture
+def silent_server():
+    """Accepts every connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"aim://127.0.0.1:{server.getsockname()[1]}"
+
+
+def wait_for(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_rows_are_strict_json_with_every_value(tmp_path: Path) -> None:
+    tracker = start(tmp_path, tmp_path, use_aim=False)
+    tracker.log(0, "val", {"mpjpe_cam": float("nan"), "loss_total": float("inf"), "lr": np.float32(0.5)})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()  # on disk before close
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert row == {"step": 0, "subset": "val", "mpjpe_cam": "nan", "loss_total": "inf", "lr": 0.5}
+    assert np.isnan(float(row["mpjpe_cam"]))
+    tracker.close()
+    tracker.close()
+
+
+def test_a_row_is_cheap(tmp_path: Path) -> None:
+    tracker = start(tmp_path, tmp_path, use_aim=False)
+    begin = time.process_time()
+    fill(tracker, 0, 2000)
+    assert (time.process_time() - begin) / 2000 < 200e-6  # 7 us on a quiet machine
+    tracker.close()
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tracker = Tracker.disabled()
+    tracker.log(1, "train", {"lr": 1.0})
+    tracker.image(1, "val", "overlay", np.zeros((4, 4, 3), np.uint8))
+    assert tracker.state() == {}
+    tracker.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_cuts_what_came_after_the_checkpoint_and_keeps_it_beside(tmp_path: Path) -> None:
+    tracker = start(tmp_path, tmp_path, use_aim=False)
+    fill(tracker, 0, 5)
+    state = tracker.state()
+    fill(tracker, 5, 9)
+    tracker.close()
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    for number in (1, 2):
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 99')  # a line that the killed run did not finish
+        tracker = start(tmp_path, tmp_path, use_aim=False, resume=state)
+        fill(tracker, 5, 9)
+        tracker.close()
+        assert (tmp_path / "metrics.jsonl").read_text() == whole
+        tail = (tmp_path / f"metrics.jsonl.discarded-{number}").read_text()
+        assert tail == whole[state["metrics.jsonl"] :] + '{"step": 99'
+
+
+def test_wrong_address_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"AIM\.server_url"):
+        start(tmp_path, tmp_path, server_url="10.0.0.1:53800")
+
+
+def test_without_aim_the_journal_is_kept_and_said(tmp_path: Path, monkeypatch, said) -> None:
+    monkeypatch.setattr("src.engine.tracker.importlib.util.find_spec", lambda name: None)
+    tracker = start(tmp_path, tmp_path)
+    fill(tracker, 0, 3)
+    tracker.close()
+    assert len(rows(tmp_path)) == 4
+    assert said.text.count("AIM is not installed") == 1
+
+
+def test_disk_that_is_full_delays_rows_and_loses_none(tmp_path: Path, monkeypatch, said) -> None:
+    tracker = start(tmp_path, tmp_path, use_aim=False)
+    write = os.write
+    monkeypatch.setattr("os.write", lambda fd, data: write(fd, data[:9]) if len(data) > 150 else _no_space())
+    fill(tracker, 0, 5)
+    size = tracker.state()["metrics.jsonl"]
+    monkeypatch.undo()
+    tracker.close()
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size
+    assert said.text.count("cannot be written") == 1
+
+
+def _no_space() -> int:
+    raise OSError(28, "No space left on device")
+
+
+def test_local_repository_gets_everything_and_a_resume_continues_the_run(tmp_path: Path, said) -> None:
+    pytest.importorskip("aim")
+    run, repo = tmp_path / "run", tmp_path / "repo"
+    tracker = start(run, repo)
+    fill(tracker, 0, 20)
+    tracker.image(20, "val", "overlay", np.full((32, 48, 3), 200, np.uint8))
+    state = tracker.state()
+    fill(tracker, 20, 30)
+    tracker.close()
+    tracker = start(run, repo, resume=state)
+    fill(tracker, 20, 40)
+    tracker.log(41, "val", {"mpjpe_cam": float("nan")})
+    tracker.close()
+    found = in_aim(repo)
+    (in_run,) = found["runs"]
+    # step 30 (val) of the first life lies between two rows of the second: it stays in AIM, whose points cannot be taken
+    # back, and every other point is there exactly once
+    extra = in_run["points"]["val/mpjpe_cam"].pop(1)
+    assert extra == [30, "30.0"]
+    assert in_run["points"] == journalled(run)
+    assert in_run["pictures"] == [["val", "overlay", [20]]]
+    assert (in_run["name"], in_run["experiment"], in_run["active"]) == ("run", "test", False)
+    assert in_run["config"] == {"LOSS": {"lambda": [3.0, None]}}
+    assert found["queried"] == 1
+    assert "WARNING" not in said.text
+
+
+TRAIN_AND_HANG = """
+import sys, time
+from pathlib import Path
+from tests.test_tracker import start, fill
+tracker = start(Path(sys.argv[1]), Path(sys.argv[2]), start_timeout=0)
+fill(tracker, 0, 1500)
+print("filled", flush=True)
+time.sleep(60)
+"""
+
+
+def test_sigkill_of_the_trainer_loses_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("aim")
+    run, repo = tmp_path / "run", tmp_path / "repo"
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAIN_AND_HANG, str(run), str(repo)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout.readline() == "filled\n"
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+
+    def is_finished() -> bool:
+        state = json.loads((run / "aim_state.json").read_text()) if (run / "aim_state.json").exists() else {}
+        return any(s["offset"]["metrics.jsonl"] == (run / "metrics.jsonl").stat().st_size for s in state.values())
+
+    wait_for(is_finished, 30)
+    assert sync(run).returncode == 0  # waits for the child, and has nothing to add
+    (in_run,) = in_aim(repo)["runs"]
+    assert in_run["points"] == journalled(run)
+
+
+def sync(run: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "script" / "sync_aim.py"), str(run), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90)
+
+
+def test_silent_server_costs_five_seconds_at_most_and_sync_brings_the_rest(tmp_path: Path, said, silent_server) -> None:
+    pytest.importorskip("aim")
+    run, repo = tmp_path / "run", tmp_path / "repo"
+    begin = time.monotonic()
+    tracker = start(run, repo, server_url=silent_server)
+    assert time.monotonic() - begin < 5.5
+    fill(tracker, 0, 50)
+    tracker.close()
+    assert time.monotonic() - begin < 30
+    assert said.text.count("sync_aim.py") == 1
+    (in_run,) = in_aim(run / "aim")["runs"]  # the fallback
+    assert in_run["points"] == journalled(run)
+    assert sync(run).returncode == 1  # still silent
+    for _ in range(2):
+        assert sync(run, "--repo", str(repo)).returncode == 0
+    (in_run,) = in_aim(repo)["runs"]
+    assert in_run["points"] == journalled(run)
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_runs_make_one_new_repository_together(tmp_path: Path, count: int) -> None:
+    pytest.importorskip("aim")
+    trackers = [start(tmp_path / f"run{i}", tmp_path / "repo", start_timeout=0) for i in range(count)]
+    for tracker in trackers:
+        fill(tracker, 0, 3)
+    for tracker in trackers:
+        tracker.close()
+    found = in_aim(tmp_path / "repo")
+    assert sorted(run["name"] for run in found["runs"]) == [f"run{i}" for i in range(count)]
+    assert all(run["points"] == journalled(tmp_path / run["name"]) for run in found["runs"])
+    assert found["queried"] == count
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def serve(repo: Path, port: int) -> subprocess.Popen:
+    """A real `aim server` on loopback, ready when this returns."""
+    repo.mkdir(exist_ok=True)
+    program = Path(sys.executable).with_name("aim")
+    command = [program, "server", "--host", "127.0.0.1", "--port", str(port), "--repo", str(repo), "-y"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd=repo
+    )
+
+    def answers() -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/status/", timeout=1).status == 200
+        except OSError:
+            return False
+
+    wait_for(answers, 40)
+    return process
+
+
+@pytest.mark.slow
+def test_server_killed_midway_and_brought_back(tmp_path: Path, said) -> None:
+    pytest.importorskip("aim")
+    run, repo, port = tmp_path / "run", tmp_path / "served", free_port()
+    server = serve(repo, port)
+    try:
+        tracker = start(run, tmp_path / "repo", server_url=f"aim://127.0.0.1:{port}", start_timeout=15)
+        fill(tracker, 0, 100)
+        time.sleep(2)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        begin = time.monotonic()
+        fill(tracker, 100, 300)
+        assert time.monotonic() - begin < 1  # the loop feels nothing
+        tracker.close()
+        assert time.monotonic() - begin < 62
+        assert said.text.count("sync_aim.py") == 1
+        server = serve(repo, port)
+        assert sync(run).returncode == 0
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    (in_run,) = in_aim(repo)["runs"]
+    assert in_run["points"] == journalled(run)
