@@ -379,3 +379,43 @@ def build_standin_hand() -> HandArrays:
         mean_pose=mean_pose.reshape(45).astype(np.float32),
         tip_vertex_ids=tuple(int(i) for i in mesh.tip),
     )
+
+
+# Degrees (flexion, abduction towards the thumb, twist), low and high, of the three joints of each digit.
+LIMIT_DEG = {
+    "thumb": (((-12, 42), (-32, 22), (-12, 18)), ((-10, 50), (-6, 6), (-4, 4)), ((-18, 72), (0, 0), (0, 0))),
+    "index": (((-20, 90), (-14, 20), (-5, 5)), ((-3, 105), (0, 0), (0, 0)), ((-8, 78), (0, 0), (0, 0))),
+    "middle": (((-20, 90), (-12, 12), (-5, 5)), ((-3, 105), (0, 0), (0, 0)), ((-8, 78), (0, 0), (0, 0))),
+    "ring": (((-20, 92), (-14, 12), (-5, 5)), ((-3, 105), (0, 0), (0, 0)), ((-8, 78), (0, 0), (0, 0))),
+    "pinky": (((-25, 94), (-24, 14), (-8, 8)), ((-3, 105), (0, 0), (0, 0)), ((-8, 78), (0, 0), (0, 0))),
+}
+
+
+def joint_limits() -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest natural angle [15, 3] rad about the flexion, abduction and twist axis of `design().frame`,
+    for the 15 joints below the wrist in MANO order."""
+    limit = np.zeros((15, 3, 2))
+    for d, name in enumerate(FINGER_NAMES):
+        for k, rows in zip(chain(d), LIMIT_DEG[name], strict=True):
+            limit[k - 1] = np.radians(rows)
+    return limit[..., 0], limit[..., 1]
+
+
+def rotation_about(axis: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """Rodrigues' formula: unit axis [..., 3] and angle [...] rad -> rotation matrices [..., 3, 3]."""
+    axis, angle = np.broadcast_arrays(axis, np.asarray(angle)[..., None])
+    x, y, z = np.moveaxis(axis, -1, 0)
+    zero = np.zeros_like(x)
+    cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1).reshape(*x.shape, 3, 3)
+    sin, cos = np.sin(angle[..., :1, None]), np.cos(angle[..., :1, None])
+    return np.eye(3) + sin * cross + (1.0 - cos) * (cross @ cross)
+
+
+def angles_to_rotmat(angles: np.ndarray) -> np.ndarray:
+    """Anatomical angles [..., 15, 3] rad (flexion, abduction, twist) -> joint rotations [..., 15, 3, 3].
+
+    A joint first twists, then bends, then abducts: the axis of abduction stays with the parent bone.
+    """
+    frame = design().frame[1:]
+    flex, abduct, twist = (rotation_about(frame[:, i], angles[..., i]) for i in range(3))
+    return abduct @ flex @ twist
