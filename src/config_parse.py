@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -11,6 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import Config, ConfigError, cross_problems
+
+GROUPS = ("data", "backbone", "augmentation")
+_OVERRIDE = re.compile(r"^[+~]{0,2}(?!hydra[./])([A-Za-z_][\w.]*)(?:@[\w.]+)?(?:=|$)")
 
 
 def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
@@ -35,6 +39,20 @@ def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
     if problems:
         raise ConfigError("\n".join(problems))
     return cfg
+
+
+def check_overrides(arguments: list[str]) -> None:
+    """Refuse command-line overrides of keys that do not exist, naming the nearest one that does.
+
+    Hydra would refuse most of them too, but in words about its own structure.
+
+    Raises:
+        ConfigError: one line per unknown key.
+    """
+    keys = [match[1] for argument in arguments if (match := _OVERRIDE.match(argument))]
+    problems = [unknown_key_message(key) for key in keys if not (is_known_key(key) or key in GROUPS)]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _merge_section(typed: DictConfig, key: str, value: Any) -> str | None:
@@ -102,7 +120,7 @@ def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
 
 def unknown_key_message(key: str) -> str:
     """What to tell a user who typed a key that does not exist, with the nearest ones that do."""
-    known = list(known_keys())
+    known = [*known_keys(), *GROUPS]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     leaf = key.rsplit(".", 1)[-1]
     near = near or [k for k in known if k.rsplit(".", 1)[-1].lower() == leaf.lower()][:1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,15 @@ class _ConsoleHandler(logging.Handler):
         console.print(self.format(record), markup=False, soft_wrap=True)
 
 
-def set_up_logging(is_main: bool) -> None:
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks and writes, before Accelerate has been asked."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def set_up_logging() -> None:
     """Lines of the main process go to the console as they are; the others speak up from warnings on."""
     logger.handlers[:] = [_ConsoleHandler()]
-    logger.setLevel(logging.INFO if is_main else logging.WARNING)
+    logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     logger.propagate = False
 
 
@@ -37,8 +43,8 @@ def add_log_file(path: Path) -> None:
 
 
 @contextmanager
-def progress_bar(enabled: bool) -> Iterator[Progress]:
-    """A rich progress display; silent when not enabled or when the console is not a terminal."""
+def progress_bar() -> Iterator[Progress]:
+    """A rich progress display, for the main process on a terminal; silent anywhere else."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -46,15 +52,14 @@ def progress_bar(enabled: bool) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as progress:
+    with Progress(*columns, console=console, disable=not (is_main_process() and console.is_terminal)) as progress:
         yield progress
 
 
 def track(progress: Progress, items: Iterable[T], total: int, description: str) -> Iterator[T]:
     """Pass items through under a bar of their own, which leaves with the last one."""
-    task = progress.add_task(description, total=total, note="")
+    task = progress.add_task(description, total=total)
     for item in items:
         yield item
         progress.advance(task)

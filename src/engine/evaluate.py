@@ -20,7 +20,8 @@ from src.metric import MetricAccumulator, SampleMetric, evaluate_batch, point_er
 from src.model.net import PoseNet
 from src.utils.vis import overlay_sheet
 
-KEY_METRIC = "mpjpe_cam"  # decides which checkpoint is `best`
+# What decides which checkpoint is `best`: the first of these that the validation data can answer.
+KEY_METRICS = ("mpjpe_cam", "mpjpe_rel", "loss_total")
 
 
 @dataclass
@@ -88,3 +89,8 @@ def _with_total(metrics: dict[str, float], loss: LossConfig) -> dict[str, float]
     weights = loss_weights(loss).double().tolist()
     total = sum(weight * metrics.get(name, 0.0) for name, weight in zip(LOSS_TERMS, weights, strict=True))
     return metrics | {"loss_total": total}
+
+
+def key_metric(metrics: dict[str, float]) -> float:
+    """The value that decides which checkpoint is `best`; lower is better."""
+    return next(metrics[name] for name in KEY_METRICS if name in metrics)

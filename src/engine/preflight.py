@@ -29,10 +29,10 @@ def check_files(cfg: Config) -> None:
 def _backbone_problems(cfg: Config) -> Iterator[str]:
     backbone = cfg.MODEL.backbone
     patch_size = backbone.patch_size
-    if not backbone.random_init:
-        if problem := _missing_weights(backbone):
-            yield problem
-            return
+    problem = None if backbone.random_init else _missing_weights(backbone)
+    if problem:
+        yield problem
+    elif not backbone.random_init:
         patch_size = json.loads((Path(backbone.backbone_str) / "config.json").read_text())["patch_size"]
     if cfg.MODEL.img_size % patch_size:
         nearest = max(1, round(cfg.MODEL.img_size / patch_size)) * patch_size
@@ -63,7 +63,7 @@ def _hand_model_problems(cfg: Config) -> Iterator[str]:
         yield f"MODEL.hand_model={name}: must be a .pkl or .npz file with MANO's arrays, or `standin`"
     elif not Path(name).is_file():
         yield (
-            f"MODEL.hand_model={name}: there is no such file. Register at https://mano.is.tue.mpg.de, download MANO and "
+            f"MODEL.hand_model={name}: there is no such file. Register at https://mano.is.tue.mpg.de, get MANO and "
             f"put MANO_RIGHT.pkl there, or use the hand that ships with MODEL.hand_model=standin"
         )
 

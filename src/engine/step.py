@@ -1,6 +1,6 @@
 """One optimizer step: seeds, schedules, forward, backward, clip, update. `train_step` computes; the script loops.
 
-A step sees all its micro-batches at once. The loss is the mean over the valid items of the whole global batch, so that one
+A step sees all its micro-batches at once. The loss is the mean over the valid items of the whole global batch: one
 process with 32 samples, four with 8, or two with two micro-batches of 8 each take the same step.
 """
 

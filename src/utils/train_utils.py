@@ -1,4 +1,4 @@
-"""Schedules: pure functions from the optimizer step to a value. They keep no state, so a resumed run needs none of theirs."""
+"""Schedules: pure functions from the optimizer step to a value, without state: a resumed run restores none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws what a person looks at: skeletons over patches, and sheets of several patches side by side. uint8 RGB throughout."""
+"""Draws what a person looks at: skeletons over patches, sheets of patches side by side. uint8 RGB throughout."""
 
 from __future__ import annotations
 

@@ -1,0 +1,72 @@
+"""Trains the stage-1 network: DINOv2 backbone, hand decoder, MANO.
+
+    python script/stage1.py --config-name=stage1-dino_large
+    python script/stage1.py --config-name=stage1-demo GENERAL.total_step=200
+    accelerate launch --num_processes 2 --cpu script/stage1.py --config-name=stage1-demo
+
+Heavy imports wait until the configuration and what it points at are known to be good: a typing mistake costs two seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from src.config import Config, ConfigError
+from src.config_parse import check_overrides, parse_config
+from src.engine.preflight import check_files
+
+
+@hydra.main(version_base="1.3", config_path="../config")
+def main(composed: DictConfig) -> None:
+    """Check everything that can be checked, then train."""
+    try:
+        cfg = parse_config(composed)
+        check_files(cfg)
+    except ConfigError as error:
+        refuse(error)
+    train(cfg, HydraConfig.get().job.config_name)
+
+
+def train(cfg: Config, config_name: str) -> None:
+    """The training loop."""
+    from src.engine.console import progress_bar, set_up_logging
+    from src.engine.run import Run
+
+    set_up_logging()
+    with progress_bar() as progress:
+        run = Run(cfg, config_name, progress)
+        try:
+            if run.state.step == 0:
+                run.validate()
+            for micro_batches in run.micro_batches():
+                result = run.step(micro_batches)
+                if run.is_due(cfg.GENERAL.log_step):
+                    run.log(result)
+                if run.is_due(cfg.GENERAL.vis_step):
+                    run.draw(micro_batches[0])
+                if run.is_due(cfg.GENERAL.checkpoint_step, at_end=True):
+                    run.save(is_best=run.validate())
+            run.report()
+        finally:
+            run.close()
+
+
+def refuse(error: ConfigError) -> None:
+    """Tell what is wrong with the configuration and leave."""
+    print(f"stage1: this configuration cannot be run\n{error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    try:
+        check_overrides(sys.argv[1:])
+    except ConfigError as error:
+        refuse(error)
+    main()

@@ -1,0 +1,48 @@
+"""The parts of a run, each built by one small function: processes and precision, hand model, demo data, run folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from omegaconf import OmegaConf
+
+from src.config import Config
+from src.data.demo import make_demo_shards
+from src.engine.run_folder import create_run_folder, write_text_atomic
+from src.hand.mano import load_hand_arrays
+from src.hand.skeleton import HandArrays
+from src.hand.standin import build_standin_hand
+
+
+def build_accelerator(cfg: Config) -> Accelerator:
+    """Processes, device and precision. `auto` is bf16 on a GPU that has it, float32 anywhere else."""
+    precision = cfg.TRAIN.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Accelerator(mixed_precision=precision, kwargs_handlers=[ddp])
+
+
+def load_hand(hand_model: str) -> HandArrays:
+    """The hand that `MODEL.hand_model` names: a file with MANO's arrays, or `standin`."""
+    return build_standin_hand() if hand_model == "standin" else load_hand_arrays(Path(hand_model))
+
+
+def describe_hand(hand: HandArrays) -> str:
+    """One line on which hand the run uses."""
+    kind = "the hand that ships, not MANO" if hand.name == "standin" else "MANO"
+    return f"hand model: {hand.name} ({kind}), {len(hand.v_template)} vertices, {len(hand.faces)} faces"
+
+
+def make_run_folder(cfg: Config, config_name: str, accelerator: Accelerator) -> Path:
+    """A new run folder, made by the main process and known to all, with the resolved configuration in it."""
+    answer: list[str | None] = [None]
+    if accelerator.is_main_process:
+        folder = create_run_folder(Path(cfg.GENERAL.output_root), config_name)
+        write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
+        answer = [str(folder)]
+    return Path(broadcast_object_list(answer)[0])

@@ -1,0 +1,57 @@
+"""The closing table of a run: what was reached, against what, where it lies, and how to look at it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from src.config import AimConfig
+from src.engine.tracker import METRICS
+
+ROWS = (
+    ("mpjpe_rel", "root-relative MPJPE"),
+    ("mpjpe_cam", "camera-space MPJPE"),
+    ("mpjpe_pa", "Procrustes MPJPE"),
+    ("mpvpe_rel", "root-relative MPVPE"),
+    ("root_error", "root error"),
+)
+BASELINE = "mpjpe_rel_mean_hand"
+
+
+def closing_table(folder: Path, aim: AimConfig, seconds: float) -> Table:
+    """What the journal of the run folder says: first and last validation, the baseline, and where to look next."""
+    rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    validations = [row for row in rows if row["subset"] == "val"]
+    first, last = validations[0], validations[-1]
+    table = Table(title=f"Done in {seconds:.0f} s", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("validation, mm")
+    for name in (f"before (step {first['step']})", f"after (step {last['step']})", "mean hand", "against mean hand"):
+        table.add_column(name, justify="right")
+    for key, label in ROWS:
+        if key in last:
+            table.add_row(label, _mm(first.get(key)), _mm(last[key]), *_against_baseline(key, last))
+    table.caption = f"run folder  {folder}\n{_where_to_look(aim)}"
+    table.caption_justify = "left"
+    return table
+
+
+def _mm(value: float | None) -> str:
+    return "" if value is None else f"{float(value):.1f}"
+
+
+def _against_baseline(key: str, last: dict) -> tuple[str, str]:
+    """The mean hand knows no camera, so it is compared in the root-relative metric alone."""
+    if key != "mpjpe_rel" or BASELINE not in last:
+        return "", ""
+    return _mm(last[BASELINE]), f"{100 * (last[key] / last[BASELINE] - 1):+.0f} %"
+
+
+def _where_to_look(aim: AimConfig) -> str:
+    if importlib.util.find_spec("aim") is None:
+        return f"curves      {METRICS} in the run folder (AIM has no wheel for this Python)"
+    if aim.server_url is not None:
+        return f"curves      the page of the AIM server {aim.server_url}"
+    return f"curves      .venv/bin/aim up --repo {aim.repo} --host 127.0.0.1   then open http://127.0.0.1:43800"

@@ -1,0 +1,171 @@
+"""One training run: its parts, its folder, and what happens at intervals. The script drives it, step.py computes.
+
+Every process holds a Run; the main one writes. Shapes are those of src/batch.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from src.batch import Batch
+from src.config import Config
+from src.data.loader import build_train_loader, build_val_loader
+from src.engine import parts
+from src.engine.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from src.engine.console import add_log_file, console, logger, track
+from src.engine.evaluate import evaluate, key_metric
+from src.engine.report import closing_table
+from src.engine.run_folder import lock_run_folder
+from src.engine.step import StepResult, Trainer, build_optimizer, log_line
+from src.engine.tracker import Tracker
+from src.model.net import PoseNet
+from src.utils.vis import overlay_sheet
+
+
+class Run:
+    """Builds the parts, or takes them over from the checkpoint that `GENERAL.resume_path` names."""
+
+    def __init__(self, cfg: Config, config_name: str, progress: Progress) -> None:
+        self.cfg, self.progress = cfg, progress
+        self.accelerator = parts.build_accelerator(cfg)
+        self.is_main = self.accelerator.is_main_process
+        checkpoint = find_checkpoint(cfg.GENERAL.resume_path) if cfg.GENERAL.resume_path else None
+        with self.accelerator.main_process_first():
+            parts.make_demo_data(cfg, progress)
+
+        torch.manual_seed(cfg.GENERAL.seed)
+        hand = parts.load_hand(cfg.MODEL.hand_model)
+        self.net = PoseNet(cfg.MODEL, hand).to(self.accelerator.device)
+        optimizer = build_optimizer(self.net, cfg)
+        self.state = TrainState(config_name=config_name)
+        if checkpoint is not None:
+            self.state = load_checkpoint(checkpoint, model=self.net, optimizer=optimizer).state
+        self.trainer = Trainer(cfg, self.accelerator, *self.accelerator.prepare(self.net, optimizer))
+
+        self.train_loader = build_train_loader(cfg, self.state.data_position, *self._rank())
+        self.val_loader = build_val_loader(cfg, *self._rank())
+        self.mean_hand = parts.mean_hand(cfg)
+        self.folder = self._claim_folder(config_name, checkpoint)
+        self.tracker = self._open_tracker(resumed=checkpoint is not None)
+        self.started = time.perf_counter()
+        self.task = progress.add_task("training", total=cfg.GENERAL.total_step, completed=self.state.step)
+        logger.info(parts.describe_hand(hand))
+        logger.info(parts.describe_network(self.net, self.accelerator))
+
+    # ---- what the loop asks for -------------------------------------------------------------------------------------
+
+    def micro_batches(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each step that is left, on the device."""
+        batches = iter(self.train_loader)
+        while self.state.step < self.cfg.GENERAL.total_step:
+            share = islice(batches, self.cfg.TRAIN.grad_accum_step)
+            yield [batch.to(self.accelerator.device, non_blocking=True) for batch in share]
+
+    def step(self, micro_batches: list[Batch]) -> StepResult:
+        """Take one optimizer step and move on."""
+        result = self.trainer.train_step(self.state.step, micro_batches)
+        self.state.step += 1
+        self.state.data_position += self.accelerator.num_processes * sum(len(batch) for batch in micro_batches)
+        self.progress.update(self.task, completed=self.state.step)
+        return result
+
+    def is_due(self, interval: int, at_end: bool = False) -> bool:
+        """Whether the step just done ends an interval (or the run)."""
+        return self.state.step % interval == 0 or (at_end and self.state.step == self.cfg.GENERAL.total_step)
+
+    def log(self, result: StepResult) -> None:
+        """The log line, the journal's row and with it AIM's points."""
+        if self.is_main:
+            metrics = result.metrics()
+            logger.info(log_line(self.state.step, self.cfg.GENERAL.total_step, metrics))
+            self.tracker.log(self.state.step, "train", metrics)
+
+    @torch.no_grad()
+    def draw(self, batch: Batch) -> None:
+        """An overlay of prediction and target on training patches, as the network sees them without dropout."""
+        if self.is_main:
+            self.net.eval()
+            with self.accelerator.autocast():
+                prediction = self.net(batch)
+            self.net.train()
+            self.tracker.image(self.state.step, "train", "overlay", overlay_sheet(batch, prediction))
+
+    def validate(self) -> bool:
+        """Evaluate the fixed sample, log it, remember it; whether it is the best so far."""
+        batches = track(self.progress, self.val_loader, len(self.val_loader), "validation")
+        result = evaluate(self.net, batches, self.accelerator, self.cfg.LOSS, self.mean_hand)
+        self.tracker.log(self.state.step, "val", result.metrics)
+        if result.sheet is not None:
+            self.tracker.image(self.state.step, "val", "overlay", result.sheet)
+        value = key_metric(result.metrics)
+        if self.is_main:
+            shown = " ".join(f"{k}={v:.2f}" for k, v in result.metrics.items() if not k.startswith("loss"))
+            logger.info(f"validation at step {self.state.step}: {shown}")
+        is_best = self.state.best_metric is None or value < self.state.best_metric
+        if is_best:
+            self.state.best_metric, self.state.best_step = value, self.state.step
+        return is_best
+
+    def save(self, is_best: bool) -> None:
+        """Write a checkpoint; the other processes wait until it is whole."""
+        if self.is_main:
+            self.state.tracker = self.tracker.state()
+            save_checkpoint(
+                self.folder,
+                model=self.net,
+                optimizer=self.trainer.optimizer,
+                scaler=self.accelerator.scaler,
+                state=self.state,
+                keep=self.cfg.GENERAL.keep_checkpoint,
+                is_best=is_best,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def report(self) -> None:
+        """The closing table."""
+        if self.is_main:
+            seconds = time.perf_counter() - self.started
+            console.print(closing_table(self.folder, self.cfg.AIM, seconds))
+
+    def close(self) -> None:
+        """Let the tracker finish and the processes part."""
+        self.tracker.close()
+        self.accelerator.end_training()
+
+    # ---- how the parts are made -------------------------------------------------------------------------------------
+
+    def _rank(self) -> tuple[int, int]:
+        return self.accelerator.process_index, self.accelerator.num_processes
+
+    def _claim_folder(self, config_name: str, checkpoint: Path | None) -> Path:
+        """A new run folder, or the one the checkpoint lies in; the main process locks it and logs into it."""
+        if checkpoint is not None and checkpoint.parent.name == "checkpoints":
+            folder = checkpoint.parent.parent
+        else:
+            folder = parts.make_run_folder(self.cfg, config_name, self.accelerator)
+        if self.is_main:
+            self._lock = lock_run_folder(folder)
+            add_log_file(folder / "log.txt")
+            logger.info(f"run folder: {folder}")
+        return folder
+
+    def _open_tracker(self, resumed: bool) -> Tracker:
+        if not self.is_main:
+            return Tracker.disabled()
+        return Tracker.open(
+            self.folder,
+            run_name=self.folder.name,
+            config=asdict(self.cfg),
+            server_url=self.cfg.AIM.server_url,
+            repo=self.cfg.AIM.repo,
+            experiment=self.cfg.AIM.experiment,
+            description=self.cfg.GENERAL.description,
+            resume=self.state.tracker if resumed else None,
+        )
