@@ -40,11 +40,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Damage:
-    """Something at `offset` that is no healthy archive; `name` where a member is known to be hurt."""
+    """`size` bytes at `offset` that are no healthy archive (0: unknown); `name` where a member is known to be hurt."""
 
     offset: int
     reason: str
     name: str = ""
+    size: int = 0
 
 
 def padded(size: int) -> int:
@@ -100,9 +101,12 @@ def _pax_fields(data: bytes) -> dict[str, str]:
     return fields
 
 
-def span_members(span: bytes) -> dict[str, memoryview]:
-    """The members of one sample by suffix, from its bytes in the archive (which a checksum has found unchanged)."""
-    view, members, at, long_name = memoryview(span), {}, 0, ""
+def span_members(span: bytes) -> tuple[str, dict[str, memoryview]]:
+    """(key, members by suffix) of one sample, from whole members as they lie in the archive. Raises TarError.
+
+    The headers' checksums are not looked at: the index has a checksum over names and data.
+    """
+    view, members, at, key, long_name = memoryview(span), {}, 0, "", ""
     while at + BLOCK <= len(span):
         name, size, flag = read_header(span[at : at + BLOCK], check=False)
         data = view[at + BLOCK : at + BLOCK + size]
@@ -115,8 +119,8 @@ def span_members(span: bytes) -> dict[str, memoryview]:
             parts = split_name(long_name or name)
             long_name = ""
             if parts:
-                members[parts[1]] = data
-    return members
+                key, members[parts[1]] = parts[0], data
+    return key, members
 
 
 class TarWalk:
@@ -135,15 +139,15 @@ class TarWalk:
             if block == _EMPTY:
                 if self._rest_is_empty():
                     return
-                yield Damage(header_at, "zeroed")
                 begin, override = self._resync(header_at + BLOCK), {}
+                yield Damage(header_at, "zeroed", size=begin - header_at)
                 continue
             try:
                 name, size, flag = read_header(block)
                 size = int(override.get("size", size)) if flag in _REGULAR else size
             except (TarError, ValueError):
-                yield Damage(header_at, "bad_header")
                 begin, override = self._resync(header_at + BLOCK), {}
+                yield Damage(header_at, "bad_header", size=begin - header_at)
                 continue
             name = override.get("path", name)
             if self.at + size > self.size:

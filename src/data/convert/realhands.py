@@ -1,0 +1,56 @@
+"""The small folder of real photographs (`shared/realhands`, see its README.md) -> native shards.
+
+157 hands of five sources: 2D only and 3D, both sides, no MANO. Units, joint order and frames are ours already. An image with
+two hands becomes two samples. The encoded bytes are copied.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.data.convert.native import ConvertSummary, HandRecord, Progress, write_shards
+
+
+def convert_realhands(root: Path, output: Path, progress: Progress | None = None) -> ConvertSummary:
+    """Convert every hand listed in `root/annotations.json`.
+
+    Raises:
+        ValueError: `root` is no such folder.
+    """
+    listing = root / "annotations.json"
+    if not listing.is_file():
+        raise ValueError(f"--input {root}: holds no annotations.json; give the folder `realhands`")
+    entries = json.loads(listing.read_text(encoding="utf-8"))
+    return write_shards(_records(root, entries, progress), output)
+
+
+def _records(root: Path, entries: list[dict[str, Any]], progress: Progress | None) -> Iterator[HandRecord]:
+    for done, entry in enumerate(entries, 1):
+        yield _record(root, entry)
+        if progress:
+            progress(done, len(entries))
+
+
+def _record(root: Path, entry: dict[str, Any]) -> HandRecord:
+    path, valid = Path(entry["image"]), np.asarray(entry["joint_valid"])
+    has_3d = entry["joint_cam"] is not None
+    return HandRecord(
+        key=f"{path.stem}_{entry['handedness']}",
+        image=(root / path).read_bytes(),
+        image_type=path.suffix[1:].lower(),
+        handedness=entry["handedness"],
+        data_source=entry["source"],
+        hand_bbox=entry["bbox"],
+        joint_img=entry["joint_img"],
+        joint_2d_valid=valid,
+        joint_cam=entry["joint_cam"],
+        joint_3d_valid=valid if has_3d else None,
+        focal=entry["focal"],
+        princpt=entry["princpt"],
+        extra={"image_path": entry["image"], "license": entry["license"], "synthetic": entry["synthetic"]},
+    )

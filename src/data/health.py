@@ -1,0 +1,77 @@
+"""The books of damage: how many frames were bad, for which reason, where; and when that is too much."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from src.data.dataset import BadFrame
+from src.data.index import ShardIndex
+
+_MAX_EXAMPLE = 20
+_MIN_READ = 1000  # fewer frames than this say little about a fraction
+
+
+class BadDataError(ValueError):
+    """More of the data is damaged than `DATA.max_bad_fraction` allows; the message holds a table."""
+
+
+class DataHealth:
+    """Counts by reason: `indexed` from the shards' indexes, `read` from reading; state is plain data for a checkpoint."""
+
+    def __init__(self, sources: Sequence[Sequence[ShardIndex]], max_bad_fraction: float) -> None:
+        self.max_bad_fraction = max_bad_fraction
+        self.num_frame, self.num_read = 0, 0
+        self.indexed: Counter[str] = Counter()
+        self.read: Counter[str] = Counter()
+        self.example: list[str] = []
+        for shard in (shard for source in sources for shard in source):
+            self.num_frame += shard.num_frame()
+            self.indexed.update(shard.bad_count)
+            room = _MAX_EXAMPLE - len(self.example)
+            self.example += [f"{bad.reason}: {bad.key} in {shard.shard}" for bad in shard.bad[: max(0, room)]]
+
+    def add(self, num_read: int, bad: Sequence[BadFrame]) -> None:
+        """Take in the rows of a batch. Raises BadDataError when it is too much."""
+        self.num_read += num_read
+        for frame in bad:
+            self.read[frame.reason] += 1
+            if len(self.example) < _MAX_EXAMPLE:
+                self.example.append(f"{frame.reason}: {frame.key} in {frame.shard}, at position {frame.position}")
+        if bad:
+            self.check()
+
+    def counts(self) -> dict[str, int]:
+        """Bad frames by reason, from indexes and from reading."""
+        return dict(sorted((self.indexed + self.read).items()))
+
+    def check(self) -> None:
+        """Raises BadDataError when the shards, or what was read of them, hold more bad frames than allowed."""
+        num_indexed, num_read = self.indexed.total(), self.read.total()
+        shards_bad = num_indexed > self.max_bad_fraction * (self.num_frame + num_indexed)
+        if shards_bad or num_read > self.max_bad_fraction * max(self.num_read, _MIN_READ):
+            raise BadDataError(
+                f"DATA.max_bad_fraction={self.max_bad_fraction}: {self.summary()}\n{self.table()}\n"
+                "Repair or leave out these shards, or allow more, e.g. DATA.max_bad_fraction=0.1"
+            )
+
+    def summary(self) -> str:
+        """One line: how much is bad, and why."""
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.counts().items()) or "nothing"
+        return (
+            f"bad in the shards: {self.indexed.total()} of {self.num_frame + self.indexed.total()} frames, "
+            f"while reading: {self.read.total()} of {self.num_read}; by reason: {reasons}"
+        )
+
+    def table(self) -> str:
+        """Reason, count and examples, for people."""
+        lines = [f"  {reason:<20} {count:>8}" for reason, count in self.counts().items()]
+        return "\n".join([*lines, *(f"    {example}" for example in self.example)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found while reading (the indexes are counted anew)."""
+        return {"num_read": self.num_read, "read": dict(self.read)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_read, self.read = int(state["num_read"]), Counter(state["read"])

@@ -1,0 +1,183 @@
+"""The index of one shard: where every frame lies, what its bytes sum to, and which samples are damaged.
+
+A shard is read once, in order. The index is one small file: a JSON header, then two arrays that are memory-mapped, so that
+twenty million frames cost address space and not memory. It remembers the shard's size and time and is made anew when they
+change. It is written to a temporary name and renamed: builders may race.
+
+    <shard>.index (beside the shards, or in index_dir)
+        8 bytes magic, uint32 header length, header (JSON), zeros up to a multiple of 64, SAMPLE rows, FRAME rows
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+VERSION = 1
+_MAGIC = b"HANDIDX\0"
+_ALIGN = 64
+MAX_NAMED = 200  # damaged samples that are listed by key; the counts are complete
+
+SAMPLE = np.dtype(
+    [
+        ("offset", "<u8"),  # of its first header in the shard
+        ("key_hash", "<u8"),
+        ("size", "<u4"),  # bytes in the archive, headers included
+        ("image_begin", "<u4"),  # the members with images lie in [image_begin, image_end) behind `offset`
+        ("image_end", "<u4"),
+        ("note_crc", "<u4"),  # crc32 of everything else in the sample
+    ]
+)
+FRAME = np.dtype(
+    [
+        ("sample", "<u4"),  # row in the sample table
+        ("frame", "<u4"),  # number within the clip
+        ("begin", "<u4"),  # of the encoded image, behind the sample's offset
+        ("size", "<u4"),
+        ("crc", "<u4"),  # crc32 of the encoded image
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """`num_frame` frames of the sample `key` cannot be used."""
+
+    key: str
+    reason: str
+    num_frame: int = 1
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The rows of an index; every frame in them is healthy."""
+
+    sample: np.ndarray  # [num_sample] SAMPLE
+    frame: np.ndarray  # [num_frame] FRAME
+
+    def rows(self, stride: int) -> np.ndarray | None:
+        """Rows of the frame table that are every stride-th of their clip; None for all of them."""
+        return None if stride == 1 else np.flatnonzero(self.frame["frame"] % stride == 0).astype(np.uint32)
+
+
+@dataclass
+class ShardIndex:
+    """What is known about one shard: the header; the rows are mapped on demand, since every map holds a file open."""
+
+    shard: Path
+    shard_size: int
+    shard_mtime_ns: int
+    num_sample: int
+    frame_number_count: list[int]  # how many healthy frames have number 0, 1, 2, ... in their clip
+    bad_count: dict[str, int]  # reason -> frames
+    bad: list[Bad]  # the first of them by key
+    stored: tuple[Path, int] | None = None  # the file with the rows, and where they begin
+    in_memory: Tables | None = field(default=None, repr=False)  # the rows themselves, when they could not be stored
+
+    def num_frame(self, stride: int = 1) -> int:
+        """Healthy frames, or those of them that are every stride-th of their clip."""
+        return sum(self.frame_number_count[::stride])
+
+    def tables(self) -> Tables:
+        """The rows. Each call maps the file anew: keep the result as long as it is needed, no longer."""
+        if self.in_memory is not None:
+            return self.in_memory
+        assert self.stored is not None
+        path, start = self.stored
+        middle = start + self.num_sample * SAMPLE.itemsize
+        end = middle + self.num_frame() * FRAME.itemsize
+        if end == start:
+            return Tables(np.empty(0, SAMPLE), np.empty(0, FRAME))
+        data = np.memmap(path, np.uint8, "r", shape=(end,)).view(np.ndarray)
+        return Tables(data[start:middle].view(SAMPLE), data[middle:end].view(FRAME))
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a sample's key."""
+    return int.from_bytes(blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def index_path(shard: Path, index_dir: str | Path | None = None) -> Path:
+    """Where the index of `shard` is kept: beside it, or in `index_dir` under a name that no other shard has."""
+    shard = Path(shard).absolute()
+    if index_dir is None:
+        return shard.with_name(shard.name + ".index")
+    digest = blake2b(os.fsencode(shard), digest_size=8).hexdigest()
+    return Path(index_dir).expanduser() / f"{shard.stem}-{digest}.index"
+
+
+def cache_dir() -> Path:
+    """Where indexes go when the shards' own folder cannot be written."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "handpose" / "index"
+
+
+def save_index(index: ShardIndex, path: Path) -> ShardIndex:
+    """Write an index so that a reader sees the old file or the new one, never half of it; returns it as stored.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    tables = index.tables()
+    header = {
+        "version": VERSION,
+        "shard_size": index.shard_size,
+        "shard_mtime_ns": index.shard_mtime_ns,
+        "num_sample": index.num_sample,
+        "frame_number_count": index.frame_number_count,
+        "bad_count": index.bad_count,
+        "bad": [asdict(bad) for bad in index.bad],
+    }
+    text = json.dumps(header).encode()
+    start = -(-(len(_MAGIC) + 4 + len(text)) // _ALIGN) * _ALIGN
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write((_MAGIC + struct.pack("<I", len(text)) + text).ljust(start, b"\0"))
+            file.write(tables.sample.tobytes())
+            file.write(tables.frame.tobytes())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return replace(index, stored=(path, start), in_memory=None)
+
+
+def load_index(shard: Path, path: Path) -> ShardIndex | None:
+    """The stored index of `shard`; None if there is none, it is damaged, or the shard has changed since."""
+    try:
+        stat = shard.stat()
+        with path.open("rb") as file:
+            head = file.read(len(_MAGIC) + 4)
+            if len(head) < len(_MAGIC) + 4 or not head.startswith(_MAGIC):
+                return None
+            (length,) = struct.unpack_from("<I", head, len(_MAGIC))
+            header = json.loads(file.read(length))
+            file_size = os.fstat(file.fileno()).st_size
+    except (OSError, ValueError):
+        return None
+    if header.get("version") != VERSION:
+        return None
+    if (header["shard_size"], header["shard_mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
+        return None
+    start = -(-(len(_MAGIC) + 4 + length) // _ALIGN) * _ALIGN
+    if file_size != start + header["num_sample"] * SAMPLE.itemsize + sum(header["frame_number_count"]) * FRAME.itemsize:
+        return None
+    return ShardIndex(
+        shard=shard,
+        shard_size=stat.st_size,
+        shard_mtime_ns=stat.st_mtime_ns,
+        num_sample=header["num_sample"],
+        frame_number_count=header["frame_number_count"],
+        bad_count=header["bad_count"],
+        bad=[Bad(**bad) for bad in header["bad"]],
+        stored=(path, start),
+    )

@@ -1,0 +1,234 @@
+"""Batches in the order of the plan: any number of workers and ranks, resumable at any batch.
+
+Micro-batch k of rank r of W holds positions [(k W + r) B, (k W + r + 1) B), so the global micro-batch is the same stretch of
+the order for 1 x 8, 2 x 4 and 4 x 2 samples, and a run resumes by its count of micro-batches alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from src.batch import Batch
+from src.config import Config, named_sources
+from src.data.dataset import BadFrame, Fetched, HandDataset
+from src.data.health import DataHealth
+from src.data.index import ShardIndex
+from src.data.index_build import open_indexes
+from src.data.plan import MixedPlan, SourcePlan, validation_plan
+from src.data.source import resolve_source
+
+Progress = Callable[[int, int], None]
+
+
+def collate(fetched: Fetched) -> tuple[Batch, list[BadFrame]]:
+    """Stack the rows of a batch into tensors; what was bad travels beside them."""
+    rows = fetched.rows
+
+    def stack(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
+
+    def flag(name: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype)
+
+    batch = Batch(
+        key=[row.key for row in rows],
+        source=[row.source for row in rows],
+        position=flag("position", torch.int64),
+        is_right=flag("is_right", torch.bool),
+        patch=stack("patch"),
+        patch_focal=stack("patch_focal"),
+        patch_princpt=stack("patch_princpt"),
+        cam_rot=stack("cam_rot"),
+        image_to_patch=stack("image_to_patch"),
+        joint_patch=stack("joint_patch"),
+        joint_2d_valid=stack("joint_2d_valid"),
+        joint_cam=stack("joint_cam"),
+        joint_3d_valid=stack("joint_3d_valid"),
+        mano_pose=stack("mano_pose"),
+        mano_shape=stack("mano_shape"),
+        has_mano=flag("has_mano", torch.float32),
+        flat_hand_mean=flag("flat_hand_mean", torch.bool),
+        has_intr=flag("has_intr", torch.float32),
+    )
+    return batch, fetched.bad
+
+
+class TrainBatchSampler:
+    """Positions of this rank's micro-batches, from number `batches_done` up to `num_batch` (None: endless)."""
+
+    def __init__(self, batch_size: int, batches_done: int, num_batch: int | None, rank: int, world_size: int) -> None:
+        assert 0 <= rank < world_size
+        self.batch_size, self.batches_done, self.num_batch = batch_size, batches_done, num_batch
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch = self.batches_done
+        while self.num_batch is None or batch < self.num_batch:
+            begin = (batch * self.world_size + self.rank) * self.batch_size
+            yield list(range(begin, begin + self.batch_size))
+            batch += 1
+
+    def __len__(self) -> int:
+        if self.num_batch is None:
+            raise TypeError("an endless order has no length")
+        return max(0, self.num_batch - self.batches_done)
+
+
+class ValBatchSampler:
+    """Every frame exactly once across ranks; all ranks have equally many batches of equal size, filled up with -1."""
+
+    def __init__(self, num_frame: int, batch_size: int, rank: int, world_size: int) -> None:
+        assert 0 <= rank < world_size
+        self.num_frame, self.batch_size, self.rank, self.world_size = num_frame, batch_size, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(len(self)):
+            begin = (batch * self.world_size + self.rank) * self.batch_size
+            yield [p if p < self.num_frame else -1 for p in range(begin, begin + self.batch_size)]
+
+    def __len__(self) -> int:
+        return -(-self.num_frame // (self.batch_size * self.world_size))
+
+
+class HandLoader:
+    """Iterates over Batches and keeps the books of damage in `health`; stops the run when there is too much of it."""
+
+    def __init__(self, loader: DataLoader, health: DataHealth) -> None:
+        self.loader, self.health = loader, health
+
+    @property
+    def dataset(self) -> HandDataset:
+        return self.loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields Batch. Raises BadDataError when more than `DATA.max_bad_fraction` of the frames read were bad."""
+        for batch, bad in self.loader:
+            self.health.add(len(batch), bad)
+            yield batch
+
+
+def _init_worker(_: int) -> None:
+    cv2.setNumThreads(0)  # a pool of threads in every worker would fight for the cores, and may hang after a fork
+
+
+def _data_loader(dataset: HandDataset, sampler: Any, cfg: Config, pin_memory: bool, persistent: bool) -> DataLoader:
+    """A DataLoader over batches of positions.
+
+    Workers are forked where the system can: they start in milliseconds and share the plan. They touch neither CUDA nor
+    torch's threads, and OpenCV's are switched off in them.
+    """
+    num_worker = cfg.GENERAL.num_worker
+    many: dict[str, Any] = {}
+    if num_worker > 0:
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        many = {
+            "prefetch_factor": cfg.GENERAL.prefetch_factor,
+            "persistent_workers": persistent,
+            "multiprocessing_context": method,
+            "worker_init_fn": _init_worker,
+        }
+    return DataLoader(
+        dataset, batch_sampler=sampler, num_workers=num_worker, collate_fn=collate, pin_memory=pin_memory, **many
+    )
+
+
+def _open_sources(cfg: Config, source: Any, key: str, progress: Progress | None) -> list[list[ShardIndex]]:
+    """The indexes of every named source. Raises ValueError for one that holds no usable frame."""
+    sources = []
+    for named in named_sources(source):
+        shards = resolve_source(cfg.DATA.root, named.patterns, key)
+        sources.append(open_indexes(shards, cfg.DATA.index_dir, max(1, cfg.GENERAL.num_worker), progress))
+        if not sum(shard.num_frame(cfg.DATA.stride) for shard in sources[-1]):
+            raise ValueError(
+                f"{key}={list(named.patterns)}: no frame in its {len(shards)} shards can be used; "
+                f"{DataHealth(sources[-1:], cfg.DATA.max_bad_fraction).summary()}"
+            )
+    return sources
+
+
+def build_train_loader(
+    cfg: Config,
+    hand_model: str,
+    *,
+    batches_done: int = 0,
+    num_batch: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    progress: Progress | None = None,
+) -> HandLoader:
+    """Batches of training.
+
+    Args:
+        cfg: the whole configuration (GENERAL, TRAIN, DATA, MODEL are read).
+        hand_model: name of the run's hand model; parameters of another one are no target.
+        batches_done: micro-batches that this run has consumed already on each rank (optimizer steps x grad_accum_step).
+        num_batch: micro-batches of the whole run on each rank; None: endless.
+        rank, world_size: of this process; the order is the same as long as sample_per_device x world_size is.
+        progress: told about shards that have to be indexed first.
+
+    Raises:
+        ValueError: a source that matches no shard or holds no usable frame.
+        BadDataError: more damage than `DATA.max_bad_fraction` in the shards.
+    """
+    sources = _open_sources(cfg, cfg.DATA.train.source, "DATA.train.source", progress)
+    seed, stride = cfg.GENERAL.seed, cfg.DATA.stride
+    health = DataHealth(sources, cfg.DATA.max_bad_fraction)
+    health.check()
+    plan = MixedPlan(
+        [SourcePlan(shards, stride, seed, tag) for tag, shards in enumerate(sources)],
+        [named.weight for named in named_sources(cfg.DATA.train.source)],
+        seed,
+    )
+    dataset = _dataset(cfg, sources, plan, hand_model, augment=cfg.TRAIN)
+    sampler = TrainBatchSampler(cfg.TRAIN.sample_per_device, batches_done, num_batch, rank, world_size)
+    return HandLoader(_data_loader(dataset, sampler, cfg, pin_memory, persistent=False), health)
+
+
+def build_val_loader(
+    cfg: Config,
+    hand_model: str,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    progress: Progress | None = None,
+) -> HandLoader:
+    """Batches of validation: the frames fixed by `GENERAL.val_seed`, unaugmented, in one order, each once across ranks.
+
+    Rows with position -1 fill up the last batches (and stand for frames that cannot be read). Arguments and errors as in
+    `build_train_loader`. May be iterated again and again.
+    """
+    sources = _open_sources(cfg, cfg.DATA.val.source, "DATA.val.source", progress)
+    shards = [shard for source in sources for shard in source]
+    health = DataHealth([shards], cfg.DATA.max_bad_fraction)
+    health.check()
+    plan = validation_plan(shards, cfg.DATA.stride, cfg.GENERAL.val_seed, cfg.DATA.val.max_sample)
+    dataset = _dataset(cfg, [shards], plan, hand_model, augment=None)
+    sampler = ValBatchSampler(plan.num_frame, cfg.TRAIN.sample_per_device, rank, world_size)
+    return HandLoader(_data_loader(dataset, sampler, cfg, pin_memory, persistent=cfg.GENERAL.num_worker > 0), health)
+
+
+def _dataset(
+    cfg: Config, sources: Sequence[Sequence[ShardIndex]], plan: Any, hand_model: str, augment: Any
+) -> HandDataset:
+    return HandDataset(
+        sources,
+        plan,
+        stride=cfg.DATA.stride,
+        hand_model=hand_model,
+        img_size=cfg.MODEL.img_size,
+        expansion_ratio=cfg.TRAIN.expansion_ratio,
+        augment=augment,
+        seed=cfg.GENERAL.seed,
+    )
