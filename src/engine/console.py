@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -55,6 +55,14 @@ def progress_bar() -> Iterator[Progress]:
     )
     with Progress(*columns, console=console, disable=not (is_main_process() and console.is_terminal)) as progress:
         yield progress
+
+
+@contextmanager
+def task_bar(progress: Progress, description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that reports `(done, total)`; it shows up with the first report and leaves at the end."""
+    task = progress.add_task(description, total=None, visible=False)
+    yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
+    progress.remove_task(task)
 
 
 def track(progress: Progress, items: Iterable[T], total: int, description: str) -> Iterator[T]:

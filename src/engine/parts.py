@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
+from rich.progress import Progress
+from torch import nn
 
 from src.config import Config
 from src.data.demo import make_demo_shards
+from src.engine.console import task_bar
 from src.engine.run_folder import create_run_folder, write_text_atomic
 from src.hand.mano import load_hand_arrays
 from src.hand.skeleton import HandArrays
 from src.hand.standin import build_standin_hand
+from src.model.net import PoseNet
 
 
 def build_accelerator(cfg: Config) -> Accelerator:
@@ -46,3 +51,32 @@ def make_run_folder(cfg: Config, config_name: str, accelerator: Accelerator) -> 
         write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
         answer = [str(folder)]
     return Path(broadcast_object_list(answer)[0])
+
+
+def make_demo_data(cfg: Config, progress: Progress) -> None:
+    """Render the demo's shards where the configuration asks for them and they are not there yet."""
+    demo = cfg.DATA.demo
+    if demo is None:
+        return
+    num_sample = {"train": demo.train_sample, "val": demo.val_sample}
+    with task_bar(progress, "rendering demo hands") as advance:
+        make_demo_shards(
+            Path(cfg.DATA.root),
+            num_sample,
+            seed=demo.seed,
+            img_size=demo.img_size,
+            num_process=os.cpu_count() or 1,
+            progress=advance,
+        )
+
+
+def describe_network(net: PoseNet, accelerator: Accelerator) -> str:
+    """One line on what is trained, where and how."""
+
+    def millions(module: nn.Module) -> str:
+        return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+
+    return (
+        f"network: backbone {millions(net.backbone)}, decoder {millions(net.decoder)} parameters; "
+        f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
+    )

@@ -16,10 +16,11 @@ from rich.progress import Progress
 
 from src.batch import Batch
 from src.config import Config
-from src.data.loader import build_train_loader, build_val_loader
+from src.data.loader import HandLoader, build_train_loader, build_val_loader
+from src.data.mean_hand import mean_hand
 from src.engine import parts
 from src.engine.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from src.engine.console import add_log_file, console, logger, track
+from src.engine.console import add_log_file, console, logger, task_bar, track
 from src.engine.evaluate import evaluate, key_metric
 from src.engine.report import closing_table
 from src.engine.run_folder import lock_run_folder
@@ -49,9 +50,8 @@ class Run:
             self.state = load_checkpoint(checkpoint, model=self.net, optimizer=optimizer).state
         self.trainer = Trainer(cfg, self.accelerator, *self.accelerator.prepare(self.net, optimizer))
 
-        self.train_loader = build_train_loader(cfg, self.state.data_position, *self._rank())
-        self.val_loader = build_val_loader(cfg, *self._rank())
-        self.mean_hand = parts.mean_hand(cfg)
+        self.train_loader, self.val_loader = self._build_loaders(hand.name)
+        self.mean_hand = mean_hand(self.train_loader.dataset)
         self.folder = self._claim_folder(config_name, checkpoint)
         self.tracker = self._open_tracker(resumed=checkpoint is not None)
         self.started = time.perf_counter()
@@ -141,8 +141,15 @@ class Run:
 
     # ---- how the parts are made -------------------------------------------------------------------------------------
 
-    def _rank(self) -> tuple[int, int]:
-        return self.accelerator.process_index, self.accelerator.num_processes
+    def _build_loaders(self, hand_model: str) -> tuple[HandLoader, HandLoader]:
+        """Training from where the state stands, and validation. The main process indexes new shards first."""
+        where = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
+        how = {"pin_memory": self.accelerator.device.type == "cuda"}
+        with self.accelerator.main_process_first(), task_bar(self.progress, "indexing shards") as advance:
+            train = build_train_loader(
+                self.cfg, hand_model, start_position=self.state.data_position, progress=advance, **where, **how
+            )
+            return train, build_val_loader(self.cfg, hand_model, progress=advance, **where, **how)
 
     def _claim_folder(self, config_name: str, checkpoint: Path | None) -> Path:
         """A new run folder, or the one the checkpoint lies in; the main process locks it and logs into it."""

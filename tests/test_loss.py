@@ -1,0 +1,121 @@
+"""Losses are masked per kind, are sums over counts, and reach the pose; nothing of the target reaches a prediction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from src.batch import Batch, Prediction
+from src.geometry.camera import project
+from src.hand.mano import ManoLayer
+from src.hand.standin import build_standin_hand
+from src.loss import LOSS_TERMS, loss_counts, loss_sums, mean_terms
+from tests.helpers import random_batch
+
+HAND = ManoLayer(build_standin_hand())
+THETA, SHAPE, TRANS, REL, IMG = range(5)
+
+
+def predict(batch: Batch, pose: torch.Tensor, shape: torch.Tensor, root: torch.Tensor) -> Prediction:
+    rotmat = HAND.pose_to_rotmat(pose, True)
+    vert, joint = HAND(rotmat, shape)
+    joint_cam = joint + root[:, None]
+    joint_patch = project(joint_cam, batch.patch_focal, batch.patch_princpt)
+    return Prediction(rotmat, pose, shape, root, joint_cam, vert + root[:, None], joint_patch)
+
+
+def consistent_batch(num: int = 4) -> tuple[Batch, Prediction]:
+    """A batch whose labels all come from one hand, and the prediction that meets every one of them."""
+    batch = random_batch(num, 56)
+    truth = predict(batch, batch.mano_pose, batch.mano_shape, torch.tensor([[10.0, -20.0, 500.0]]).repeat(num, 1))
+    return replace(batch, joint_cam=truth.joint_cam, joint_patch=truth.joint_patch), truth
+
+
+def mean_losses(prediction: Prediction, batch: Batch) -> torch.Tensor:
+    return mean_terms(loss_sums(prediction, batch, HAND).sum(0), loss_counts(batch).sum(0))
+
+
+def test_perfect_prediction_costs_nothing() -> None:
+    batch, truth = consistent_batch()
+    assert torch.allclose(mean_losses(truth, batch), torch.zeros(5), atol=1e-3)
+    assert loss_counts(batch).tolist() == [[1, 1, 1, 21, 21]] * 4
+
+
+def test_values_by_hand() -> None:
+    batch, truth = consistent_batch()
+    moved = predict(batch, batch.mano_pose, batch.mano_shape + 0.5, truth.root_cam + torch.tensor([3.0, 0.0, 6.0]))
+    loss = mean_losses(moved, batch)
+    assert loss[THETA] == pytest.approx(0.0, abs=1e-6)
+    assert loss[SHAPE] == pytest.approx(0.5, rel=1e-5)
+    assert loss[TRANS] == pytest.approx(3.0, rel=1e-5), "mean over the axes of 3, 0 and 6 mm"
+    assert loss[REL] > 0.1
+    assert loss[IMG] > 0.1
+
+
+def test_flat_hand_mean_is_honoured() -> None:
+    """The same hand, written once with and once without the model's mean pose, is the same target."""
+    batch, truth = consistent_batch()
+    mean = torch.cat((torch.zeros(3), HAND.mean_pose))
+    other = replace(batch, mano_pose=batch.mano_pose - mean, flat_hand_mean=torch.zeros(4, dtype=torch.bool))
+    assert loss_sums(truth, other, HAND)[:, THETA] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "terms"),
+    [
+        ("has_mano", {THETA, SHAPE}),
+        ("has_intr", {TRANS}),
+        ("joint_2d_valid", {IMG}),
+        ("joint_3d_valid", {TRANS, REL}),
+    ],
+)
+def test_each_kind_has_its_own_mask(field: str, terms: set[int]) -> None:
+    """Samples without a label change neither the other terms nor, being absent, the mean of their own."""
+    batch, truth = consistent_batch()
+    guess = predict(batch, 0.5 * batch.mano_pose, batch.mano_shape + 1, truth.root_cam + 20)
+    everything = loss_sums(guess, batch, HAND)
+    flag = getattr(batch, field).clone()
+    flag[2:] = 0.0
+    masked = replace(batch, **{field: flag})
+    sums, counts = loss_sums(guess, masked, HAND), loss_counts(masked)
+    for term in range(5):
+        gone = term in terms
+        assert (sums[2:, term] == 0).all() == gone, LOSS_TERMS[term]
+        assert (counts[2:, term] == 0).all() == gone, LOSS_TERMS[term]
+        assert torch.equal(sums[:2, term], everything[:2, term])
+        expected = everything[:2] if gone else everything
+        expected_count = loss_counts(batch)[: len(expected)]
+        mean = mean_terms(sums.sum(0), counts.sum(0))[term]
+        assert torch.isclose(mean, (expected.sum(0) / expected_count.sum(0))[term])
+
+
+def test_no_valid_item_is_zero_and_finite() -> None:
+    batch, truth = consistent_batch()
+    nothing = {
+        f: torch.zeros_like(getattr(batch, f)) for f in ("has_mano", "has_intr", "joint_2d_valid", "joint_3d_valid")
+    }
+    assert mean_losses(truth, replace(batch, **nothing)).tolist() == [0.0] * 5
+    assert loss_counts(replace(batch, position=torch.full((4,), -1))).sum() == 0, "padding counts for nothing"
+
+
+@pytest.mark.parametrize("term", [THETA, REL, IMG])
+def test_gradient_reaches_the_pose(term: int) -> None:
+    batch, truth = consistent_batch()
+    pose = (0.5 * batch.mano_pose).requires_grad_()
+    guess = predict(batch, pose, batch.mano_shape, truth.root_cam)
+    loss_sums(guess, batch, HAND).sum(0)[term].backward()
+    assert torch.isfinite(pose.grad).all()
+    moving = pose.grad.view(4, 16, 3).abs().sum((0, 2)) > 0
+    assert moving.all(), f"{LOSS_TERMS[term]} leaves some joint of the pose without a gradient"
+
+
+def test_split_batches_add_up() -> None:
+    batch, truth = consistent_batch()
+    guess = predict(batch, 0.5 * batch.mano_pose, batch.mano_shape, truth.root_cam)
+    assert loss_sums(guess, batch, HAND).shape == (4, 5)
+    assert torch.allclose(
+        loss_sums(guess, batch, HAND)[:2].sum(0) + loss_sums(guess, batch, HAND)[2:].sum(0),
+        loss_sums(guess, batch, HAND).sum(0),
+    )

@@ -1,0 +1,141 @@
+"""PoseNet: shapes, cameras, gradients, weights from a Hugging Face folder; no target reaches a prediction."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Dinov2Config, Dinov2Model
+
+from src.batch import Batch
+from src.geometry.camera import project
+from src.hand.standin import build_standin_hand
+from src.loss import loss_sums
+from src.model.decoder import camera_features
+from src.model.net import PoseNet
+from tests.helpers import compose_config, random_batch, small_config
+
+READ_FIELDS = {"patch", "patch_focal", "patch_princpt"}
+
+
+@pytest.fixture(scope="module")
+def net() -> PoseNet:
+    torch.manual_seed(0)
+    return PoseNet(small_config().MODEL, build_standin_hand()).eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    return random_batch(3, 56)
+
+
+def test_shapes_and_consistency(net: PoseNet, batch: Batch) -> None:
+    out = net(batch)
+    num_vertex = net.hand.num_vertex
+    shapes = {f.name: tuple(getattr(out, f.name).shape) for f in fields(out) if f.name != "extra"}
+    assert shapes == {
+        "mano_rotmat": (3, 16, 3, 3),
+        "mano_pose": (3, 48),
+        "mano_shape": (3, 10),
+        "root_cam": (3, 3),
+        "joint_cam": (3, 21, 3),
+        "vert_cam": (3, num_vertex, 3),
+        "joint_patch": (3, 21, 2),
+    }
+    assert torch.allclose(net.hand.pose_to_rotmat(out.mano_pose, True), out.mano_rotmat, atol=1e-4)
+    assert torch.allclose(out.joint_cam[:, 0], out.root_cam, atol=1e-3)
+    assert torch.allclose(project(out.joint_cam, batch.patch_focal, batch.patch_princpt), out.joint_patch, atol=1e-3)
+
+
+def test_starts_in_the_middle_of_the_patch(net: PoseNet, batch: Batch) -> None:
+    """Before training the wrist lies near the patch's centre, at a hand's usual distance for that zoom."""
+    out = net(batch)
+    assert (out.joint_patch[:, 0] - 27.5).abs().max() < 6
+    assert torch.allclose(out.root_cam[:, 2], torch.tensor(2.0 * 300.0), rtol=0.15)
+
+
+def test_nothing_of_the_target_reaches_a_prediction(net: PoseNet, batch: Batch) -> None:
+    noise = {
+        f.name: torch.rand_like(value.float()).to(value.dtype)
+        for f in fields(batch)
+        if hasattr(value := getattr(batch, f.name), "dtype") and f.name not in READ_FIELDS
+    }
+    first, second = net(batch), net(replace(batch, **noise))
+    for f in fields(first):
+        if f.name != "extra":
+            assert torch.equal(getattr(first, f.name), getattr(second, f.name)), f.name
+
+
+def test_knows_the_camera(net: PoseNet, batch: Batch) -> None:
+    """Another focal length or another place in the camera's view is another answer for the same pixels."""
+    base = net(batch)
+    for field, change in (("patch_focal", 1.5), ("patch_princpt", 4.0)):
+        other = net(replace(batch, **{field: getattr(batch, field) * change}))
+        assert not torch.allclose(other.mano_rotmat, base.mano_rotmat, atol=1e-7), field
+        assert not torch.allclose(other.root_cam, base.root_cam), field
+
+
+def test_camera_features_are_rays_in_token_order() -> None:
+    focal, princpt = torch.tensor([[100.0, 200.0]]), torch.tensor([[10.0, 20.0]])
+    feature = camera_features(focal, princpt, grid_size=4, patch_size=14)
+    assert feature.shape == (1, 16, 3)
+    column, row = 3, 1  # token 1 * 4 + 3; its centre lies at 14 * index + 6.5 px
+    assert feature[0, row * 4 + column, :2].tolist() == pytest.approx([(48.5 - 10) / 100, (20.5 - 20) / 200])
+
+
+def test_every_parameter_learns(batch: Batch) -> None:
+    """Every parameter that asks for a gradient gets one, or DDP would wait for it for ever."""
+    net = PoseNet(small_config().MODEL, build_standin_hand()).train()
+    loss_sums(net(batch), batch, net.hand).sum().backward()
+    without = [n for n, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert without == []
+
+
+def test_parameter_groups() -> None:
+    net = PoseNet(small_config().MODEL, build_standin_hand())
+    groups = net.parameter_groups(1e-4, 1e-5, 0.01)
+    assert sorted((g["lr"], g["weight_decay"]) for g in groups) == [(1e-5, 0), (1e-5, 0.01), (1e-4, 0), (1e-4, 0.01)]
+    count = sum(p.numel() for g in groups for p in g["params"])
+    assert count == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert {g["lr"] for g in net.parameter_groups(1e-4, None, 0.01)} == {1e-4}
+    assert not any(p.requires_grad for p in net.backbone.parameters()), "null freezes the backbone"
+
+
+def test_hugging_face_folder(tmp_path: Path, batch: Batch) -> None:
+    """Weights saved by transformers at another resolution give the tokens that transformers gives, dropout and all."""
+    torch.manual_seed(1)
+    shape = Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        patch_size=14,
+        image_size=98,
+        hidden_dropout_prob=0.3,
+    )
+    reference = Dinov2Model(shape).eval()
+    reference.save_pretrained(tmp_path / "dinov2")
+    overrides = ("MODEL.backbone.random_init=false", f"MODEL.backbone.backbone_str={tmp_path}/dinov2")
+    net = PoseNet(small_config(*overrides).MODEL, build_standin_hand()).train()
+    image = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        expected = reference(pixel_values=image).last_hidden_state[:, 1:]
+        assert torch.allclose(net.backbone(image), expected, atol=1e-5), "also in training: its own dropout is gone"
+
+
+def test_wrong_patch_size_is_named() -> None:
+    cfg = compose_config("stage1-demo", "MODEL.img_size=85")
+    with pytest.raises(ValueError, match=r"MODEL\.img_size=85.*14"):
+        PoseNet(cfg.MODEL, build_standin_hand())
+
+
+def test_autocast_keeps_the_hand_in_float32(net: PoseNet, batch: Batch) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = net(batch)
+    assert {getattr(out, f.name).dtype for f in fields(out) if f.name != "extra"} == {torch.float32}
+
+
+def test_state_dict_holds_no_hand(net: PoseNet) -> None:
+    """MANO's arrays may not be passed on: a checkpoint must not hold them."""
+    assert not [name for name in net.state_dict() if name.startswith("hand.")]
