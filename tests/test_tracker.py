@@ -26,6 +26,10 @@ import aim
 from aim.storage.context import Context
 repo = aim.Repo.from_path(sys.argv[1])
 found = []
+if sys.argv[2] == "index":
+    from aim.sdk.index_manager import RepoIndexManager
+    for run_hash in repo.list_all_runs():
+        RepoIndexManager.get_index_manager(repo).index(run_hash)
 for run in repo.iter_runs():
     points = {}
     for metric in run.metrics():
@@ -43,9 +47,10 @@ print(json.dumps(dict(runs=found, queried=queried)))
 """
 
 
-def in_aim(repo: Path) -> dict:
-    """What a fresh process finds in an AIM repository."""
-    out = subprocess.run([sys.executable, "-c", QUERY, str(repo)], capture_output=True, text=True, check=True).stdout
+def in_aim(repo: Path, index: bool = False) -> dict:
+    """What a fresh process finds in an AIM repository; `index` does first what an open `aim up` does for a server's."""
+    command = [sys.executable, "-c", QUERY, str(repo), "index" if index else ""]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
@@ -80,7 +85,7 @@ def said(caplog, monkeypatch):
     """Log records of the tracker, whatever another test did to the logger above it."""
     log = logging.getLogger("stage1.tracker")
     monkeypatch.setattr(log, "handlers", [caplog.handler])
-    monkeypatch.setattr(log, "level", logging.INFO)
+    caplog.set_level(logging.INFO, log.name)
     monkeypatch.setattr(log, "propagate", False)
     return caplog
 
@@ -319,5 +324,5 @@ def test_server_killed_midway_and_brought_back(tmp_path: Path, said) -> None:
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-    (in_run,) = in_aim(repo)["runs"]
+    (in_run,) = in_aim(repo, index=True)["runs"]
     assert in_run["points"] == journalled(run)
