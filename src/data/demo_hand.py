@@ -128,7 +128,7 @@ def draw_hands(rngs: list[np.random.Generator], img_size: int) -> HandDraw:
     shape = np.clip(normal[:, 62:72], -2.5, 2.5).astype(np.float32)
     pose, vert, joint = _fk(rotmat, shape)
 
-    fov = np.radians(25.0 * (90.0 / 25.0) ** uniform[:, 10])
+    fov = np.radians(25.0 * (90.0 / 25.0) ** (uniform[:, 10] ** 1.4))
     focal = (0.5 * img_size / np.tan(0.5 * fov))[:, None] * (1.0 + 0.01 * np.clip(normal[:, 72:74], -2, 2))
     princpt = 0.5 * (img_size - 1) + 0.03 * img_size * np.clip(normal[:, 74:76], -2, 2)
     focal, princpt = focal.astype(np.float32), princpt.astype(np.float32)
@@ -142,7 +142,7 @@ def _place(vert: np.ndarray, focal: np.ndarray, princpt: np.ndarray, size: int, 
     """Wrist positions [N, 1, 3] mm that put the hands at a random place and size in the image. uniform [N, 4]."""
     low, high = vert.min(1), vert.max(1)
     centre, extent = 0.5 * (low + high), (high - low)[:, :2].max(1)
-    share = 0.34 + 0.46 * uniform[:, 0]  # wanted share of the image's side
+    share = 0.38 + 0.44 * uniform[:, 0]  # wanted share of the image's side
     depth = np.clip(focal[:, 0] * extent / (share * size), *DEPTH_MM)
     nearest = focal[:, 0] * extent / (0.85 * size)  # nearer, it would not fit
     depth = np.maximum(depth, nearest) + 0.25 * (high - low)[:, 2]
