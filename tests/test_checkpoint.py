@@ -186,7 +186,7 @@ for step in itertools.count(1):
 
 def test_sigkill_while_saving_leaves_a_loadable_one(tmp_path: Path) -> None:
     generator = random.Random(0)
-    for _ in range(3):
+    for _ in range(2):
         process = run_python(SAVE_FOR_EVER, tmp_path)
         done = [int(process.stdout.readline()) for _ in range(4)]
         time.sleep(generator.random() * 0.02)

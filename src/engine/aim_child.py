@@ -10,7 +10,6 @@ Points are keyed by step in AIM, so that what is sent twice is stored once.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import logging
 import os
@@ -24,9 +23,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from src.engine.run_folder import write_text_atomic
+from src.engine.run_folder import try_lock, write_text_atomic
 from src.engine.tracker import CHILD_STATE, HEADER, IMAGES, JOURNALS, METRICS, read_rows
 
 FALLBACK = "aim"  # folder of the local repository inside the run folder
@@ -168,7 +167,7 @@ class Feeder(threading.Thread):
     def _repo_lock(self) -> Iterator[None]:
         Path(self.target).mkdir(parents=True, exist_ok=True)
         with open(Path(self.target) / ".aim_create.lock", "a") as file:
-            while not _try_lock(file):
+            while not try_lock(file):
                 self.beat = time.monotonic()  # waiting for another run is no stall
                 time.sleep(0.05)
             yield
@@ -256,22 +255,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks: nothing to wait for
-    return True
-
-
 @contextmanager
 def _only_child(run_folder: Path, patience: float) -> Iterator[bool]:
     """Hold the run folder's AIM lock; False when another child still has it after `patience` seconds."""
     deadline = time.monotonic() + patience
     with open(run_folder / ".aim_child.lock", "a") as file:
-        while not (held := _try_lock(file)) and time.monotonic() < deadline:
+        while not (held := try_lock(file)) and time.monotonic() < deadline:
             time.sleep(0.1)
         yield held
 

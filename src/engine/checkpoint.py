@@ -3,19 +3,16 @@
     <run folder>/checkpoints/checkpoint-<step>/   model.safetensors  optimizer.pt  rng.pt  state.json  manifest.json
     <run folder>/checkpoints/best/                the same files (hard links) of the best checkpoint so far
 
-`manifest.json` (size and sha256 of every file) is written last: a folder without it was never finished. A checkpoint's
-step is read from `state.json`, never from a folder's name. Nothing here runs code from a file: weights are safetensors,
-the rest is read with `weights_only=True`. sha256 costs 0.6 s per GB with SHA-NI (1.7 GB/s measured on one core).
-Rank 0 writes. The learning rate is a pure function of the step, so there is no scheduler to save.
+A checkpoint's step is read from `state.json`, never from a folder's name. Nothing here runs code from a file: weights
+are safetensors, the rest is read with `weights_only=True`. Rank 0 writes. The learning rate is a pure function of the
+step, so there is no scheduler to save.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +25,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from src.engine.run_folder import find_run, write_text_atomic
+from src.engine.checkpoint_files import (
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    RNG,
+    STATE,
+    fsync,
+    swap_in,
+    torch_load,
+    torch_save,
+    verify,
+    write_manifest,
+)
+from src.engine.run_folder import find_run
 
 logger = logging.getLogger("stage1.checkpoint")  # below the logger of src/engine/console.py
 
-MODEL, OPTIMIZER, RNG, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"
 _TEMPORARY = ".tmp-"
 
 
@@ -87,11 +96,11 @@ def save_checkpoint(
         temporary.mkdir()
         save_model(model, str(temporary / MODEL))
         scaler_state = None if scaler is None else scaler.state_dict()
-        _torch_save({"optimizer": optimizer.state_dict(), "scaler": scaler_state}, temporary / OPTIMIZER)
-        _torch_save({"rng_by_rank": rng_by_rank}, temporary / RNG)
+        torch_save({"optimizer": optimizer.state_dict(), "scaler": scaler_state}, temporary / OPTIMIZER)
+        torch_save({"rng_by_rank": rng_by_rank}, temporary / RNG)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-        _write_manifest(temporary)
-        _swap_in(temporary, final)
+        write_manifest(temporary)
+        swap_in(temporary, final)
         if is_best:
             _make_best(final)
     _prune(parent, final, state.step, keep)
@@ -107,7 +116,7 @@ def load_checkpoint(
     """
     verify(path)
     state = read_state(path)
-    rng_by_rank = _torch_load(path / RNG)["rng_by_rank"]
+    rng_by_rank = torch_load(path / RNG)["rng_by_rank"]
     try:
         load_model(model, str(path / MODEL))
     except (RuntimeError, SafetensorError) as error:
@@ -116,7 +125,7 @@ def load_checkpoint(
             f"or take over the weights that fit with MODEL.init_from={path}"
         ) from error
     if optimizer is not None:
-        saved = _torch_load(path / OPTIMIZER)
+        saved = torch_load(path / OPTIMIZER)
         try:
             optimizer.load_state_dict(saved["optimizer"])
         except ValueError as error:
@@ -139,26 +148,6 @@ def read_state(path: Path) -> TrainState:
     return state
 
 
-def verify(path: Path) -> None:
-    """Compare every file of a checkpoint with its manifest: first all sizes, then all sha256.
-
-    Raises ValueError naming the first file that is missing, cut or changed.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        sizes = {name: entry["size"] for name, entry in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is incomplete") from error
-    for name in {MODEL, OPTIMIZER, RNG, STATE} | sizes.keys():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size is None or size != sizes.get(name):
-            raise ValueError(f"{file} is damaged: {size} bytes where the manifest says {sizes.get(name)}")
-    for name, entry in manifest.items():
-        if _sha256(path / name) != entry["sha256"]:
-            raise ValueError(f"{path / name} is damaged: its sha256 is not the manifest's")
-
-
 def find_checkpoint(path: str | Path) -> Path:
     """The newest complete checkpoint at `path`: a run folder, its `checkpoints`, one `checkpoint-<step>`, or `best`.
 
@@ -168,7 +157,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.name == "best" and not path.exists():
-        path = path.with_name("best.old")  # a crash between the two renames of `_swap_in`
+        path = path.with_name("best.old")  # a crash between the two renames of `swap_in`
     if (path / MANIFEST).exists() or (path / STATE).exists():
         verify(path)
         return path
@@ -214,57 +203,6 @@ def _explained(final: Path, temporary: Path) -> Iterator[None]:
         ) from error
 
 
-def _torch_save(value: Any, path: Path) -> None:
-    with open(path, "wb") as file:
-        torch.save(value, file)
-
-
-def _torch_load(path: Path) -> Any:
-    """`torch.load` of tensors and plain containers only; ValueError for anything that would run code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a file of tensors that we wrote; refused: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_manifest(folder: Path) -> None:
-    """Sync every file, then write and sync `manifest.json` and the folder: from here on the checkpoint is complete."""
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    for file in files:
-        _fsync(file)
-    manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    write_text_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
-    _fsync(folder / MANIFEST)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _swap_in(temporary: Path, final: Path) -> None:
-    """Rename `temporary` to `final`. What stood there is complete under `<name>.old` until the new one is in place."""
-    old = final.with_name(f"{final.name}.old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(temporary, final)
-    _fsync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _make_best(checkpoint: Path) -> None:
     """Link the files of `checkpoint` into `best` (copy where the file system has no hard links)."""
     temporary = checkpoint.with_name(f"{_TEMPORARY}best")
@@ -275,9 +213,9 @@ def _make_best(checkpoint: Path) -> None:
                 os.link(file, temporary / file.name)
             except OSError:
                 shutil.copyfile(file, temporary / file.name)
-                _fsync(temporary / file.name)
-        _fsync(temporary)
-        _swap_in(temporary, checkpoint.with_name("best"))
+                fsync(temporary / file.name)
+        fsync(temporary)
+        swap_in(temporary, checkpoint.with_name("best"))
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -72,11 +72,18 @@ def lock_run_folder(run_folder: Path) -> IO[str]:
     Raises ValueError when another living process writes there.
     """
     file = open(run_folder / ".lock", "a")  # noqa: SIM115  (it stays open as long as the run)
+    if not try_lock(file):
+        file.close()
+        raise ValueError(f"another process is training in {run_folder}; wait for it or start a new run")
+    return file
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Take the POSIX lock of an open file; False when another process holds it. True where there are no locks at all."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"another process is training in {run_folder}; wait for it or start a new run") from None
+    except (BlockingIOError, PermissionError):
+        return False
     except OSError:
-        return file  # a file system without locks: nothing to hold on to
-    return file
+        return True  # a file system without locks: nothing to hold on to
+    return True
