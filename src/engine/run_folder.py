@@ -79,7 +79,7 @@ def lock_run_folder(run_folder: Path) -> IO[str]:
 
 
 def try_lock(file: IO[str]) -> bool:
-    """Take the POSIX lock of an open file; False when another process holds it. True where there are no locks at all."""
+    """Take the POSIX lock of an open file; False when another process holds it, True where locks do not exist."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
