@@ -3,9 +3,9 @@
     make_demo_shards(Path("data/demo"), {"train": 12000, "val": 512}, seed=0)
 
 writes `train/000000.tar` ... and `val/000000.tar` ..., 500 samples a shard, and `demo.json`, which says what they were
-made from. A sample is a pure function of (seed, subset, index, image size): the shards are the same to the byte whatever
-the number of processes. A shard appears under its name only when it is complete, so an interrupted call goes on where it
-stopped. Members of a sample (T = 1 frame; lengths mm, pixel centres at integers):
+made from. A sample is a function of (seed, subset, index, image size) alone: the shards are the same to the byte
+whatever the number of processes. A shard appears under its name only when it is complete, so an interrupted call goes
+on where it stopped. Members of a sample (T = 1 frame; lengths mm, pixel centres at integers):
 
     jpg              the picture, RGB
     json             handedness, data_source, hand_model, flat_hand_mean, intr_type, has_mano [T], has_intr [T]
@@ -204,7 +204,7 @@ def make_sample(key: str, draw: HandDraw, i: int, image: np.ndarray, rng: np.ran
     point = np.concatenate([joint_img, draw.vert[i, :, :2] / draw.vert[i, :, 2:] * focal + princpt])
     size = image.shape[0]
     if not is_right:
-        image = np.ascontiguousarray(image[:, ::-1])
+        image = cv2.flip(image, 1)
         joint[:, 0] *= -1
         pose[:, 1:] *= -1
         for pixel in (joint_img, point):

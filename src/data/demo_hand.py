@@ -68,9 +68,11 @@ def random_orientation(uniform: np.ndarray, normal: np.ndarray) -> np.ndarray:
     quat = normal[:, :4] / np.linalg.norm(normal[:, :4], axis=1, keepdims=True)
     w, x, y, z = quat.T
     anywhere = np.stack(
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)]
-        + [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)]
-        + [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        (
+            *(1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
+            *(2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)),
+            *(2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)),
+        ),
         axis=-1,
     ).reshape(-1, 3, 3)
     yaw = rotation_about(np.array([0.0, 1.0, 0.0]), 2 * np.pi * uniform[:, 0])

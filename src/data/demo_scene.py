@@ -54,7 +54,8 @@ def _regions() -> dict[str, np.ndarray]:
     own[:, [0, 1]] = True  # the wrist, and the thumb's root deep in the palm, shade nothing
     own[owner < 0] |= np.isin(np.arange(21), [0, 1, 5, 9, 13, 17])
     palm = np.clip(0.5 - 1.1 * facing, 0.0, 1.0)
-    return {k: v.astype(np.float32) for k, v in dict(palm=palm, knuckle=knuckle, nail=nail, tip=tip, own=own).items()}
+    region = {"palm": palm, "knuckle": knuckle, "nail": nail, "tip": tip, "own": own}
+    return {name: value.astype(np.float32) for name, value in region.items()}
 
 
 @lru_cache(maxsize=1)
@@ -104,6 +105,8 @@ def _arm(draw: HandDraw, sleeve: np.ndarray, girth: np.ndarray) -> np.ndarray:
     along[:, 4] = along[:, 5] = np.maximum(sleeve, 30.0)
     along[:, 5] -= 2.0
     along[:, 6:] = along[:, 4:5] + np.array([4.0, 16.0, 22.0, 60.0, 110.0, 180.0, 260.0])
+    toward_viewer = np.maximum(-draw.arm_rot[:, 2, 0], 1e-3)  # end before the arm reaches the camera
+    along = np.minimum(along, (draw.joint[:, :1, 2] - NEAR_MM - 60.0) / toward_viewer[:, None])
     wide = 28.0 + 12.0 * np.clip((along - 40.0) / 160.0, 0.0, 1.0)
     wide[:, 0] -= 1.5  # starts inside the wrist
     high = wide * (0.70 + 0.2 * np.clip((along - 30.0) / 150.0, 0.0, 1.0))
@@ -164,7 +167,7 @@ def _cloth(rng: np.random.Generator, skin: np.ndarray, bare: bool) -> np.ndarray
 
 def _light(rng: np.random.Generator, albedo: np.ndarray, normal: np.ndarray, open_sky: np.ndarray) -> np.ndarray:
     """Lit vertex colours [V, 3]: ambient from above, one lamp on the viewer's side, a little gloss."""
-    lamp = rng.normal(0.0, 1.0, 3) + [0.0, -0.9, -1.1]
+    lamp = rng.normal((0.0, -0.9, -1.1), 1.0)
     lamp[2] = -abs(lamp[2]) - 0.15
     lamp = (lamp / np.linalg.norm(lamp)).astype(np.float32)
     warm = 1.0 + rng.normal(0.0, 0.07, 3).astype(np.float32) * np.array([1.0, 0.3, 1.0], np.float32)
@@ -207,15 +210,15 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
         small, amount = _noise(rng, cells, cells), float(rng.uniform(0.1, 0.6))
         if rng.random() < 0.75:
             small = np.repeat(small[..., :1], 3, axis=2)
-        field = cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
+        field = cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC if cells < 10 else cv2.INTER_LINEAR)
         image = cv2.addWeighted(image, 1.0, field, amount, -128.0 * amount)
     if rng.random() < 0.3:
         _pattern(rng, image)
     for _ in range(int(rng.integers(0, 9))):
         draw_shape(rng, image, rng.uniform(0, size, 2), rng.uniform(0.04, 0.35) * size)
     if rng.random() < 0.6:
-        sigma = float(rng.uniform(0.5, 4.0))
-        image = cv2.GaussianBlur(image, (0, 0), sigma)
+        side = 2 * int(rng.integers(1, 5)) + 1
+        image = cv2.blur(cv2.blur(image, (side, side)), (side, side))
     return image
 
 
@@ -290,16 +293,21 @@ def paint(draw: HandDraw, rngs: list[np.random.Generator], size: int) -> list[np
 def _lay_over(
     rng: np.random.Generator, image: np.ndarray, px: np.ndarray, depth: np.ndarray, face: np.ndarray, colour: np.ndarray
 ) -> None:
-    """Rasterise hand and arm (px [V + A, 2], vertex colours [V + A, 3]) at twice the resolution over `image`, in place."""
+    """Rasterise hand and arm at twice the resolution over `image`, in place. px [V + A, 2], colours [V + A, 3]."""
     size = image.shape[0]
-    layer = render_mesh(SUPER * px + 0.5 * (SUPER - 1), depth, face, colour, (SUPER * size, SUPER * size))
-    small = cv2.resize(layer, (size, size), interpolation=cv2.INTER_AREA)
+    low = np.clip(np.floor(px.min(0)), 0, size - 1).astype(int)
+    high = np.clip(np.ceil(px.max(0)), 0, size - 1).astype(int) + 1
+    width, height = (high - low).tolist()
+    point = SUPER * (px - low) + 0.5 * (SUPER - 1)
+    layer = render_mesh(point, depth, face, colour, (SUPER * width, SUPER * height))
+    small = cv2.resize(layer, (width, height), interpolation=cv2.INTER_AREA)
     grain = cv2.resize(_noise(rng, size // 3, size // 3), (size, size), interpolation=cv2.INTER_LINEAR)
     amount = float(rng.uniform(0.02, 0.14))
-    grain = cv2.addWeighted(grain, amount, grain, 0.0, 128.0 * (1.0 - amount))
+    grain = cv2.addWeighted(grain[:height, :width], amount, grain[:height, :width], 0.0, 128.0 * (1.0 - amount))
     hand = cv2.multiply(cv2.cvtColor(small, cv2.COLOR_RGBA2RGB), grain, scale=1.0 / 128.0)
     rest = cv2.cvtColor(255 - small[..., 3], cv2.COLOR_GRAY2RGB)
-    cv2.add(hand, cv2.multiply(image, rest, scale=1.0 / 255.0), dst=image)
+    window = image[low[1] : high[1], low[0] : high[0]]
+    window[:] = cv2.add(hand, cv2.multiply(window, rest, scale=1.0 / 255.0))
 
 
 def _occlude(rng: np.random.Generator, image: np.ndarray, joint_px: np.ndarray) -> np.ndarray:

@@ -242,7 +242,7 @@ def _skin_weights(mesh: Mesh, des: Design) -> np.ndarray:
 
 def _shapedirs(vert: np.ndarray, weight: np.ndarray, mesh: Mesh, des: Design) -> np.ndarray:
     """Ten directions [V, 3, 10] mm per standard deviation: size, finger length, palm breadth, hand depth, finger
-    thickness, palm length, thumb length, index against ring, pinky length, fleshiness of the palm."""
+    thickness, finger taper, thumb length, index against ring, pinky length, fleshiness of the palm."""
     digit_weight = np.stack([weight[:, list(chain(d))].sum(1) for d in range(5)], axis=1)  # [V, D]
     palm_weight = 1.0 - digit_weight.sum(1)
 
@@ -261,11 +261,11 @@ def _shapedirs(vert: np.ndarray, weight: np.ndarray, mesh: Mesh, des: Design) ->
                 out += amount * (digit_weight[:, d] * axial)[:, None] * des.bone[k]
         return out
 
-    def thick(digits: tuple[int, ...], strain: float) -> np.ndarray:
+    def thick(digits: tuple[int, ...], strain: float, bones: slice = slice(None)) -> np.ndarray:
         """Move digits away from their bones."""
         out = np.zeros_like(vert)
         for d in digits:
-            for k in chain(d):
+            for k in chain(d)[bones]:
                 offset = vert - des.joint[k]
                 offset -= np.outer(offset @ des.bone[k], des.bone[k])
                 out += strain * weight[:, k, None] * offset
@@ -279,7 +279,7 @@ def _shapedirs(vert: np.ndarray, weight: np.ndarray, mesh: Mesh, des: Design) ->
         palm_scale((0.0, 0.0, 0.045)) + thick(fingers, 0.015),
         palm_scale((0.0, 0.05, 0.0)) + thick((0, *fingers), 0.03),
         thick((0, *fingers), 0.06),
-        palm_scale((0.04, 0.0, 0.0)),
+        thick(fingers, 0.05, slice(0, 1)) + thick(fingers, -0.05, slice(2, 3)),
         length({0: 0.06}),
         length({1: 0.035, 3: -0.035}),
         length({4: 0.06}),

@@ -17,8 +17,8 @@ def render_mesh(
 ) -> np.ndarray:
     """Draw the outward faces of a mesh, without antialiasing (draw larger and average for that).
 
-    Args: point [V, 2] px (x right, y down, pixel centres at integers); depth [V], > 0 where a face uses it; face [F, 3],
-    outward by the right-hand rule in a frame with z forward; colour [V, 3] RGB 0..255; size (width, height).
+    Args: point [V, 2] px (x right, y down, pixel centres at integers); depth [V], > 0 where a face uses it; face
+    [F, 3], outward by the right-hand rule in a frame with z forward; colour [V, 3] RGB 0..255; size (width, height).
     Returns: [height, width, 4] uint8 RGBA, zero where nothing is.
     """
     width, height = size
