@@ -1,7 +1,7 @@
 """Make shards in the native format, from a data set on disk or from rendered hands.
 
-    python script/make_shards.py realhands --input ../shared/realhands --output data/realhands
-    python script/make_shards.py demo --output data/demo
+python script/make_shards.py realhands --input ../shared/realhands --output data/realhands
+python script/make_shards.py demo --output data/demo
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         kind.add_argument("--input", type=Path, required=True, help="folder of the data set")
         kind.add_argument("--output", type=Path, required=True, help="folder for the shards")
     demo = kinds.add_parser("demo", help="render the stand-in hand; needs no data set")
-    demo.add_argument("--output", type=Path, required=True, help="folder for the shards; train/ and val/ are made in it")
+    demo.add_argument("--output", type=Path, required=True, help="folder for the shards, in train/ and val/")
     demo.add_argument("--train_sample", type=int, default=12000)
     demo.add_argument("--val_sample", type=int, default=512)
     demo.add_argument("--img_size", type=int, default=192)

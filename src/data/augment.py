@@ -1,8 +1,8 @@
 """Augmentation as a value: what to do to one sample is drawn first (a pure function of the generator), applied later.
 
 The geometric part (`roll`, `tilt`, `zoom`, `shift`) is carried out by src/data/crop.py as a turn and zoom of a virtual
-camera, so image, 2D, 3D and MANO root stay consistent. The photometric part (`PixelAugmentation`) is applied here, on the
-uint8 patch: occluder, then lens (blur), then exposure (colour), then sensor (noise).
+camera, so image, 2D, 3D and MANO root stay consistent. The photometric part (`PixelAugmentation`) is applied here, on
+the uint8 patch: occluder, then lens (blur), then exposure (colour), then sensor (noise).
 """
 
 from __future__ import annotations
@@ -67,10 +67,11 @@ def draw_augmentation(rng: np.random.Generator, cfg: Any) -> Augmentation:
     """Draw one augmentation from the knobs of the TRAIN section.
 
     Args:
-        rng: the generator of this position; always the same number of values is taken, so one knob does not move another.
+        rng: the generator of this position; always the same number of values is taken, so that one knob does not move
+            another.
         cfg: has rot_max and persp_rot_max (degrees), scale_z_range and scale_f_range (factors [low, high]), shift_max
-            (fraction of the crop's side), brightness, contrast, saturation (largest change of the factor), noise_std (grey
-            levels), blur_max (sigma, patch px), occlusion_prob. A knob of 0 (or [1, 1]) switches its part off.
+            (fraction of the crop's side), brightness, contrast, saturation (largest change of the factor), noise_std
+            (grey levels), blur_max (sigma, patch px), occlusion_prob. A knob of 0 (or [1, 1]) switches its part off.
     """
     u = rng.random(20)
     signed = 2.0 * u - 1.0
@@ -109,7 +110,7 @@ def _occluder(u: np.ndarray) -> Occluder:
 
 
 def augment_pixels(patch: np.ndarray, pixel: PixelAugmentation) -> np.ndarray:
-    """The patch [S, S, 3] uint8 RGB after the photometric changes; the input is left as it is, or returned if nothing changes."""
+    """The patch [S, S, 3] uint8 RGB after the photometric changes; the input itself if there are none."""
     if pixel.occluder is not None:
         patch = _occlude(patch, pixel.occluder)
     if pixel.blur_sigma > 0.25:  # below that the kernel's neighbours weigh less than a grey level
@@ -140,7 +141,7 @@ def _color_matrix(pixel: PixelAugmentation) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _noise_table() -> np.ndarray:
-    """Gaussian noise about 128, [_NOISE_SIZE] uint8: drawing 150,000 normal numbers per patch would cost more than the decode."""
+    """Gaussian noise about 128, [_NOISE_SIZE] uint8; drawing it anew per patch would cost as much as the decode."""
     noise = stream("noise table").standard_normal(_NOISE_SIZE, dtype=np.float32)
     return np.clip(np.rint(128.0 + _NOISE_UNIT * noise), 0, 255).astype(np.uint8)
 

@@ -1,7 +1,7 @@
 """Reads `.npy` arrays and pickled lists of encoded images from bytes without ever running what is in them.
 
-`numpy.load` may unpickle, and `pickle.loads` runs code by design. Here an array header is parsed as a literal and object
-types are refused; a pickled image list is only walked (pickletools) to find where each image's bytes lie.
+`numpy.load` may unpickle, and `pickle.loads` runs code by design. Here an array header is parsed as a literal and
+object types are refused; a pickled image list is only walked (pickletools) to find where each image's bytes lie.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MARK = object()
 
 
 class SampleError(Exception):
-    """A sample, or one frame of it, that cannot be used. `reason` is a short code that is counted, `detail` is for people."""
+    """A sample, or a frame of it, that cannot be used. `reason` is a code that is counted, `detail` is for people."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)

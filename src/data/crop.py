@@ -1,10 +1,11 @@
 """From a Sample to the square patch a network sees: one homography moves image, 2D, 3D and MANO root together.
 
 A left hand is mirrored first. Then a virtual camera, turned by `R` against the (mirrored) source camera, looks at the
-hand: `H = K_patch R K^-1` maps source pixels to patch pixels, exactly, for every point of the scene (Hartley & Zisserman,
-Multiple View Geometry, 2nd ed., section 8.4.2: the image of a rotating camera). Turns of the picture are turns of the camera
-about its principal axis, scale and focal changes are its zoom, so no 3D length ever changes and nothing is approximated.
-`K_patch` has one focal length for both axes: pixels of the patch are square even where those of the source are not.
+hand: `H = K_patch R K^-1` maps source pixels to patch pixels, exactly, for every point of the scene (Hartley &
+Zisserman, Multiple View Geometry, 2nd ed., section 8.4.2: the image of a rotating camera). Turns of the picture are
+turns of the camera about its principal axis, scale and focal changes are its zoom, so no 3D length ever changes and
+nothing is approximated. `K_patch` has one focal length for both axes: pixels of the patch are square even where those
+of the source are not.
 
 Shape legend: J = 21 joints, S patch side. Computed in float64, returned in float32.
 """
@@ -155,7 +156,7 @@ def mirror_pose(pose: np.ndarray) -> np.ndarray:
 
 
 def turn_root(pose: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """MANO pose [48] seen from a camera turned by `rotation`: R x root; the other joints are relative to their parents."""
+    """MANO pose [48] seen from a camera turned by `rotation`: only the root is not relative to a parent."""
     root = cv2.Rodrigues(rotation @ cv2.Rodrigues(pose[:3])[0])[0]
     return np.concatenate([root[:, 0], pose[3:]])
 

@@ -1,7 +1,7 @@
 """From a position in the data order to the patch that stands there: reads, checks, decodes, crops and augments.
 
-Runs in worker processes and needs no torch. Shards are opened on first use and read with `pread`, so a dataset may be copied
-into any number of processes. What cannot be used is reported beside the patches, with the reason.
+Runs in worker processes and needs no torch. Shards are opened on first use and read with `pread`, so a dataset may be
+copied into any number of processes. What cannot be used is reported beside the patches, with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from src.data.index import ShardIndex
 from src.data.index_build import note_crc
 from src.data.plan import Place
 from src.data.rng import stream
-from src.data.schema import Clip, decode_image, make_sample, parse_clip
+from src.data.sample import decode_image, make_sample
+from src.data.schema import Clip, parse_clip
 from src.data.tar import BLOCK, TarError, read_header, span_members, split_name
 
 _MAX_OPEN = 128  # shards held open by one process
@@ -191,6 +192,11 @@ class HandDataset:
         key, clip, number, image = self._reader(place).read(place.row)
         return make_sample(clip, number, decode_image(image), key, self.hand_model)
 
+    def annotation(self, place: Place) -> tuple[Clip, int]:
+        """The clip at a place and the frame's number in it, without decoding the image. Raises as `read`."""
+        _, clip, number, _ = self._reader(place).read(place.row)
+        return clip, number
+
     def patch(self, position: int, sample: Sample) -> PatchSample:
         """The sample as it is shown at `position`: cropped, and augmented by a function of seed and position."""
         augmentation = identity_augmentation()
@@ -211,4 +217,5 @@ class HandDataset:
         shard = str(self.sources[place.source][place.shard].shard)
         reason = error.reason if isinstance(error, SampleError) else "unreadable"
         reader = self._readers.get((place.source, place.shard))
-        return BadFrame(position, shard, reader.describe(place.row) if reader else f"row {place.row}", reason, str(error))
+        key = reader.describe(place.row) if reader else f"row {place.row}"
+        return BadFrame(position, shard, key, reason, str(error))

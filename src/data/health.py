@@ -18,7 +18,7 @@ class BadDataError(ValueError):
 
 
 class DataHealth:
-    """Counts by reason: `indexed` from the shards' indexes, `read` from reading; state is plain data for a checkpoint."""
+    """Counts by reason: `indexed` from the shards' indexes, `read` from reading."""
 
     def __init__(self, sources: Sequence[Sequence[ShardIndex]], max_bad_fraction: float) -> None:
         self.max_bad_fraction = max_bad_fraction

@@ -1,8 +1,8 @@
 """The index of one shard: where every frame lies, what its bytes sum to, and which samples are damaged.
 
-A shard is read once, in order. The index is one small file: a JSON header, then two arrays that are memory-mapped, so that
-twenty million frames cost address space and not memory. It remembers the shard's size and time and is made anew when they
-change. It is written to a temporary name and renamed: builders may race.
+A shard is read once, in order. The index is one small file: a JSON header, then two arrays that are memory-mapped, so
+that twenty million frames cost address space and not memory. It remembers the shard's size and time and is made anew
+when they change. It is written to a temporary name and renamed: builders may race.
 
     <shard>.index (beside the shards, or in index_dir)
         8 bytes magic, uint32 header length, header (JSON), zeros up to a multiple of 64, SAMPLE rows, FRAME rows

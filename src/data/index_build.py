@@ -113,7 +113,7 @@ def note_crc(crc: int, suffix: str, data: bytes | memoryview) -> int:
 
 
 def build_index(shard: Path) -> ShardIndex:
-    """Read a shard from end to end. Damage of any kind is counted in the result, only a missing file raises (OSError)."""
+    """Read a shard from end to end. Damage is counted in the result; only an unreadable file raises (OSError)."""
     stat, builder = shard.stat(), _Builder()
     with shard.open("rb", buffering=1 << 22) as file:
         _fill(builder, TarWalk(file, stat.st_size))
@@ -202,7 +202,7 @@ def open_indexes(
     """The indexes of `shards`: stored ones where they are up to date, the others built now and stored.
 
     Args:
-        index_dir: where indexes are kept; None: beside the shards, or in `cache_dir()` if that folder cannot be written.
+        index_dir: where indexes are kept; None: beside the shards, or in `cache_dir()` if that cannot be written.
         num_process: how many shards are read at once.
         progress: called with (shards done, shards to build) while indexes are built.
     """

@@ -1,7 +1,7 @@
 """Batches in the order of the plan: any number of workers and ranks, resumable at any batch.
 
-Micro-batch k of rank r of W holds positions [(k W + r) B, (k W + r + 1) B), so the global micro-batch is the same stretch of
-the order for 1 x 8, 2 x 4 and 4 x 2 samples, and a run resumes by its count of micro-batches alone.
+Micro-batch k of rank r of W holds positions [(k W + r) B, (k W + r + 1) B), so the global micro-batch is the same
+stretch of the order for 1 x 8, 2 x 4 and 4 x 2 samples, and a run resumes by its count of micro-batches alone.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def build_val_loader(
 ) -> HandLoader:
     """Batches of validation: the frames fixed by `GENERAL.val_seed`, unaugmented, in one order, each once across ranks.
 
-    Rows with position -1 fill up the last batches (and stand for frames that cannot be read). Arguments and errors as in
-    `build_train_loader`. May be iterated again and again.
+    Rows with position -1 fill up the last batches (and stand for frames that cannot be read). Arguments and errors as
+    in `build_train_loader`. May be iterated again and again.
     """
     sources = _open_sources(cfg, cfg.DATA.val.source, "DATA.val.source", progress)
     shards = [shard for source in sources for shard in source]

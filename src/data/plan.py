@@ -1,15 +1,15 @@
 """Data order as a function: position -> (source, shard, row), from seed and position alone.
 
-Nothing is shuffled on the fly, so nothing has to be remembered: any worker of any rank computes which frame stands at any
-position, and a resumed run goes on at its integer. One epoch of a source of N frames is laid out like this:
+Nothing is shuffled on the fly, so nothing has to be remembered: any worker of any rank computes which frame stands at
+any position, and a resumed run goes on at its integer. One epoch of a source of N frames is laid out like this:
 
     frames in archive order, cut into blocks of L neighbours (grid shifted by the epoch)
     blocks permuted (seed, epoch), then dealt into groups
     a group is read in L rounds; round r takes the frame of one and the same place p(r) from each of its blocks
 
 So reads stay inside a few hundred blocks at a time, and p(r) = (a + r m) mod L keeps places of nearby rounds far apart:
-neighbouring frames of a clip, whose places differ by 1, never meet in a batch, and clips shorter than L / 3 hardly ever.
-Memory: one permutation of N / L blocks per epoch, one table of a group.
+neighbouring frames of a clip, whose places differ by 1, never meet in a batch, and clips shorter than L / 3 hardly
+ever. Memory: one permutation of N / L blocks per epoch, one table of a group.
 """
 
 from __future__ import annotations
@@ -124,12 +124,14 @@ class SourcePlan:
 class MixedPlan:
     """Several sources by weight; which source stands at a position is a low-discrepancy function of the position.
 
-    Source after source splits what is left: of `n` positions, floor((n w + phase) / 2^40) belong to it, w its weight among
-    the sources not yet served. So after any number of positions each source had its share to within a few samples.
+    Source after source splits what is left: of `n` positions, floor((n w + phase) / 2^40) belong to it, w its weight
+    among the sources not yet served. So after any number of positions each source had its share to within a few
+    samples.
     """
 
     def __init__(self, sources: Sequence[SourcePlan], weights: Sequence[float], seed: int) -> None:
-        assert len(sources) == len(weights) and all(w > 0 for w in weights)
+        assert len(sources) == len(weights)
+        assert all(weight > 0 for weight in weights)
         self.sources, self.seed = list(sources), seed
         rest = [math.fsum(weights[i:]) for i in range(len(weights))]
         self.shares = [round(w / r * (1 << _WEIGHT_BIT)) for w, r in zip(weights, rest)]
@@ -156,7 +158,7 @@ class MixedPlan:
         return Place(source, *self.sources[source].locate(place))
 
     def substitute(self, position: int, attempt: int) -> Place:
-        """The frame that stands in for a bad one at `position`, at the first, second, ... attempt; from the same source."""
+        """The frame of the same source that stands in for a bad one at `position`, at attempt 1, 2, ..."""
         source, _ = self.source_at(position)
         plan = self.sources[source]
         return Place(source, *plan.split(hash_int("substitute", self.seed, position, attempt) % plan.num_frame))
@@ -185,7 +187,7 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 def validation_plan(shards: Sequence[ShardIndex], stride: int, val_seed: int, max_sample: int | None) -> FixedPlan:
-    """The validation frames: the `max_sample` (None: all) smallest keyed hashes of (key, frame, image bytes), in their order.
+    """The `max_sample` (None: all) frames whose keyed hashes of (key, frame, image bytes) are smallest, in their order.
 
     The hash knows nothing of shards, so the same frames come in the same order however they are packed.
     """

@@ -1,7 +1,7 @@
 """Named random streams: a generator is a function of its purpose and a few integers, and of nothing else.
 
-numpy's `SeedSequence([1, 2])` equals `SeedSequence([1, 2, 0])`, so streams seeded with plain lists can collide. Here the
-purpose and the integers (each as 8 bytes) are hashed together, which keeps every stream apart from every other.
+numpy's `SeedSequence([1, 2])` equals `SeedSequence([1, 2, 0])`, so streams seeded with plain lists can collide. Here
+the purpose and the integers (each as 8 bytes) are hashed together, which keeps every stream apart from every other.
 """
 
 from __future__ import annotations

@@ -1,35 +1,33 @@
-"""From the members of one tar sample to Sample: our native format, and both generations of the labs' format.
+"""From the members of one tar sample to a Clip: our native format, and both generations of the labs' format.
 
-A tar sample is a clip of T frames (T may be 1) of one hand. Both formats hold `.npy` arrays with a leading T; they differ in
-how images and meta data are kept:
+A tar sample is a clip of T frames (T may be 1) of one hand. Both formats hold `.npy` arrays with a leading T; they
+differ in how images and meta data are kept:
 
     native   `jpg|jpeg|png|webp` (T = 1) or `0000.jpg`, `0001.jpg`, ...; one `json` with everything that is no array
     labs     `img_bytes.pickle` (walked, never unpickled), `imgs_path.json`, `handedness.json`, `data_source.json`, ...
 
-An array that is absent is not known: its values are 0 and its flags 0. Flags that are absent fall back to the older ones.
+An array that is absent is not known: its values are 0 and its flags 0. Flags that are absent fall back to older ones.
 Shape legend: T frames, J = 21 joints.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import cv2
 import numpy as np
 
-from src.batch import NUM_JOINT, NUM_POSE, NUM_SHAPE, Sample
+from src.batch import NUM_JOINT, NUM_POSE, NUM_SHAPE
 from src.data.blob import SampleError, parse_npy, pickled_image_spans
 
 LAB_IMAGES = "img_bytes.pickle"
 LAB_HAND_MODEL = "mano"
 _IMAGE = re.compile(r"^(?:(\d+)\.)?(jpg|jpeg|png|webp)$")
+_PLAIN_WORD = re.compile(rb"[A-Za-z][\w.\-]*")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
-_DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 # name -> shape behind T of every array that is read; others are passed over
 FIELDS: dict[str, tuple[int, ...]] = {
@@ -157,11 +155,22 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _lab_meta(members: Mapping[str, memoryview | bytes]) -> dict[str, Any]:
     """What the labs' single json members say, under the native names. Their MANO angles lack the mean pose."""
-    meta = {"handedness": _json(members, "handedness.json"), "hand_model": LAB_HAND_MODEL}
-    for name in ("data_source", "intr_type"):
+    meta = {"hand_model": LAB_HAND_MODEL}
+    for name in ("handedness", "data_source", "intr_type"):
         if f"{name}.json" in members:
-            meta[name] = _json(members, f"{name}.json")
+            meta[name] = _word(members, f"{name}.json")
     return meta
+
+
+def _word(members: Mapping[str, memoryview | bytes], suffix: str) -> str:
+    """A text in a json member. webdataset's writer stores a str as it is, so it may stand there without quotes."""
+    text = bytes(members[suffix])
+    if _PLAIN_WORD.fullmatch(text):
+        return text.decode()
+    word = _json(members, suffix)
+    if not isinstance(word, str):
+        raise SampleError("bad_value", f"{suffix} holds {word!r}, not a text")
+    return word
 
 
 def _meta_flags(value: Any, name: str) -> np.ndarray:
@@ -237,7 +246,7 @@ def _extent(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 def _bad_frames(values: dict[str, np.ndarray], has_intr: np.ndarray) -> dict[int, str]:
-    """Frame -> reason: a value that is NaN or infinite though its flag says it is known, or a box or lens that is none."""
+    """Frame -> reason: a value that is not finite though its flag says it is known, or a box or lens that is none."""
     finite = np.ones(len(has_intr), bool)
     for array in values.values():
         if not np.isfinite(array).all():
@@ -249,62 +258,3 @@ def _bad_frames(values: dict[str, np.ndarray], has_intr: np.ndarray) -> dict[int
     for t in np.flatnonzero((has_intr > 0) & ~(values["focal"] > 0).all(axis=1)):
         bad.setdefault(int(t), "bad_intrinsics")
     return bad
-
-
-def decode_image(data: bytes | memoryview) -> np.ndarray:
-    """[H, W, 3] uint8 RGB as stored (an EXIF orientation is ignored: annotations refer to the stored pixels).
-
-    Raises:
-        SampleError: undecodable_image.
-    """
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise SampleError("undecodable_image", f"{len(data)} bytes do not decode")
-    return image
-
-
-def guess_intrinsics(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """(focal [2], princpt [2]) where nothing is known: the image's diagonal (a view of 53 degrees), and its centre."""
-    focal = np.full(2, math.hypot(width, height), np.float32)
-    return focal, np.array([0.5 * (width - 1), 0.5 * (height - 1)], np.float32)
-
-
-def make_sample(clip: Clip, frame: int, image: np.ndarray, key: str, hand_model: str) -> Sample:
-    """One frame as a Sample.
-
-    Args:
-        clip: annotations of the clip; image: [H, W, 3] uint8 RGB of the frame; key: of the tar sample.
-        hand_model: the one the run uses; parameters of another model are no target (has_mano 0).
-
-    Raises:
-        SampleError: the reason in `clip.bad_frame`, or bad_bbox for a box that lies outside of the image.
-    """
-    if frame in clip.bad_frame:
-        raise SampleError(clip.bad_frame[frame], f"frame {frame}")
-    height, width = image.shape[:2]
-    box = clip.hand_bbox[frame]
-    if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
-        raise SampleError("bad_bbox", f"{box.tolist()} lies outside of the {width}x{height} image")
-    has_intr, has_mano = bool(clip.has_intr[frame]), bool(clip.has_mano[frame]) and clip.hand_model == hand_model
-    focal, princpt = (clip.focal[frame], clip.princpt[frame]) if has_intr else guess_intrinsics(width, height)
-    return Sample(
-        key=f"{key}/{frame}",
-        source=clip.source,
-        image=image,
-        is_right=clip.is_right,
-        hand_bbox=box,
-        joint_img=clip.joint_img[frame],
-        joint_2d_valid=clip.joint_2d_valid[frame],
-        joint_cam=clip.joint_cam[frame],
-        joint_3d_valid=clip.joint_3d_valid[frame],
-        mano_pose=clip.mano_pose[frame] * has_mano,
-        mano_shape=clip.mano_shape[frame] * has_mano,
-        has_mano=has_mano,
-        flat_hand_mean=clip.flat_hand_mean,
-        focal=focal,
-        princpt=princpt,
-        has_intr=has_intr,
-    )

@@ -1,4 +1,4 @@
-"""From the patterns a user writes to the tar shards on the disk. Standard library and braceexpand only: config checks use it."""
+"""From the patterns a user writes to the tar shards on the disk. Imports next to nothing: config checks use it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _SCHEME = re.compile(r"^(pipe|[A-Za-z][A-Za-z0-9+.\-]*(?=://)):")
 def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "DATA.train.source") -> list[Path]:
     """The tar shards that the patterns mean, sorted, each once.
 
-    A pattern is a path below `root` or an absolute one, with `*`, `?`, `[...]`, `**` and `{a,b}` / `{000..131}`. A folder
-    stands for the `*.tar` files in it; files with another ending are passed over.
+    A pattern is a path below `root` or an absolute one, with `*`, `?`, `[...]`, `**` and `{a,b}` / `{000..131}`.
+    A folder stands for the `*.tar` files in it; files with another ending are passed over.
 
     Raises:
         ValueError: a pattern starts a program or names a scheme, or matches no shard; the message names `key`.
@@ -46,8 +46,8 @@ def _resolve_pattern(root: Path, pattern: str, key: str) -> set[Path]:
         if not found:
             what = f"{piece!r} of it" if len(pieces) > 1 else "it"
             raise ValueError(
-                f"{key}={pattern!r}: {what} matches no *.tar file below DATA.root={str(root)!r}; correct the pattern or "
-                "set DATA.root (or the environment variable HAND_DATA_ROOT) to the folder that holds the shards"
+                f"{key}={pattern!r}: {what} matches no *.tar file below DATA.root={str(root)!r}; correct the pattern, "
+                "or set DATA.root (or the environment variable HAND_DATA_ROOT) to the folder that holds the shards"
             )
         shards |= found
     return shards

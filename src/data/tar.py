@@ -54,9 +54,9 @@ def padded(size: int) -> int:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(sample key, suffix) of a member by webdataset's rule: the key ends at the basename's first dot; None for no member.
+    """(sample key, suffix) of a member by webdataset's rule: the key ends at the basename's first dot.
 
-    Like webdataset, lower-cases the suffix and passes over `__meta__` entries.
+    Like webdataset, lower-cases the suffix; None for `__meta__` entries and names without a dot.
     """
     match = None if _META.match(name) else _KEY.match(name)
     return (match.group(1), match.group(2).lower()) if match else None
@@ -153,10 +153,8 @@ class TarWalk:
             if self.at + size > self.size:
                 yield Damage(header_at, "truncated", name)
                 return
-            if flag in b"Lxg" or flag in _REGULAR:
-                data = self._read(padded(size))[:size]
-            else:
-                data = self._skip(padded(size))
+            wanted = flag in b"Lxg" or flag in _REGULAR
+            data = self._read(padded(size))[:size] if wanted else self._skip(padded(size))
             if flag in b"Lx":
                 override.update(self._extension(flag, data))
                 continue

@@ -1,7 +1,7 @@
 """Writes hands of any data set as shards in the native format: ordinary image and array members, no pickle.
 
-One tar sample is one hand in one image: `{key}.jpg` (the encoded bytes as they came), `{key}.json`, and a `.npy` per known
-field with a leading T = 1. What is not known is left out. Stock `wds.WebDataset(...).decode("rgb")` reads it.
+One tar sample is one hand in one image: `{key}.jpg` (the encoded bytes as they came), `{key}.json`, and a `.npy` per
+known field with a leading T = 1. What is not known is left out. Stock `wds.WebDataset(...).decode("rgb")` reads it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def to_members(record: HandRecord) -> dict[str, Any]:
         **record.extra,
     }
     if record.mano_pose is not None:
-        assert record.hand_model is not None and record.flat_hand_mean is not None, record.key
+        assert None not in (record.hand_model, record.flat_hand_mean), record.key
         meta |= {"hand_model": record.hand_model, "flat_hand_mean": record.flat_hand_mean}
     arrays = {f"{name}.npy": np.asarray(value, np.float32)[None] for name, value in known.items()}
     return {"__key__": record.key, record.image_type: record.image, "json": meta, **arrays}

@@ -1,7 +1,7 @@
 """The small folder of real photographs (`shared/realhands`, see its README.md) -> native shards.
 
-157 hands of five sources: 2D only and 3D, both sides, no MANO. Units, joint order and frames are ours already. An image with
-two hands becomes two samples. The encoded bytes are copied.
+157 hands of five sources: 2D only and 3D, both sides, no MANO. Units, joint order and frames are ours already. An image
+with two hands becomes two samples. The encoded bytes are copied.
 """
 
 from __future__ import annotations

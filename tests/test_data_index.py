@@ -1,0 +1,184 @@
+"""Damage in a shard is found, counted and survived; an index is stored, shared and made anew when its shard changes."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src.data.dataset import HandDataset, ShardReader
+from src.data.health import BadDataError, DataHealth
+from src.data.index import cache_dir, index_path, load_index
+from src.data.index_build import build_index, open_indexes
+from src.data.plan import MixedPlan, SourcePlan, validation_plan
+from src.data.tar import BLOCK, TarWalk
+from tests.data_shards import native_sample, write_shard
+
+NUM = 8
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    return write_shard(tmp_path / "a.tar", [native_sample(number) for number in range(NUM)])
+
+
+def spans(path: Path) -> list[tuple[int, int]]:
+    """(begin, end) of every sample in a healthy shard."""
+    return [(int(s["offset"]), int(s["offset"] + s["size"])) for s in build_index(path).tables().sample]
+
+
+def keys(path: Path) -> list[str]:
+    index = build_index(path)
+    reader = ShardReader(index, 1)
+    return [reader.read(row)[0] for row in range(index.num_frame())]
+
+
+@pytest.mark.parametrize(
+    ("where", "lost"),
+    [
+        (lambda begin, end: begin, 0),  # between two samples: every sample before is whole
+        (lambda begin, end: begin + 100, 0),  # in the first header
+        (lambda begin, end: begin + BLOCK + 10, 1),  # in data
+        (lambda begin, end: end - BLOCK - 7, 1),  # in the last member
+    ],
+)
+def test_truncated_shards_give_what_is_left(shard: Path, where, lost: int) -> None:
+    begin, end = spans(shard)[5]
+    os.truncate(shard, where(begin, end))
+    assert keys(shard) == [f"{n:05d}" for n in range(5)]
+    bad = build_index(shard).bad_count
+    assert bad.keys() <= {"truncated", "incomplete", "no_end_of_archive"}
+    assert sum(bad.values()) >= 1
+
+
+def test_truncation_between_two_members_is_noticed(shard: Path) -> None:
+    with shard.open("rb") as file:
+        ends = [member.end for member in TarWalk(file, shard.stat().st_size)]
+    per_sample = len(ends) // NUM
+    os.truncate(shard, ends[5 * per_sample + per_sample - 2])  # all members of sample 5 but one, optional for itself
+    assert keys(shard) == [f"{n:05d}" for n in range(5)]
+    assert build_index(shard).bad_count == {"incomplete": 1, "no_end_of_archive": 1}
+
+
+@pytest.mark.parametrize("fill", [b"\0", b"\xa5"])
+def test_the_walk_goes_on_behind_damage(shard: Path, fill: bytes) -> None:
+    all_spans = spans(shard)
+    begin, end = all_spans[2][0] + 3 * BLOCK, all_spans[3][0] + 2 * BLOCK
+    data = bytearray(shard.read_bytes())
+    data[begin:end] = fill * (end - begin)
+    shard.write_bytes(data)
+    assert keys(shard) == [f"{n:05d}" for n in (0, 1, 4, 5, 6, 7)]
+    bad = build_index(shard).bad_count
+    assert "zeroed" in bad or "bad_header" in bad
+    assert bad["incomplete"] == 2
+
+
+def test_empty_shards_and_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "empty.tar").touch()
+    (tmp_path / "text.tar").write_bytes(b"no archive" * 400)
+    write_shard(tmp_path / "none.tar", [])
+    for name in ("empty", "text", "none"):
+        index = build_index(tmp_path / f"{name}.tar")
+        assert index.num_frame() == 0
+        assert sum(index.bad_count.values()) >= 1
+
+
+def dataset_of(path: Path) -> HandDataset:
+    (index,) = open_indexes([path])
+    plan = MixedPlan([SourcePlan([index], 1, 0)], [1.0], 0)
+    return HandDataset([[index]], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
+
+
+def test_bit_rot_after_indexing_is_replaced_and_counted(shard: Path) -> None:
+    healthy = dataset_of(shard).__getitems__(range(NUM))
+    stat = shard.stat()
+    data = bytearray(shard.read_bytes())
+    data[spans(shard)[4][0] + int(build_index(shard).tables().frame["begin"][4]) + 50] ^= 1  # in the image
+    data[spans(shard)[6][0] + BLOCK + 3] ^= 1  # in the first array
+    shard.write_bytes(data)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    first, again = (dataset_of(shard).__getitems__(range(NUM)) for _ in range(2))
+    assert sorted({bad.reason for bad in first.bad}) == ["crc_image", "crc_note"]
+    assert {bad.key for bad in first.bad} == {"00004/0", "00006/0"}
+    assert [row.key for row in first.rows] == [row.key for row in again.rows]
+    assert all((a.patch == b.patch).all() for a, b in zip(first.rows, again.rows))
+    assert not {"00004/0", "00006/0"} & {row.key for row in first.rows}
+    kept = [(a.key, b.key) for a, b in zip(healthy.rows, first.rows) if a.key not in ("00004/0", "00006/0")]
+    assert all(a == b for a, b in kept)
+    assert len(kept) == NUM - 2
+
+
+def test_validation_leaves_out_what_it_cannot_read(shard: Path) -> None:
+    (index,) = open_indexes([shard])
+    plan = validation_plan([index], 1, 42, None)
+    dataset = HandDataset([[index]], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
+    assert sorted(row.key for row in dataset.__getitems__(range(NUM)).rows) == [f"{n:05d}/0" for n in range(NUM)]
+    shard.unlink()
+    dataset = HandDataset([[index]], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
+    fetched = dataset.__getitems__(range(2))
+    assert [row.position for row in fetched.rows] == [-1, -1]
+    assert [bad.reason for bad in fetched.bad] == ["unreadable"] * 2
+
+
+def test_too_much_damage_stops_the_run(shard: Path) -> None:
+    os.truncate(shard, spans(shard)[6][0])
+    index = build_index(shard)
+    DataHealth([[index]], 0.5).check()
+    with pytest.raises(BadDataError, match="no_end_of_archive") as caught:
+        DataHealth([[index]], 0.01).check()
+    assert "DATA.max_bad_fraction=0.01" in str(caught.value)
+
+
+def test_an_index_is_made_anew_when_its_shard_changes(shard: Path) -> None:
+    (first,) = open_indexes([shard])
+    stored = index_path(shard)
+    before = stored.stat().st_mtime_ns
+    (again,) = open_indexes([shard])
+    assert stored.stat().st_mtime_ns == before
+    assert (again.tables().frame == first.tables().frame).all()
+    write_shard(shard, [native_sample(number) for number in range(3)])
+    assert load_index(shard, stored) is None
+    (new,) = open_indexes([shard])
+    assert new.num_frame() == 3
+    stored.write_bytes(stored.read_bytes()[:-5])
+    assert load_index(shard, stored) is None
+    assert open_indexes([shard])[0].num_frame() == 3
+
+
+def test_builders_may_race_and_a_read_only_folder_is_no_obstacle(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        indexes = list(pool.map(lambda _: open_indexes([shard])[0], range(8)))
+    assert {index.num_frame() for index in indexes} == {NUM}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "a.tar.index"]
+    index_path(shard).unlink()
+    index_path(shard).mkdir()  # stands in for a folder that cannot be written: root may write anywhere
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (index,) = open_indexes([shard])
+    assert index.stored is not None
+    assert index.stored[0].parent == cache_dir()
+    (own,) = open_indexes([shard], tmp_path / "own")
+    assert own.stored is not None
+    assert own.stored[0].parent == tmp_path / "own"
+
+
+def test_stride_counts_frames_of_a_clip(tmp_path: Path) -> None:
+    index = build_index(write_shard(tmp_path / "a.tar", [native_sample(n, t) for n, t in enumerate((5, 3, 1, 6))]))
+    for stride in (1, 2, 4):
+        rows = index.tables().rows(stride)
+        numbers = index.tables().frame["frame"] if rows is None else index.tables().frame["frame"][rows]
+        assert len(numbers) == index.num_frame(stride) == sum(-(-t // stride) for t in (5, 3, 1, 6))
+        assert (numbers % stride == 0).all()
+
+
+def test_indexes_are_built_by_several_processes(tmp_path: Path) -> None:
+    shards = [write_shard(tmp_path / f"{i}.tar", [native_sample(i)]) for i in range(3)]
+    seen: list[tuple[int, int]] = []
+    indexes = open_indexes(shards, num_process=2, progress=lambda done, total: seen.append((done, total)))
+    assert [index.shard for index in indexes] == shards
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert all(np.array_equal(i.tables().frame, build_index(s).tables().frame) for i, s in zip(indexes, shards))

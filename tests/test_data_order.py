@@ -1,0 +1,205 @@
+"""The order of training and of validation is a function: of workers, ranks, resumes and packing it knows nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.batch import Batch
+from src.data.index_build import open_indexes
+from src.data.loader import build_train_loader, build_val_loader
+from src.data.plan import EpochOrder, MixedPlan, SourcePlan, validation_plan
+from tests.data_shards import data_config, lab_sample, native_sample, write_shard
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two training shards (clips of 1, 3 and 5 frames, both formats) and one of validation."""
+    root = tmp_path_factory.mktemp("shards")
+    write_shard(root / "train" / "0.tar", [native_sample(n, 1 + n % 2 * 4) for n in range(6)])
+    write_shard(root / "train" / "1.tar", [lab_sample(n, 3, 1 + n % 2) for n in range(10, 17)])
+    write_shard(root / "val" / "0.tar", [native_sample(n, 1 + n % 2 * 2) for n in range(20, 29)])
+    return root
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = (name for name, value in vars(a).items() if isinstance(value, torch.Tensor))
+    return a.key == b.key and a.source == b.source and all(torch.equal(getattr(a, n), getattr(b, n)) for n in tensors)
+
+
+def train(root: Path, num_batch: int = 8, done: int = 0, rank: int = 0, world: int = 1, **knob) -> list[Batch]:
+    loader = build_train_loader(
+        data_config(root, **knob), "mano", batches_done=done, num_batch=num_batch, rank=rank, world_size=world
+    )
+    return list(loader)
+
+
+def test_order_and_pixels_do_not_depend_on_workers_ranks_or_resumes(root: Path) -> None:
+    straight = train(root, sample_per_device=8)
+    assert len(straight) == 8
+    for worker in (1, 2, 3):  # two shards only: fewer than workers
+        assert all(
+            same(a, b) for a, b in zip(straight, train(root, sample_per_device=8, num_worker=worker), strict=True)
+        )
+    assert all(
+        same(a, b) for a, b in zip(straight[5:], train(root, done=5, sample_per_device=8, num_worker=2), strict=True)
+    )
+    for world in (2, 4):
+        ranks = [train(root, rank=rank, world=world, sample_per_device=8 // world) for rank in range(world)]
+        keys = [[key for batch in step for key in batch.key] for step in zip(*ranks)]
+        assert keys == [batch.key for batch in straight]
+        assert all(torch.equal(torch.cat([b.patch for b in s]), a.patch) for s, a in zip(zip(*ranks), straight))
+    other = train(root, sample_per_device=8, seed=4)
+    assert [b.key for b in other] != [b.key for b in straight]
+    positions = torch.cat([b.position for b in straight]).tolist()
+    assert positions == list(range(64))
+
+
+def test_an_epoch_holds_every_frame_once(root: Path) -> None:
+    num_frame = 3 * 1 + 3 * 5 + 7 * 3
+    batches = train(root, num_batch=2 * num_frame, sample_per_device=1)
+    keys = [b.key[0] for b in batches]
+    assert len(set(keys[:num_frame])) == len(set(keys[num_frame:])) == num_frame
+    assert keys[:num_frame] != keys[num_frame:]
+    assert not torch.equal(batches[0].patch, batches[num_frame + keys[num_frame:].index(keys[0])].patch)
+    assert len({b.key[0] for b in train(root, num_batch=100, sample_per_device=1, stride=2)}) == 3 * 1 + 3 * 3 + 7 * 2
+
+
+@pytest.mark.parametrize("num_frame", [1, 2, 17, 600, 5000, 70_000])
+def test_epoch_orders_are_permutations_that_keep_neighbours_apart(num_frame: int) -> None:
+    epochs = [EpochOrder(num_frame, seed=1, epoch=e) for e in range(3)]
+    orders = [[epoch.frame(i) for i in range(num_frame)] for epoch in epochs]
+    assert all(sorted(order) == list(range(num_frame)) for order in orders)
+    if num_frame < 600:
+        return
+    assert orders[0] != orders[1] != orders[2]
+    for order in orders:
+        for size in (4, 16, 64):
+            for begin in range(0, num_frame, size):
+                batch = np.sort(order[begin : begin + size])
+                assert np.diff(batch).min(initial=2) > 1, "two neighbouring frames of a clip in one batch"
+    half = np.array(orders[0][: num_frame // 2])
+    assert abs(half.mean() / num_frame - 0.5) < 0.03
+
+
+def test_clips_are_spread_over_the_batches(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train" / "0.tar", [native_sample(n, 10) for n in range(30)])
+    for batch in train(tmp_path, num_batch=60, sample_per_device=8):
+        clips: dict[str, list[int]] = {}
+        for key in batch.key:
+            clip, frame = key.split("/")
+            clips.setdefault(clip, []).append(int(frame))
+        for frames in clips.values():
+            assert np.diff(sorted(frames)).min(initial=2) > 1
+
+
+def test_an_order_of_twenty_million_frames_starts_at_once() -> None:
+    order = EpochOrder(20_000_000, seed=1, epoch=7)
+    assert order.block_order.nbytes < 1 << 20
+    places = [order.frame(19_999_000 + i) for i in range(1000)]
+    assert len(set(places)) == 1000
+    assert max(places) < 20_000_000
+
+
+def test_sources_are_mixed_by_weight_at_every_position(root: Path) -> None:
+    source = {
+        "clips": {"source": ["train/0.tar"], "weight": 3.0},
+        "labs": {"source": ["train/1.tar"], "weight": 1.0},
+        "more": {"source": ["val/0.tar"], "weight": 4.0},
+    }
+    indexes = [open_indexes([root / s["source"][0]]) for s in source.values()]
+    plans = [SourcePlan(shards, 1, 0, tag) for tag, shards in enumerate(indexes)]
+    plan = MixedPlan(plans, [s["weight"] for s in source.values()], seed=5)
+    drawn = [plan.source_at(position) for position in range(4000)]
+    for end in (8, 80, 4000):
+        count = Counter(s for s, _ in drawn[:end])
+        assert all(abs(count[i] - end * w / 8) < 3 for i, w in enumerate((3, 1, 4)))
+    for i in range(3):
+        assert [place for s, place in drawn if s == i] == list(range(sum(s == i for s, _ in drawn)))
+    batches = train(root, train=source, num_batch=10, sample_per_device=8)
+    assert all(
+        same(a, b) for a, b in zip(batches, train(root, train=source, num_batch=10, sample_per_device=8, num_worker=2))
+    )
+
+
+def validation(root: Path, world: int = 1, **knob) -> list[tuple[str, torch.Tensor]]:
+    """(key, patch) of every real row, in order of position, over all ranks."""
+    rows = {}
+    for rank in range(world):
+        loader = build_val_loader(data_config(root, **knob), "mano", rank=rank, world_size=world)
+        sizes = set()
+        for batch in loader:
+            sizes.add(len(batch))
+            for i, position in enumerate(batch.position.tolist()):
+                if position >= 0:
+                    assert position not in rows
+                    rows[position] = (batch.key[i], batch.patch[i])
+                else:
+                    assert not batch.joint_2d_valid[i].any()
+        assert sizes == {knob.get("sample_per_device", 4)}
+    assert sorted(rows) == list(range(len(rows)))
+    return [rows[position] for position in sorted(rows)]
+
+
+def test_validation_is_the_same_for_any_workers_ranks_and_packing(root: Path, tmp_path: Path) -> None:
+    samples = [native_sample(n, 1 + n % 2 * 2) for n in range(20, 29)]
+    for i, sample in enumerate(samples[::-1]):
+        write_shard(tmp_path / "val" / f"{i}.tar", [sample])
+    for max_sample in (7, None):
+        straight = validation(root, max_sample=max_sample)
+        assert len(straight) == (max_sample or 17)
+        variants = [{"num_worker": 1}, {"num_worker": 3}, {"world": 2}, {"world": 3, "num_worker": 1}]
+        others = [validation(root, max_sample=max_sample, **variant) for variant in variants]
+        others += [
+            validation(tmp_path, max_sample=max_sample),
+            validation(root, max_sample=max_sample, sample_per_device=5),
+        ]
+        for other in others:
+            assert [key for key, _ in other] == [key for key, _ in straight]
+            assert all(torch.equal(a, b) for (_, a), (_, b) in zip(other, straight))
+    everything = [key for key, _ in validation(root)]
+    assert [key for key, _ in validation(root, max_sample=7)] == everything[:7]
+    assert [key for key, _ in validation(root, val_seed=43)] != everything
+    indexes = open_indexes([root / "val" / "0.tar"])
+    assert validation_plan(indexes, 1, 42, 7).num_frame == 7
+
+
+def test_the_validation_loader_can_be_read_again(root: Path) -> None:
+    loader = build_val_loader(data_config(root, num_worker=1), "mano")
+    first, second = list(loader), list(loader)
+    assert len(first) == len(loader) == 5
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_damage_is_counted_in_the_main_process(tmp_path: Path) -> None:
+    good = [native_sample(n) for n in range(9)]
+    bad = {
+        **native_sample(9),
+        "png": native_sample(9)["png"][:60] + bytes(40),
+    }  # a png header, and no picture behind it
+    write_shard(tmp_path / "train" / "0.tar", [*good, bad])
+    for worker in (0, 2):
+        loader = build_train_loader(
+            data_config(tmp_path, max_bad_fraction=0.5, num_worker=worker), "mano", num_batch=10
+        )
+        keys = [key for batch in loader for key in batch.key]
+        assert len(keys) == 40
+        assert "00009/0" not in keys
+        assert loader.health.read["undecodable_image"] >= 4
+        assert "00009/0" in loader.health.table()
+        state = loader.health.state_dict()
+        loader.health.load_state_dict(state)
+        assert loader.health.state_dict() == state
+
+
+def test_a_source_without_usable_frames_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0.tar").touch()
+    with pytest.raises(ValueError, match=r"DATA\.train\.source"):
+        build_train_loader(data_config(tmp_path), "mano")
