@@ -9,8 +9,10 @@ Heavy imports wait until the configuration and what it points at are known to be
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,7 +43,10 @@ def train(cfg: Config, config_name: str) -> None:
 
     set_up_logging()
     with progress_bar() as progress:
-        run = Run(cfg, config_name, progress)
+        try:
+            run = Run(cfg, config_name, progress)
+        except ValueError as error:
+            refuse(error)
         try:
             if run.state.step == 0:
                 run.validate()
@@ -58,8 +63,10 @@ def train(cfg: Config, config_name: str) -> None:
             run.close()
 
 
-def refuse(error: ConfigError) -> None:
-    """Tell what is wrong with the configuration and leave."""
+def refuse(error: ValueError) -> NoReturn:
+    """Tell what is wrong with the configuration and leave; HYDRA_FULL_ERROR=1 shows where it was noticed."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
     print(f"stage1: this configuration cannot be run\n{error}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,6 +1,6 @@
 """Checkpoints: everything a resume needs, written beside and renamed, so that a crash never costs an older one.
 
-    <run folder>/checkpoints/checkpoint-<step>/   model.safetensors  optimizer.pt  rng.pt  state.json  manifest.json
+    <run folder>/checkpoints/checkpoint-<step>/   model.safetensors  optimizer.pt  state.json  manifest.json
     <run folder>/checkpoints/best/                the same files (hard links) of the best checkpoint so far
 
 A checkpoint's step is read from `state.json`, never from a folder's name. Nothing here runs code from a file: weights
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +29,6 @@ from src.engine.checkpoint_files import (
     MANIFEST,
     MODEL,
     OPTIMIZER,
-    RNG,
     STATE,
     fsync,
     swap_in,
@@ -51,7 +50,10 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class TrainState:
-    """What a resume needs besides weights, optimizer and random generators. Saved as `state.json`."""
+    """What a resume needs besides weights and optimizer. Saved as `state.json`.
+
+    No random generator is in it: what a step draws is seeded by (seed, step, rank), see src/engine/step.py.
+    """
 
     step: int = 0  # optimizer steps done
     data_position: int = 0  # next position in the data order
@@ -62,28 +64,20 @@ class TrainState:
     extra: dict[str, Any] = field(default_factory=dict)  # whatever else can be written as JSON
 
 
-class Checkpoint(NamedTuple):
-    """What `load_checkpoint` hands back; model, optimizer and scaler were filled in place."""
-
-    state: TrainState
-    rng_by_rank: list[dict[str, Any]]  # one `capture_rng()` per rank of the run that saved
-
-
 def save_checkpoint(
     run_folder: Path,
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
-    rng_by_rank: list[dict[str, Any]],
     scaler: Any = None,
     keep: int = 3,
     is_best: bool = False,
 ) -> Path:
     """Write `checkpoints/checkpoint-<step>` of `run_folder`, make it `best` if asked, keep the newest `keep`.
 
-    Give the bare model (no DDP or compile wrapper). An older checkpoint is removed only after this one is complete;
-    so are those of a later step, which belong to a past that this run left by resuming before them.
+    Give the bare model (no DDP or compile wrapper). An older checkpoint is removed only after this one is complete; one
+    of a later step is never touched.
     Raises CheckpointError where the disk refuses; then nothing of the new checkpoint remains and all older ones do.
     """
     assert keep >= 1
@@ -97,7 +91,6 @@ def save_checkpoint(
         save_model(model, str(temporary / MODEL))
         scaler_state = None if scaler is None else scaler.state_dict()
         torch_save({"optimizer": optimizer.state_dict(), "scaler": scaler_state}, temporary / OPTIMIZER)
-        torch_save({"rng_by_rank": rng_by_rank}, temporary / RNG)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         write_manifest(temporary)
         swap_in(temporary, final)
@@ -109,14 +102,13 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, scaler: Any = None
-) -> Checkpoint:
+) -> TrainState:
     """Verify the checkpoint folder `path` and fill model, optimizer and scaler from it.
 
     Raises ValueError naming the file that is damaged, or what of the model or optimizer does not fit.
     """
     verify(path)
     state = read_state(path)
-    rng_by_rank = torch_load(path / RNG)["rng_by_rank"]
     try:
         load_model(model, str(path / MODEL))
     except (RuntimeError, SafetensorError) as error:
@@ -132,7 +124,7 @@ def load_checkpoint(
             raise ValueError(f"{path / OPTIMIZER} does not fit this optimizer: {error}") from error
         if scaler is not None and saved["scaler"] is not None:
             scaler.load_state_dict(saved["scaler"])
-    return Checkpoint(state, rng_by_rank)
+    return state
 
 
 def read_state(path: Path) -> TrainState:
@@ -171,6 +163,13 @@ def find_checkpoint(path: str | Path) -> Path:
         except ValueError as error:
             logger.warning("skipping checkpoint %s: %s", folder, error)
     raise ValueError(f"no complete checkpoint in {parent}")
+
+
+def is_newest(checkpoint: Path) -> bool:
+    """Whether `checkpoint` lies in a run folder and no complete checkpoint there is of a later step."""
+    if checkpoint.parent.name != "checkpoints":
+        return False
+    return read_state(checkpoint).step >= max(step for step, _ in _by_step(checkpoint.parent))
 
 
 def find_newest(root: Path, config_name: str) -> Path | None:
@@ -245,9 +244,7 @@ def _prune(parent: Path, newest: Path, step: int, keep: int) -> None:
     for other_step, folder in _by_step(parent):
         if folder == newest or not folder.name.startswith("checkpoint-"):
             continue
-        if other_step > step:
-            logger.warning("removing checkpoint %s: this run resumed before its step %d", folder, other_step)
-        elif kept < keep:
-            kept += 1
+        if other_step > step or kept < keep:
+            kept += other_step < step
             continue
         shutil.rmtree(folder, ignore_errors=True)

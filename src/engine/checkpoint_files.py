@@ -18,7 +18,7 @@ import torch
 
 from src.engine.run_folder import write_text_atomic
 
-MODEL, OPTIMIZER, RNG, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 
 
 def torch_save(value: Any, path: Path) -> None:
@@ -82,7 +82,7 @@ def verify(path: Path) -> None:
         sizes = {name: entry["size"] for name, entry in manifest.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is incomplete") from error
-    for name in {MODEL, OPTIMIZER, RNG, STATE} | sizes.keys():
+    for name in {MODEL, OPTIMIZER, STATE} | sizes.keys():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size is None or size != sizes.get(name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -65,7 +64,6 @@ def make_demo_data(cfg: Config, progress: Progress) -> None:
             num_sample,
             seed=demo.seed,
             img_size=demo.img_size,
-            num_process=os.cpu_count() or 1,
             progress=advance,
         )
 

@@ -19,7 +19,7 @@ from src.config import Config
 from src.data.loader import HandLoader, build_train_loader, build_val_loader
 from src.data.mean_hand import mean_hand
 from src.engine import parts
-from src.engine.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from src.engine.checkpoint import TrainState, find_checkpoint, is_newest, load_checkpoint, save_checkpoint
 from src.engine.console import add_log_file, console, logger, task_bar, track
 from src.engine.evaluate import evaluate, key_metric
 from src.engine.report import closing_table
@@ -47,7 +47,7 @@ class Run:
         optimizer = build_optimizer(self.net, cfg)
         self.state = TrainState(config_name=config_name)
         if checkpoint is not None:
-            self.state = load_checkpoint(checkpoint, model=self.net, optimizer=optimizer).state
+            self.state = load_checkpoint(checkpoint, model=self.net, optimizer=optimizer)
         self.trainer = Trainer(cfg, self.accelerator, *self.accelerator.prepare(self.net, optimizer))
 
         self.train_loader, self.val_loader = self._build_loaders(hand.name)
@@ -146,14 +146,16 @@ class Run:
         where = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         how = {"pin_memory": self.accelerator.device.type == "cuda"}
         with self.accelerator.main_process_first(), task_bar(self.progress, "indexing shards") as advance:
-            train = build_train_loader(
-                self.cfg, hand_model, start_position=self.state.data_position, progress=advance, **where, **how
-            )
+            done = self.state.step * self.cfg.TRAIN.grad_accum_step
+            train = build_train_loader(self.cfg, hand_model, batches_done=done, progress=advance, **where, **how)
             return train, build_val_loader(self.cfg, hand_model, progress=advance, **where, **how)
 
     def _claim_folder(self, config_name: str, checkpoint: Path | None) -> Path:
-        """A new run folder, or the one the checkpoint lies in; the main process locks it and logs into it."""
-        if checkpoint is not None and checkpoint.parent.name == "checkpoints":
+        """The run folder, locked by the main process: a new one, or that of the checkpoint if it is its newest.
+
+        Going on from an older checkpoint branches off into a new folder: what came after it stays as it is.
+        """
+        if checkpoint is not None and is_newest(checkpoint):
             folder = checkpoint.parent.parent
         else:
             folder = parts.make_run_folder(self.cfg, config_name, self.accelerator)
