@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from src.hand.skeleton import FINGER_NAMES, HandArrays
-from src.hand.standin import angles_to_rotmat, build_standin_hand, chain, design, joint_limits
+from src.hand.standin import build_standin_hand
+from src.hand.standin_design import angles_to_rotmat, chain, design, joint_limits
 from src.hand.standin_mesh import signed_volume
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from src.hand.standin import angles_to_rotmat, build_standin_hand, chain, joint_limits, rotation_about
+from src.hand.standin import build_standin_hand
+from src.hand.standin_design import angles_to_rotmat, chain, joint_limits, rotation_about
 
 if TYPE_CHECKING:
     from src.hand.mano import ManoLayer

@@ -16,7 +16,8 @@ import numpy as np
 
 from src.data.demo_hand import HandDraw
 from src.data.rng import stream
-from src.hand.standin import build_standin_hand, chain, design
+from src.hand.standin import build_standin_hand
+from src.hand.standin_design import chain, design
 from src.utils.mesh_render import render_mesh
 
 SUPER = 2  # supersampling

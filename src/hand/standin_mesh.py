@@ -1,4 +1,4 @@
-"""The skin of the stand-in hand: an implicit surface around the designed skeleton and the quad mesh pulled onto it.
+"""The skin of the stand-in hand: a quad mesh pulled onto the implicit surface of `src.hand.standin_flesh`.
 
 Numpy only. Lengths in this file are MILLIMETRES in MANO's axes: the fingers of the right hand point to -x, the back of
 the hand to +y, the thumb to +z; the wrist joint is the origin. All of it is our own design, no vertex was taken from
@@ -9,33 +9,27 @@ side, one on each edge), each finger continues four columns of the back and four
 two quads close the gaps between fingers, and the thumb grows from a window in the radial edge. Every vertex then
 moves along the gradient of the implicit surface until it lies on it.
 
-Shape legend: V vertices, F triangles, N query points, S cone segments.
+Shape legend: V vertices, F triangles, N query points.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from src.hand.standin_design import unit
+from src.hand.standin_flesh import Tube
+
 THUMB_WINDOW = (2, 6)  # palm rings between which the thumb leaves the radial edge
 COLUMN = (-1.0, -0.4, 0.4, 1.0)  # position of a finger's four columns across its breadth
 NUM_RELAX = 8
+# Where the vertices of a ring lie around the axis: 0 to the radial side, 90 degrees to the nail.
+FINGER_ANGLE = np.radians([0, 48, 76, 104, 132, 180, 228, 256, 284, 312])
+THUMB_ANGLE = np.radians([180, 216, 243, 270, 297, 324, 0, 36, 63, 90, 117, 144])
 
-
-@dataclass(frozen=True)
-class Tube:
-    """One finger: the polyline of its axis with radii, and its frame.
-
-    node [n, 3] mm from the web (or the thumb's base) to the centre of the last ball, radius [n] mm, up [3] towards the
-    nail, ring [m] the axial positions (mm from the first node) of the mesh rings, flat: depth over breadth.
-    """
-
-    node: np.ndarray
-    radius: np.ndarray
-    up: np.ndarray
-    ring: np.ndarray
-    flat: float
+Field = Callable[[np.ndarray], np.ndarray]  # [N, 3] mm -> [N], zero on the surface, negative inside
 
 
 @dataclass(frozen=True)
@@ -50,39 +44,7 @@ class Mesh:
     tip: np.ndarray
 
 
-def unit(vec: np.ndarray) -> np.ndarray:
-    """[..., 3] -> unit vectors."""
-    return vec / np.linalg.norm(vec, axis=-1, keepdims=True)
-
-
-def smooth_min(a: np.ndarray, b: np.ndarray, k: float) -> np.ndarray:
-    """Polynomial smooth minimum of two fields, blend width k mm (the usual quadratic form)."""
-    h = np.maximum(k - np.abs(a - b), 0.0) / k
-    return np.minimum(a, b) - 0.25 * k * h * h
-
-
-def cone_field(point: np.ndarray, node: np.ndarray, radius: np.ndarray, up: np.ndarray, flat: float) -> np.ndarray:
-    """Distance-like field [N] of a chain of cones with spherical joints; `flat` < 1 squashes it along `up`."""
-    a, b = node[:-1], node[1:]
-    ab = b - a
-    t = np.einsum("nsk,sk->ns", point[:, None] - a, ab) / (ab * ab).sum(-1)
-    t = np.clip(t, 0.0, 1.0)
-    offset = point[:, None] - (a + t[..., None] * ab)
-    along = offset @ up
-    dist = np.sqrt((offset * offset).sum(-1) + (flat**-2 - 1.0) * along**2 + 1e-9)
-    return (dist - (radius[:-1] + t * (radius[1:] - radius[:-1]))).min(1)
-
-
-def ellipsoid_field(point: np.ndarray, centre: np.ndarray, axes: np.ndarray) -> np.ndarray:
-    """Distance-like field [N] of an ellipsoid; axes [3, 3] are its half axes as rows."""
-    length = np.linalg.norm(axes, axis=1)
-    local = (point - centre) @ (axes / length[:, None]).T
-    k0 = np.linalg.norm(local / length, axis=1)
-    k1 = np.linalg.norm(local / length**2, axis=1) + 1e-9
-    return k0 * (k0 - 1.0) / k1
-
-
-def project(vert: np.ndarray, field, num_step: int) -> np.ndarray:
+def project(vert: np.ndarray, field: Field, num_step: int) -> np.ndarray:
     """Move [V, 3] along the field's gradient (forward differences) onto its zero level."""
     eps = 0.05 * np.eye(3)
     for _ in range(num_step):
@@ -108,6 +70,10 @@ class _Builder:
         self.column.append(column)
         return len(self.vert) - 1
 
+    def halfway(self, i: int, j: int, column: float) -> int:
+        """A new palm vertex between two others."""
+        return self.add(0.5 * (self.vert[i] + self.vert[j]), -1, column)
+
     def strip(self, a: list[int], b: list[int], closed: bool) -> None:
         """Quads between two rows of equal length."""
         num = len(a)
@@ -122,12 +88,12 @@ def _palm(builder: _Builder, path: np.ndarray, half: np.ndarray) -> list[list[in
     Returns the rings; ring = 16 on the back (radial to ulnar), ulnar edge, 16 on the palm side (ulnar to radial),
     radial edge.
     """
-    rings = []
+    rings, lift = [], np.array([0.0, 10.0, 0.0])
     for r in range(path.shape[1]):
         across = [(path[f, r] + [0, 0, -c * half[f, r]], f + 1 + 0.3 * c) for f in range(4) for c in COLUMN]
-        back = [builder.add(p + [0, 10, 0], -1, c) for p, c in across]
+        back = [builder.add(p + lift, -1, c) for p, c in across]
         ulnar = builder.add(path[3, r] - [0, 0, half[3, r] + 6], -1, 4.3)
-        front = [builder.add(p - [0, 10, 0], -1, c) for p, c in reversed(across)]
+        front = [builder.add(p - lift, -1, c) for p, c in reversed(across)]
         radial = builder.add(path[0, r] + [0, 0, half[0, r] + 6], -1, 0.7)
         rings.append([*back, ulnar, *front, radial])
     low, high = THUMB_WINDOW
@@ -146,23 +112,21 @@ def _tube(builder: _Builder, base: list[int], tube: Tube, digit: int, angle: np.
 
     Returns the vertex id of the tip.
     """
-    length = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(tube.node, axis=0), axis=1))])
+    cones = tube.cones
+    length = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(cones.node, axis=0), axis=1))])
     row = base
     for s in tube.ring:
-        centre = np.array([np.interp(s, length, tube.node[:, k]) for k in range(3)])
-        k = min(int(np.searchsorted(length, s, side="right")) - 1, len(tube.node) - 2)
-        axis = unit(tube.node[k + 1] - tube.node[k])
-        if s > length[-1]:
-            centre = centre + (s - length[-1]) * axis
-        up = unit(tube.up - axis * (tube.up @ axis))
-        side = np.cross(up, axis)
-        beyond = max(s - length[-1], 0.0)
-        radius = np.sqrt(max(np.interp(s, length, tube.radius) ** 2 - beyond**2, 1.0))
-        around = centre + radius * (np.cos(angle)[:, None] * side + tube.flat * np.sin(angle)[:, None] * up)
-        new = [builder.add(p, digit, digit) for p in around]
-        builder.strip(row, new, closed=True)
-        row = new
-    tip = builder.add(centre + 0.6 * axis * tube.radius[-1], digit, digit)
+        k = min(int(np.searchsorted(length, s, side="right")) - 1, len(cones.node) - 2)
+        axis = unit(cones.node[k + 1] - cones.node[k])
+        centre = cones.node[k] + (s - length[k]) * axis
+        up = unit(cones.up - axis * (cones.up @ axis))
+        beyond = max(s - length[-1], 0.0)  # within the ball at the tip
+        radius = np.sqrt(max(np.interp(s, length, cones.radius) ** 2 - beyond**2, 1.0))
+        around = np.cos(angle)[:, None] * np.cross(up, axis) + cones.flat * np.sin(angle)[:, None] * up
+        ring = [builder.add(centre + radius * p, digit, digit) for p in around]
+        builder.strip(row, ring, closed=True)
+        row = ring
+    tip = builder.add(centre + 0.6 * axis * cones.radius[-1], digit, digit)
     for i, v in enumerate(row):
         builder.quad.append((v, row[(i + 1) % len(row)], tip, tip))
     return tip
@@ -195,63 +159,68 @@ def signed_volume(vert: np.ndarray, face: np.ndarray) -> float:
     return float(np.einsum("ij,ij->", a, np.cross(b, c)) / 6.0)
 
 
-def build_mesh(path: np.ndarray, half: np.ndarray, tubes: list[Tube], field) -> Mesh:
+def build_mesh(path: np.ndarray, half: np.ndarray, tubes: list[Tube], field: Field) -> Mesh:
     """Knit the glove and pull it onto the zero level of `field` ([N, 3] -> [N]).
 
     path [4, R, 3] and half [4, R] mm describe the palm's rays (index to pinky), tubes the five fingers (thumb first).
     """
     builder = _Builder()
     rings = _palm(builder, path, half)
-    end, last = rings[0], rings[-1]
-    cap = [end[33], *(builder.add(0.5 * (builder.vert[end[i]] + builder.vert[end[32 - i]]), -1, builder.column[end[i]])
-                      for i in range(1, 15)), end[16]]  # fmt: skip
-    builder.strip(cap, end[:16], closed=False)
-    builder.strip(end[32:16:-1], cap, closed=False)
+    first, last = rings[0], rings[-1]
+    middle = [builder.halfway(first[i], first[32 - i], builder.column[first[i]]) for i in range(1, 15)]
+    cap = [first[33], *middle, first[16]]
+    builder.strip(cap, first[:16], closed=False)
+    builder.strip(first[32:16:-1], cap, closed=False)
 
-    mids = [last[33]]  # one per finger side: index radial, then both sides of each web, pinky ulnar
-    for f in range(3):
-        left, right = 4 * f + 3, 4 * f + 4
-        pair = [
-            builder.add(0.5 * (builder.vert[last[i]] + builder.vert[last[32 - i]]), -1, f + 1.5) for i in (left, right)
-        ]
-        builder.strip([last[left], last[right]], pair, closed=False)
-        builder.strip(pair, [last[32 - left], last[32 - right]], closed=False)
-        mids += pair
-    mids.append(last[16])
-
-    tips = [0] * 5
-    deg = np.radians([0, 48, 76, 104, 132, 180, 228, 256, 284, 312])
+    sides = _webs(builder, last)
+    tips = [_thumb(builder, rings, tubes[0])]
     for f in range(4):
         back, front = last[4 * f : 4 * f + 4], [last[32 - 4 * f - i] for i in range(4)]
-        loop = [mids[2 * f], *back, mids[2 * f + 1], *reversed(front)]
-        tips[f + 1] = _tube(builder, loop, tubes[f + 1], f + 1, deg)
-    low, high = THUMB_WINDOW
-    window = [rings[high][33], *(rings[r][32] for r in range(high, low - 1, -1)), rings[low][33]]
-    window += [rings[r][0] for r in range(low, high + 1)]
-    deg = np.radians([180, 216, 243, 270, 297, 324, 0, 36, 63, 90, 117, 144])
-    tips[0] = _tube(builder, window, tubes[0], 0, deg)
+        loop = [sides[2 * f], *back, sides[2 * f + 1], *reversed(front)]
+        tips.append(_tube(builder, loop, tubes[f + 1], f + 1, FINGER_ANGLE))
     return _finish(builder, np.array(tips), field)
 
 
-def _finish(builder: _Builder, tip: np.ndarray, field) -> Mesh:
-    """Drop unused vertices, relax palm and webs, project, triangulate, orient outwards."""
+def _webs(builder: _Builder, last: list[int]) -> list[int]:
+    """Close the gaps between neighbouring fingers at the palm's last ring.
+
+    Returns the vertex on either side of each finger, radial side of the index first, ulnar side of the pinky last.
+    """
+    sides = [last[33]]
+    for f in range(3):
+        left, right = 4 * f + 3, 4 * f + 4
+        pair = [builder.halfway(last[i], last[32 - i], f + 1.5) for i in (left, right)]
+        builder.strip([last[left], last[right]], pair, closed=False)
+        builder.strip(pair, [last[32 - left], last[32 - right]], closed=False)
+        sides += pair
+    return [*sides, last[16]]
+
+
+def _thumb(builder: _Builder, rings: list[list[int]], tube: Tube) -> int:
+    """Grow the thumb from the window in the palm's radial edge; returns its tip's vertex id."""
+    low, high = THUMB_WINDOW
+    front = [rings[r][32] for r in range(high, low - 1, -1)]
+    back = [rings[r][0] for r in range(low, high + 1)]
+    return _tube(builder, [rings[high][33], *front, rings[low][33], *back], tube, 0, THUMB_ANGLE)
+
+
+def _finish(builder: _Builder, tip: np.ndarray, field: Field) -> Mesh:
+    """Drop unused vertices, relax palm and webs on the surface, triangulate."""
     used = np.unique(np.array(builder.quad))
     new_id = np.full(len(builder.vert), -1)
     new_id[used] = np.arange(len(used))
     vert = np.array(builder.vert)[used]
     quad = [tuple(new_id[list(q)]) for q in builder.quad]
     digit, column = np.array(builder.digit)[used], np.array(builder.column)[used]
-    rough = _triangles(quad, vert)
-    mean = neighbour_mean(rough, len(vert))
-    vert = project(vert, field, 2)
-    near_tube = (digit < 0).astype(float)
+    mean = neighbour_mean(_triangles(quad, vert), len(vert))
+    loose = (digit < 0).astype(float)  # palm, webs and the feet of the fingers; rings at finger joints stay
     for _ in range(2):
-        near_tube = np.maximum(near_tube, mean @ near_tube)
-    amount = 0.5 * np.minimum(near_tube * 1.5, 1.0)[:, None]
+        loose = np.maximum(loose, mean @ loose)
+    loose = 0.5 * np.minimum(1.5 * loose, 1.0)[:, None]
+    vert = project(vert, field, 2)
     for _ in range(NUM_RELAX):
-        vert = project(vert + amount * (mean @ vert - vert), field, 1)
+        vert = project(vert + loose * (mean @ vert - vert), field, 1)
     vert = project(vert, field, 3)
     face = _triangles(quad, vert)
-    if signed_volume(vert, face) < 0:
-        face = face[:, ::-1].copy()
+    assert signed_volume(vert, face) > 0, "the faces look inwards"
     return Mesh(vert, face, digit, column, new_id[tip])
