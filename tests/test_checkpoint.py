@@ -194,7 +194,7 @@ def test_sigkill_while_saving_leaves_a_loadable_one(tmp_path: Path) -> None:
         process.wait()
         model, optimizer = make()
         for name in ("", "checkpoints/best"):
-            step = load_checkpoint(find_checkpoint(tmp_path / name), model=model, optimizer=optimizer).state.step
+            step = load_checkpoint(find_checkpoint(tmp_path / name), model=model, optimizer=optimizer).step
             assert done[-1] - 1 <= step <= done[-1] + 1, name
 
 
