@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             closing = make_shards(args, bar)
         except ValueError as error:
             bar.stop()
-            bar.console.print(f"[red]{error}[/red]" if bar.console.is_terminal else str(error), soft_wrap=True)
+            sys.stderr.write(f"{error}\n")
             return 2
     bar.console.print(f"{closing} ({time.monotonic() - start:.1f} s)", soft_wrap=True)
     return 0

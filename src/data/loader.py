@@ -6,7 +6,6 @@ stretch of the order for 1 x 8, 2 x 4 and 4 x 2 samples, and a run resumes by it
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from src.config import Config, named_sources
 from src.data.dataset import BadFrame, Fetched, HandDataset
 from src.data.health import DataHealth
 from src.data.index import ShardIndex
-from src.data.index_build import open_indexes
+from src.data.index_build import open_indexes, worker_context
 from src.data.plan import MixedPlan, SourcePlan, validation_plan
 from src.data.source import resolve_source
 
@@ -122,19 +121,14 @@ def _init_worker(_: int) -> None:
 
 
 def _data_loader(dataset: HandDataset, sampler: Any, cfg: Config, pin_memory: bool, persistent: bool) -> DataLoader:
-    """A DataLoader over batches of positions.
-
-    Workers are forked where the system can: they start in milliseconds and share the plan. They touch neither CUDA nor
-    torch's threads, and OpenCV's are switched off in them.
-    """
+    """A DataLoader over batches of positions."""
     num_worker = cfg.GENERAL.num_worker
     many: dict[str, Any] = {}
     if num_worker > 0:
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
         many = {
             "prefetch_factor": cfg.GENERAL.prefetch_factor,
             "persistent_workers": persistent,
-            "multiprocessing_context": method,
+            "multiprocessing_context": worker_context(),
             "worker_init_fn": _init_worker,
         }
     return DataLoader(
