@@ -1,4 +1,4 @@
-"""Paints demo samples: skin, sleeve, light, background, occluder and sensor around the hands of `src.data.demo_hand`.
+"""Paints demo samples: skin, forearm, sleeve and light for the hands of `src.data.demo_hand`, before a backdrop.
 
 The hand and its forearm are rasterised together at twice the resolution with vertex colours (Lambert with wrapped
 light, hemispherical ambient, a little gloss, darkening where fingers come close), then averaged down and laid over a
@@ -14,19 +14,18 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
+from src.data.demo_backdrop import SKIN_RGB, background, noise_patch, occlude, sensor
 from src.data.demo_hand import HandDraw
-from src.data.rng import stream
+from src.hand.skeleton import FINGER_NAMES
 from src.hand.standin import build_standin_hand
 from src.hand.standin_design import chain, design
+from src.hand.standin_flesh import RADIUS
 from src.utils.mesh_render import render_mesh
 
 SUPER = 2  # supersampling
-SKIN_RGB = np.array(
-    [[255, 219, 196], [248, 199, 168], [236, 178, 140], [214, 150, 108], [178, 118, 80], [132, 84, 57], [92, 58, 42]],
-    np.float32,
-)
 ARM_RING, ARM_SIDE = 13, 14
-NEAR_MM = 60.0
+NEAR_MM = 60.0  # faces nearer than this are left out
+MAX_TOWARD_CAMERA = 0.55  # sine of the forearm's angle against the image plane
 
 
 @lru_cache(maxsize=1)
@@ -48,7 +47,8 @@ def _regions() -> dict[str, np.ndarray]:
         last = chain(d)[2]
         centre = des.tip[d] - 8.5 * des.bone[last] + 7.5 * des.frame[last, 1]
         offset = (vert - centre) @ np.stack([des.bone[last], des.frame[last, 1], des.frame[last, 0]]).T
-        nail = np.maximum(nail, (np.abs(offset / np.array([7.0, 5.0, 5.5])).max(1) < 1.0) * (facing > 0.45))
+        half = 0.55 * RADIUS[FINGER_NAMES[d]][5]
+        nail = np.maximum(nail, (np.abs(offset / np.array([7.0, 5.0, half])).max(1) < 1.0) * (facing > 0.45))
         tip = np.maximum(tip, np.exp(-(np.linalg.norm(vert - des.tip[d], axis=1) ** 2) / 150.0))
     owner = np.where(digit.max(1) > 0.4, digit.argmax(1), -1)
     own = owner[:, None] == np.array([-2, *(j // 4 for j in range(20))])
@@ -106,8 +106,9 @@ def _arm(draw: HandDraw, sleeve: np.ndarray, girth: np.ndarray) -> np.ndarray:
     along[:, 4] = along[:, 5] = np.maximum(sleeve, 30.0)
     along[:, 5] -= 2.0
     along[:, 6:] = along[:, 4:5] + np.array([4.0, 16.0, 22.0, 60.0, 110.0, 180.0, 260.0])
-    toward_viewer = np.maximum(-draw.arm_rot[:, 2, 0], 1e-3)  # end before the arm reaches the camera
-    along = np.minimum(along, (draw.joint[:, :1, 2] - NEAR_MM - 60.0) / toward_viewer[:, None])
+    # an arm that comes at the camera would hide the hand: it ends at the wrist
+    steep = draw.arm_rot[:, 2, 0] < -MAX_TOWARD_CAMERA
+    along = np.where(steep[:, None], np.minimum(along, 22.0), along)
     wide = 28.0 + 12.0 * np.clip((along - 40.0) / 160.0, 0.0, 1.0)
     wide[:, 0] -= 1.5  # starts inside the wrist
     high = wide * (0.70 + 0.2 * np.clip((along - 30.0) / 150.0, 0.0, 1.0))
@@ -183,84 +184,6 @@ def _light(rng: np.random.Generator, albedo: np.ndarray, normal: np.ndarray, ope
     return dark * (albedo * light + (gloss * open_sky)[:, None])
 
 
-@lru_cache(maxsize=1)
-def _noise_bank() -> np.ndarray:
-    """[512, 512, 3] uint8 normal noise around 128 with sigma 40, the same in every process."""
-    return np.clip(stream("demo noise").normal(128.0, 40.0, (512, 512, 3)), 0, 255).astype(np.uint8)
-
-
-def _noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    y, x = int(rng.integers(0, 513 - height)), int(rng.integers(0, 513 - width))
-    return _noise_bank()[y : y + height, x : x + width]
-
-
-def _colour(rng: np.random.Generator) -> tuple[float, ...]:
-    """A random colour; one in four looks like skin, so that colour alone does not find the hand."""
-    if rng.random() < 0.25:
-        return tuple(float(c) for c in SKIN_RGB[rng.integers(0, len(SKIN_RGB))] * rng.uniform(0.5, 1.1))
-    vivid = rng.random() ** 2
-    return tuple(float(c) for c in vivid * rng.uniform(5, 250, 3) + (1.0 - vivid) * rng.uniform(20, 240))
-
-
-def background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A procedural picture [S, S, 3] uint8: a colour field, a pattern, some shapes, blur and grain."""
-    corners = np.array([[_colour(rng), _colour(rng)], [_colour(rng), _colour(rng)]], np.float32)
-    corners += rng.uniform(0.3, 1.0) * (corners.mean((0, 1)) - corners)
-    image = cv2.resize(corners, (size, size), interpolation=cv2.INTER_LINEAR).clip(0, 255).astype(np.uint8)
-    for cells in (3, 9, 40)[: int(rng.integers(0, 4))]:
-        small, amount = _noise(rng, cells, cells), float(rng.uniform(0.1, 0.6))
-        if rng.random() < 0.75:
-            small = np.repeat(small[..., :1], 3, axis=2)
-        field = cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC if cells < 10 else cv2.INTER_LINEAR)
-        image = cv2.addWeighted(image, 1.0, field, amount, -128.0 * amount)
-    if rng.random() < 0.3:
-        _pattern(rng, image)
-    for _ in range(int(rng.integers(0, 9))):
-        draw_shape(rng, image, rng.uniform(0, size, 2), rng.uniform(0.04, 0.35) * size)
-    if rng.random() < 0.6:
-        side = 2 * int(rng.integers(1, 5)) + 1
-        image = cv2.blur(cv2.blur(image, (side, side)), (side, side))
-    return image
-
-
-def _pattern(rng: np.random.Generator, image: np.ndarray) -> None:
-    """Stripes, a grid or a chequerboard over the whole image, in place."""
-    size, step = image.shape[0], int(rng.integers(8, 48))
-    angle, width = rng.uniform(0, np.pi), int(rng.integers(1, 14))
-    colour = _colour(rng)
-    if rng.random() < 0.4:
-        cells = np.indices((size // step + 1, size // step + 1)).sum(0) % 2
-        tile = np.where(cells[..., None] > 0, np.array(colour), np.array(_colour(rng))).astype(np.uint8)
-        tile = cv2.resize(tile, (step * len(cells),) * 2, interpolation=cv2.INTER_NEAREST)[:size, :size]
-        cv2.addWeighted(image, 0.5, tile, 0.5, 0.0, dst=image)
-        return
-    way = np.array([np.cos(angle), np.sin(angle)])
-    side = np.array([-way[1], way[0]])
-    for offset in range(-size, size, step + width):
-        a = 0.5 * size + offset * side - size * way
-        b = a + 2 * size * way
-        cv2.line(image, tuple(int(v) for v in a), tuple(int(v) for v in b), colour, width, cv2.LINE_AA)
-
-
-def draw_shape(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, radius: float) -> None:
-    """One filled ellipse, polygon or rod of about `radius` px around `centre`, in place."""
-    colour, kind = _colour(rng), rng.random()
-    turn = rng.uniform(0, 360)
-    if kind < 0.35:
-        axes = (max(int(radius * rng.uniform(0.5, 1.2)), 1), max(int(radius * rng.uniform(0.3, 1.0)), 1))
-        cv2.ellipse(image, tuple(int(v) for v in centre), axes, turn, 0, 360, colour, -1, cv2.LINE_AA)
-        return
-    if kind < 0.7:
-        angle = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 7))))
-        point = centre + radius * rng.uniform(0.6, 1.2, (len(angle), 1)) * np.stack([np.cos(angle), np.sin(angle)], 1)
-    else:
-        way = np.array([np.cos(np.radians(turn)), np.sin(np.radians(turn))])
-        side = np.array([-way[1], way[0]]) * radius * rng.uniform(0.12, 0.4)
-        way *= radius * rng.uniform(1.5, 4.0)
-        point = np.stack([centre - way - side, centre + way - side, centre + way + side, centre - way + side])
-    cv2.fillPoly(image, [np.round(point * 16).astype(np.int32)], colour, cv2.LINE_AA, 4)
-
-
 def paint(draw: HandDraw, rngs: list[np.random.Generator], size: int) -> list[np.ndarray]:
     """The pictures [S, S, 3] uint8 RGB of all hands of a draw."""
     num = len(rngs)
@@ -286,7 +209,7 @@ def paint(draw: HandDraw, rngs: list[np.random.Generator], size: int) -> list[np
         image = background(rng, size)
         _lay_over(rng, image, px, vert[i, :, 2], face, colour)
         joint_px = draw.joint[i, :, :2] / draw.joint[i, :, 2:] * draw.focal[i] + draw.princpt[i]
-        images.append(_sensor(rng, _occlude(rng, image, joint_px)))
+        images.append(sensor(rng, occlude(rng, image, joint_px)))
     assert len(images) == num
     return images
 
@@ -302,43 +225,10 @@ def _lay_over(
     point = SUPER * (px - low) + 0.5 * (SUPER - 1)
     layer = render_mesh(point, depth, face, colour, (SUPER * width, SUPER * height))
     small = cv2.resize(layer, (width, height), interpolation=cv2.INTER_AREA)
-    grain = cv2.resize(_noise(rng, size // 3, size // 3), (size, size), interpolation=cv2.INTER_LINEAR)
+    grain = cv2.resize(noise_patch(rng, size // 3, size // 3), (size, size), interpolation=cv2.INTER_LINEAR)
     amount = float(rng.uniform(0.02, 0.14))
     grain = cv2.addWeighted(grain[:height, :width], amount, grain[:height, :width], 0.0, 128.0 * (1.0 - amount))
     hand = cv2.multiply(cv2.cvtColor(small, cv2.COLOR_RGBA2RGB), grain, scale=1.0 / 128.0)
     rest = cv2.cvtColor(255 - small[..., 3], cv2.COLOR_GRAY2RGB)
     window = image[low[1] : high[1], low[0] : high[0]]
     window[:] = cv2.add(hand, cv2.multiply(window, rest, scale=1.0 / 255.0))
-
-
-def _occlude(rng: np.random.Generator, image: np.ndarray, joint_px: np.ndarray) -> np.ndarray:
-    """Sometimes put an object before the hand; never over more than six of its joints."""
-    if rng.random() > 0.35:
-        return image
-    low, high = joint_px.min(0), joint_px.max(0)
-    at = np.clip(np.round(joint_px), 0, image.shape[0] - 1).astype(int)
-    for _ in range(3):
-        covered = image.copy()
-        draw_shape(rng, covered, rng.uniform(low, high), rng.uniform(0.12, 0.4) * float((high - low).max()))
-        changed = (covered[at[:, 1], at[:, 0]] != image[at[:, 1], at[:, 0]]).any(1)
-        if changed.sum() <= 6:
-            return covered
-    return image
-
-
-def _sensor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Motion or defocus blur now and then, and noise."""
-    kind = rng.random()
-    if kind < 0.12:
-        length, angle = int(rng.integers(3, 8)), rng.uniform(0, np.pi)
-        kernel = np.zeros((9, 9), np.float32)
-        tip = 0.5 * length * np.array([np.cos(angle), np.sin(angle)])
-        cv2.line(
-            kernel, tuple(np.round(4 - tip).astype(int).tolist()), tuple(np.round(4 + tip).astype(int).tolist()), 1.0
-        )
-        image = cv2.filter2D(image, -1, kernel / kernel.sum())
-    elif kind < 0.3:
-        image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.4, 1.2)))
-    amount = float(rng.uniform(0.0, 0.16))
-    noise = _noise(rng, image.shape[0], image.shape[1])
-    return cv2.addWeighted(image, 1.0, noise, amount, -128.0 * amount)

@@ -17,11 +17,11 @@ from src.hand.standin_design import BASE, Design, chain, to_xyz, unit
 
 # Half breadth in mm at web or base, mid bone, joint, ... , pad, tip.
 RADIUS = {
-    "thumb": (15.0, 13.0, 12.2, 10.9, 11.2, 11.0, 7.8),
-    "index": (10.8, 10.0, 10.2, 9.3, 9.0, 9.0, 6.8),
-    "middle": (11.0, 10.2, 10.5, 9.5, 9.2, 9.2, 6.9),
-    "ring": (10.5, 9.6, 9.9, 8.9, 8.7, 8.7, 6.5),
-    "pinky": (9.3, 8.5, 8.7, 7.8, 7.6, 7.6, 5.8),
+    "thumb": (15.0, 13.0, 12.2, 10.9, 11.4, 11.4, 8.8),
+    "index": (10.8, 10.0, 10.2, 9.3, 9.0, 9.0, 7.5),
+    "middle": (11.0, 10.2, 10.5, 9.5, 9.2, 9.2, 7.6),
+    "ring": (10.5, 9.6, 9.9, 8.9, 8.7, 8.7, 7.2),
+    "pinky": (9.3, 8.5, 8.7, 7.8, 7.6, 7.6, 6.4),
 }
 FLAT = 0.9  # depth over breadth of a finger
 WEB_MM = 15.0  # the fingers part this far beyond the knuckle joint

@@ -1,0 +1,131 @@
+"""Everything of a demo picture but the hand: background, objects before the hand, blur and noise of the sensor.
+
+Pictures are [S, S, 3] uint8 RGB. Everything random comes from the sample's own generator.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+from src.data.rng import stream
+
+SKIN_RGB = np.array(
+    [[255, 219, 196], [248, 199, 168], [236, 178, 140], [214, 150, 108], [178, 118, 80], [132, 84, 57], [92, 58, 42]],
+    np.float32,
+)
+MAX_HIDDEN_JOINT = 6
+
+
+@lru_cache(maxsize=1)
+def _noise_bank() -> np.ndarray:
+    """[512, 512, 3] uint8 normal noise around 128 with sigma 40, the same in every process."""
+    return np.clip(stream("demo noise").normal(128.0, 40.0, (512, 512, 3)), 0, 255).astype(np.uint8)
+
+
+def noise_patch(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A random cut-out [height, width, 3] of the noise bank, at most 512 px high and wide."""
+    y, x = int(rng.integers(0, 513 - height)), int(rng.integers(0, 513 - width))
+    return _noise_bank()[y : y + height, x : x + width]
+
+
+def _colour(rng: np.random.Generator) -> tuple[float, ...]:
+    """A random colour; one in four looks like skin, so that colour alone does not find the hand."""
+    if rng.random() < 0.25:
+        return tuple(float(c) for c in SKIN_RGB[rng.integers(0, len(SKIN_RGB))] * rng.uniform(0.5, 1.1))
+    vivid = rng.random() ** 2
+    return tuple(float(c) for c in vivid * rng.uniform(5, 250, 3) + (1.0 - vivid) * rng.uniform(20, 240))
+
+
+def background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A procedural picture [S, S, 3] uint8: a colour field, a pattern, some shapes, blur and grain."""
+    corners = np.array([[_colour(rng), _colour(rng)], [_colour(rng), _colour(rng)]], np.float32)
+    corners += rng.uniform(0.3, 1.0) * (corners.mean((0, 1)) - corners)
+    image = cv2.resize(corners, (size, size), interpolation=cv2.INTER_LINEAR).clip(0, 255).astype(np.uint8)
+    for cells in (3, 9, 40)[: int(rng.integers(0, 4))]:
+        small, amount = noise_patch(rng, cells, cells), float(rng.uniform(0.1, 0.6))
+        if rng.random() < 0.75:
+            small = np.repeat(small[..., :1], 3, axis=2)
+        field = cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC if cells < 10 else cv2.INTER_LINEAR)
+        image = cv2.addWeighted(image, 1.0, field, amount, -128.0 * amount)
+    if rng.random() < 0.3:
+        _pattern(rng, image)
+    for _ in range(int(rng.integers(0, 9))):
+        _draw_shape(rng, image, rng.uniform(0, size, 2), rng.uniform(0.04, 0.35) * size)
+    if rng.random() < 0.6:
+        side = 2 * int(rng.integers(1, 5)) + 1
+        image = cv2.blur(cv2.blur(image, (side, side)), (side, side))
+    return image
+
+
+def _pattern(rng: np.random.Generator, image: np.ndarray) -> None:
+    """Stripes, a grid or a chequerboard over the whole image, in place."""
+    size, step = image.shape[0], int(rng.integers(8, 48))
+    angle, width = rng.uniform(0, np.pi), int(rng.integers(1, 14))
+    colour = _colour(rng)
+    if rng.random() < 0.4:
+        cells = np.indices((size // step + 1, size // step + 1)).sum(0) % 2
+        tile = np.where(cells[..., None] > 0, np.array(colour), np.array(_colour(rng))).astype(np.uint8)
+        tile = cv2.resize(tile, (step * len(cells),) * 2, interpolation=cv2.INTER_NEAREST)[:size, :size]
+        cv2.addWeighted(image, 0.5, tile, 0.5, 0.0, dst=image)
+        return
+    way = np.array([np.cos(angle), np.sin(angle)])
+    side = np.array([-way[1], way[0]])
+    for offset in range(-size, size, step + width):
+        a = 0.5 * size + offset * side - size * way
+        b = a + 2 * size * way
+        cv2.line(image, tuple(int(v) for v in a), tuple(int(v) for v in b), colour, width, cv2.LINE_AA)
+
+
+def _draw_shape(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray, radius: float) -> None:
+    """One filled ellipse, polygon or rod of about `radius` px around `centre`, in place."""
+    colour, kind = _colour(rng), rng.random()
+    turn = rng.uniform(0, 360)
+    if kind < 0.35:
+        axes = (max(int(radius * rng.uniform(0.5, 1.2)), 1), max(int(radius * rng.uniform(0.3, 1.0)), 1))
+        cv2.ellipse(image, tuple(int(v) for v in centre), axes, turn, 0, 360, colour, -1, cv2.LINE_AA)
+        return
+    if kind < 0.7:
+        angle = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 7))))
+        point = centre + radius * rng.uniform(0.6, 1.2, (len(angle), 1)) * np.stack([np.cos(angle), np.sin(angle)], 1)
+    else:
+        way = np.array([np.cos(np.radians(turn)), np.sin(np.radians(turn))])
+        side = np.array([-way[1], way[0]]) * radius * rng.uniform(0.12, 0.4)
+        way *= radius * rng.uniform(1.5, 4.0)
+        point = np.stack([centre - way - side, centre + way - side, centre + way + side, centre - way + side])
+    cv2.fillPoly(image, [np.round(point * 16).astype(np.int32)], colour, cv2.LINE_AA, 4)
+
+
+def occlude(rng: np.random.Generator, image: np.ndarray, joint_px: np.ndarray) -> np.ndarray:
+    """Sometimes put an object before the hand (joint_px [J, 2]), over at most MAX_HIDDEN_JOINT of its joints."""
+    if rng.random() > 0.35:
+        return image
+    low, high = joint_px.min(0), joint_px.max(0)
+    at = np.clip(np.round(joint_px), 0, image.shape[0] - 1).astype(int)
+    for _ in range(3):
+        covered = image.copy()
+        _draw_shape(rng, covered, rng.uniform(low, high), rng.uniform(0.12, 0.4) * float((high - low).max()))
+        changed = (covered[at[:, 1], at[:, 0]] != image[at[:, 1], at[:, 0]]).any(1)
+        if changed.sum() <= MAX_HIDDEN_JOINT:
+            return covered
+    return image
+
+
+def sensor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Motion or defocus blur now and then, and noise."""
+    kind = rng.random()
+    if kind < 0.12:
+        length, angle = int(rng.integers(3, 8)), rng.uniform(0, np.pi)
+        kernel = np.zeros((9, 9), np.float32)
+        tip = 0.5 * length * np.array([np.cos(angle), np.sin(angle)])
+        cv2.line(
+            kernel, tuple(np.round(4 - tip).astype(int).tolist()), tuple(np.round(4 + tip).astype(int).tolist()), 1.0
+        )
+        image = cv2.filter2D(image, -1, kernel / kernel.sum())
+    elif kind < 0.3:
+        image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.4, 1.2)))
+    amount = float(rng.uniform(0.0, 0.16))
+    noise = noise_patch(rng, image.shape[0], image.shape[1])
+    return cv2.addWeighted(image, 1.0, noise, amount, -128.0 * amount)
