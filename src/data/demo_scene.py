@@ -106,21 +106,21 @@ def _arm(draw: HandDraw, sleeve: np.ndarray, girth: np.ndarray) -> np.ndarray:
     along[:, 4] = along[:, 5] = np.maximum(sleeve, 30.0)
     along[:, 5] -= 2.0
     along[:, 6:] = along[:, 4:5] + np.array([4.0, 16.0, 22.0, 60.0, 110.0, 180.0, 260.0])
-    # an arm that comes at the camera would hide the hand: it ends at the wrist
-    steep = draw.arm_rot[:, 2, 0] < -MAX_TOWARD_CAMERA
-    along = np.where(steep[:, None], np.minimum(along, 22.0), along)
     wide = 28.0 + 12.0 * np.clip((along - 40.0) / 160.0, 0.0, 1.0)
     wide[:, 0] -= 1.5  # starts inside the wrist
     high = wide * (0.70 + 0.2 * np.clip((along - 30.0) / 150.0, 0.0, 1.0))
     thick = np.zeros((num, ARM_RING))
     thick[:, 5:] = girth[:, None] * np.array([1.0, 1.35, 1.35, 0.95, 1.0, 1.3, 1.3, 1.6])
+    # an arm that comes at the camera would hide the hand: it stays inside the wrist, which has a round end of its own
+    hidden = draw.arm_rot[:, 2, 0] < -MAX_TOWARD_CAMERA
+    along[hidden], wide[hidden], high[hidden], thick[hidden] = 4.0, 20.0, 12.0, 0.0
     turn = np.linspace(0, 2 * np.pi, ARM_SIDE, endpoint=False)
     local = np.empty((num, ARM_RING * ARM_SIDE + 1, 3))
     ring = local[:, :-1].reshape(num, ARM_RING, ARM_SIDE, 3)
     ring[..., 0] = along[..., None]
     ring[..., 1] = (high + thick)[..., None] * np.sin(turn)
     ring[..., 2] = (wide + thick)[..., None] * np.cos(turn)
-    local[:, -1, 0], local[:, -1, 1:] = along[:, -1] + 10.0, 0.0
+    local[:, -1, 0], local[:, -1, 1:] = along[:, -1] + 6.0, 0.0
     blend = np.clip(local[..., :1] / 45.0, 0.0, 1.0)
     bent = (1 - blend) * (local @ draw.root_rot.transpose(0, 2, 1)) + blend * (local @ draw.arm_rot.transpose(0, 2, 1))
     return bent + draw.joint[:, :1]
