@@ -1,6 +1,8 @@
 """Make shards in the native format, from a data set on disk or from rendered hands.
 
 python script/make_shards.py realhands --input ../shared/realhands --output data/realhands
+python script/make_shards.py freihand --input /data/FreiHAND --output data/FreiHAND --mano model/mano/MANO_RIGHT.pkl
+python script/make_shards.py dexycb --input /data/dex-ycb --output data/DexYCB/s1/val --split s1/val --num_process 8
 python script/make_shards.py demo --output data/demo
 """
 
@@ -10,24 +12,24 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
-from src.data.convert.registry import CONVERTERS
+from src.data.convert.job import Request
+from src.data.convert.registry import CONVERTERS, Converter
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line: one sub-command per data set."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for name in CONVERTERS:
-        kind = kinds.add_parser(name, help=f"convert {name} from its published layout")
-        kind.add_argument("--input", type=Path, required=True, help="folder of the data set")
-        kind.add_argument("--output", type=Path, required=True, help="folder for the shards")
+    for name, converter in CONVERTERS.items():
+        _add_converter(kinds.add_parser(name, help=f"convert {converter.what} from its published layout"), converter)
     demo = kinds.add_parser("demo", help="render the stand-in hand; needs no data set")
     demo.add_argument("--output", type=Path, required=True, help="folder for the shards, in train/ and val/")
     demo.add_argument("--train_sample", type=int, default=12000)
@@ -38,8 +40,39 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_shards(args: argparse.Namespace, bar: Progress) -> str:
-    """Do what the command line asks; returns the closing line."""
+def _add_converter(kind: argparse.ArgumentParser, converter: Converter) -> None:
+    """The options of one converter."""
+    kind.add_argument("--input", type=Path, required=True, help="folder of the data set")
+    kind.add_argument("--output", type=Path, required=True, help="folder for the shards; the same call goes on with it")
+    if converter.splits:
+        known = None if converter.open_split else converter.splits
+        kind.add_argument("--split", default=converter.splits[0], choices=known, help="default: %(default)s")
+    if converter.in_parallel:
+        kind.add_argument("--num_process", type=_positive, default=os.cpu_count() or 1, help="default: %(default)s")
+        kind.add_argument("--mano", type=Path, help="your MANO_RIGHT.pkl: proves how the set's parameters are meant")
+    if "num_per_shard" in converter.more:
+        kind.add_argument("--num_per_shard", type=_positive, default=2000, help="images of a shard at most")
+    if "mano_left" in converter.more:
+        kind.add_argument("--mano_left", type=Path, help="your MANO_LEFT.pkl, for the pose basis of left hands")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _convert(args: argparse.Namespace, progress: Callable[[int, int], None]) -> list[str]:
+    """Run the converter of that name; returns what to tell people, the closing line last."""
+    chosen = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)}
+    summary = CONVERTERS[args.kind].convert(Request(**{"split": "all", **chosen}), progress)
+    skipped = ", ".join(f"{reason} {count}" for reason, count in summary.skipped.items()) or "none"
+    closing = f"{summary.num_hand} hands in {summary.num_shard} shards in {args.output}; left out: {skipped}"
+    return [*summary.note, closing]
+
+
+def make_shards(args: argparse.Namespace, bar: Progress) -> list[str]:
+    """Do what the command line asks; returns what to tell people, the closing line last."""
     task = bar.add_task(args.kind, total=None)
 
     def progress(done: int, total: int) -> None:
@@ -50,10 +83,8 @@ def make_shards(args: argparse.Namespace, bar: Progress) -> str:
 
         count = {"train": args.train_sample, "val": args.val_sample}
         make_demo_shards(args.output, count, args.seed, args.img_size, args.num_process, progress=progress)
-        return f"{sum(count.values())} rendered hands in {args.output}"
-    summary = CONVERTERS[args.kind](args.input, args.output, progress)
-    skipped = ", ".join(f"{reason} {count}" for reason, count in summary.skipped.items()) or "none"
-    return f"{summary.num_hand} hands in {summary.num_shard} shards in {args.output}; left out: {skipped}"
+        return [f"{sum(count.values())} rendered hands in {args.output}"]
+    return _convert(args, progress)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,11 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     with Progress(*columns) as bar:
         try:
-            closing = make_shards(args, bar)
+            *lines, closing = make_shards(args, bar)
         except ValueError as error:
             bar.stop()
             sys.stderr.write(f"{error}\n")
             return 2
+    for line in lines:
+        bar.console.print(line, soft_wrap=True)
     bar.console.print(f"{closing} ({time.monotonic() - start:.1f} s)", soft_wrap=True)
     return 0
 

@@ -17,6 +17,7 @@ from src.hand.skeleton import (
     MANO_JOINT_NAMES,
     MANO_PARENTS,
     MANO_TIP_VERTEX_IDS,
+    NUM_FINGER_POSE,
     NUM_MANO_VERTEX,
     NUM_SHAPE,
     HandArrays,
@@ -202,6 +203,25 @@ def load_hand_arrays(path: str | Path) -> HandArrays:
     if _is_left(arrays):
         _refuse_left(path)
     return arrays
+
+
+def load_pose_components(path: str | Path) -> np.ndarray:
+    """MANO's full pose basis [45, 45] (`hands_components`) from the file of either hand: axis-angle of the 15 finger
+    joints = coefficients @ components, the mean pose not included.
+
+    Raises ValueError when the file is missing or holds no such basis.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist. {_GET_IT}")
+    try:
+        content = _read_npz(path) if path.suffix == ".npz" else _read_pickle(path)
+        components = np.asarray(_to_array(content["hands_components"]), np.float64)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path}: hands_components cannot be read: {error!r}. {_GET_IT}") from error
+    if components.shape != (NUM_FINGER_POSE, NUM_FINGER_POSE):
+        raise ValueError(f"{path}: hands_components must be [45, 45], got shape {components.shape}. {_GET_IT}")
+    return components
 
 
 def _build(value: dict[str, np.ndarray], tree: np.ndarray | None) -> HandArrays:

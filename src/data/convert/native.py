@@ -6,6 +6,7 @@ known field with a leading T = 1. What is not known is left out. Stock `wds.WebD
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class ConvertSummary:
     num_hand: int
     num_shard: int
     skipped: dict[str, int] = field(default_factory=dict)
+    note: tuple[str, ...] = ()  # lines for people: what was proved, what was left out and why
 
 
 _ARRAYS = (
@@ -80,6 +82,23 @@ def to_members(record: HandRecord) -> dict[str, Any]:
         meta |= {"hand_model": record.hand_model, "flat_hand_mean": record.flat_hand_mean}
     arrays = {f"{name}.npy": np.asarray(value, np.float32)[None] for name, value in known.items()}
     return {"__key__": record.key, record.image_type: record.image, "json": meta, **arrays}
+
+
+def write_shard(records: Iterable[HandRecord], path: Path) -> int:
+    """Write one shard; returns its number of hands. It stands under `path` only when it is complete, and not at all
+    where there is no record. The same records give the same bytes."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    num_hand = 0
+    try:
+        with part.open("wb") as file, wds.TarWriter(file, mtime=0) as writer:
+            for record in records:
+                writer.write(to_members(record))
+                num_hand += 1
+        if num_hand:
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return num_hand
 
 
 def write_shards(records: Iterable[HandRecord], output: Path, num_per_shard: int = 2000) -> ConvertSummary:

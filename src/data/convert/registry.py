@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
+from src.data.convert import dexycb, freihand, hamer, ho3d, interhand
+from src.data.convert.job import Request
 from src.data.convert.native import ConvertSummary, Progress
 from src.data.convert.realhands import convert_realhands
 
-Converter = Callable[[Path, Path, Progress | None], ConvertSummary]
+
+@dataclass(frozen=True)
+class Converter:
+    """How to run one converter, and which options it takes."""
+
+    convert: Callable[[Request, Progress | None], ConvertSummary]
+    what: str  # for --help
+    splits: tuple[str, ...] = ()  # the default first; none: the set has no splits
+    open_split: bool = False  # other names are allowed too
+    in_parallel: bool = True  # takes --num_process and --mano
+    more: tuple[str, ...] = ()  # further options: num_per_shard, mano_left
+
+
+def _realhands(request: Request, progress: Progress | None) -> ConvertSummary:
+    return convert_realhands(request.input, request.output, progress)
+
 
 CONVERTERS: dict[str, Converter] = {
-    "realhands": convert_realhands,
+    "realhands": Converter(_realhands, "the small folder of real photographs", in_parallel=False),
+    "freihand": Converter(freihand.convert_freihand, "FreiHAND", freihand.SPLITS, more=("num_per_shard",)),
+    "interhand": Converter(interhand.convert_interhand, "InterHand2.6M", interhand.SPLITS, more=("num_per_shard",)),
+    "dexycb": Converter(dexycb.convert_dexycb, "DexYCB", dexycb.SPLITS, more=("mano_left",)),
+    "ho3d": Converter(ho3d.convert_ho3d, "HO-3D v3", ho3d.SPLITS, more=("num_per_shard",)),
+    "hamer": Converter(hamer.convert_hamer, "HaMeR's training tars", hamer.SPLITS, open_split=True),
 }

@@ -1,0 +1,124 @@
+"""What all converters do to an annotated hand: which joints are seen, the box around them, cameras, keys, image sizes.
+
+Numpy and OpenCV only. Shape legend: J = 21 joints (OpenPose order). A pixel's centre lies at integer coordinates.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from src.data.blob import SampleError
+from src.hand.skeleton import MANO_TO_OPENPOSE
+
+MM_PER_M = 1000.0
+MIN_BOX_PX = 1.0  # a hand whose seen joints lie closer together than this cannot be cropped
+OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0])  # x right, y up, z backward -> x right, y down, z forward
+MANO_21 = np.array(MANO_TO_OPENPOSE)  # 16 MANO joints and 5 tips (thumb to pinky) -> OpenPose order
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_NO_SIZE = frozenset({0x01, *range(0xD0, 0xD9)})  # jpeg markers that stand alone
+_FRAME = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
+
+
+def read_image(path: Path) -> tuple[bytes, str, tuple[int, int]]:
+    """(encoded bytes, jpg or png, (width, height)) of an image file.
+
+    Raises:
+        SampleError: missing_image, or undecodable_image.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError:
+        raise SampleError("missing_image", str(path)) from None
+    kind, size = image_info(data)
+    return data, kind, size
+
+
+def image_info(data: bytes) -> tuple[str, tuple[int, int]]:
+    """(jpg or png, (width, height)) from the header of encoded bytes; the pixels are not decoded.
+
+    Raises:
+        SampleError: undecodable_image.
+    """
+    if data[:8] == _PNG and len(data) >= 24:
+        return "png", (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"))
+    at = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _FRAME:
+            return "jpg", (int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big"))
+        at += 1 if marker == 0xFF else 2 if marker in _NO_SIZE else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise SampleError("undecodable_image", "neither a jpeg nor a png header")
+
+
+def project_mm(joint_cam: np.ndarray, focal: np.ndarray, princpt: np.ndarray) -> np.ndarray:
+    """[J, 2] px of camera-space points [J, 3]; what lies in or behind the camera comes out far outside of any image."""
+    depth = joint_cam[:, 2:]
+    pixel = joint_cam[:, :2] / np.where(depth > 0, depth, 1.0) * focal + princpt
+    return np.where(depth > 0, pixel, -1e6)
+
+
+def seen(joint_img: np.ndarray, size: tuple[int, int], annotated: np.ndarray | None = None) -> np.ndarray:
+    """[J] 1 where a joint is annotated, finite and lies inside of the image (width, height), else 0."""
+    with np.errstate(invalid="ignore"):
+        inside = ((joint_img > -0.5) & (joint_img < np.array(size) - 0.5)).all(axis=-1)
+    return (inside if annotated is None else inside & (np.asarray(annotated) > 0)).astype(np.float32)
+
+
+def tight_box(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """[4] xyxy px, the tight extent of the valid joints, without margin.
+
+    Raises:
+        SampleError: no_valid_joint, or small_box for an extent below MIN_BOX_PX.
+    """
+    known = joint_img[valid > 0]
+    if not len(known):
+        raise SampleError("no_valid_joint")
+    box = np.concatenate([known.min(axis=0), known.max(axis=0)])
+    if ((box[2:] - box[:2]) < MIN_BOX_PX).any():
+        raise SampleError("small_box")
+    return box
+
+
+def known_only(value: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """[J, D] float32 with zeros where `valid` [J] is 0."""
+    return np.where(valid[:, None] > 0, value, 0).astype(np.float32)
+
+
+def turn_root(pose: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """MANO pose [48] axis-angle with its root turned by `rotation` [3, 3] into another frame: R_root' = R R_root."""
+    root = rotation @ cv2.Rodrigues(np.asarray(pose[:3], np.float64))[0]
+    return np.concatenate([cv2.Rodrigues(root)[0][:, 0], pose[3:]])
+
+
+def mirror_pose(pose: np.ndarray) -> np.ndarray:
+    """Axis-angle [..., 3 K] of the mirror image (x negated): y and z of each axis-angle change sign."""
+    return (pose.reshape(*pose.shape[:-1], -1, 3) * [1.0, -1.0, -1.0]).reshape(pose.shape)
+
+
+def plain_key(*parts: object) -> str:
+    """A sample key from parts: letters, digits, `-` and `_` only, since a dot ends a key and a slash makes a folder."""
+    return "_".join(re.sub(r"[^A-Za-z0-9_\-]+", "-", str(part)) for part in parts)
+
+
+def finite(name: str, value: object, shape: tuple[int, ...]) -> np.ndarray:
+    """`value` as a float64 array of `shape`.
+
+    Raises:
+        SampleError: missing_annotation where it is None, wrong_shape, or not_finite.
+    """
+    if value is None:
+        raise SampleError("missing_annotation", name)
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise SampleError("wrong_shape", f"{name} is no array of numbers") from None
+    if array.size != int(np.prod(shape)):
+        raise SampleError("wrong_shape", f"{name} is {array.shape}, not {shape}")
+    if not np.isfinite(array).all():
+        raise SampleError("not_finite", name)
+    return array.reshape(shape)

@@ -1,0 +1,178 @@
+"""DexYCB (Chao et al., CVPR 2021) -> native shards. One hand an image, right or left; 8 cameras, 1,000 sequences.
+
+Official files:
+
+    20200709-subject-01/20200709_141754/meta.yml             serials, num_frames, mano_sides, mano_calib
+    .../{serial}/color_%06d.jpg, labels_%06d.npz             640x480; pose_m [1, 51], joint_3d [1, 21, 3] m
+    calibration/intrinsics/{serial}_640x480.yml              color: fx, fy, ppx, ppy
+    calibration/mano_{mano_calib}/mano.yml                   betas [10]
+
+Read from the official toolkit (github.com/NVlabs/dex-ycb-toolkit: README.md, dex_ycb_toolkit/dex_ycb.py, layers/
+mano_layer.py, issue 28): joints in OpenPose order, camera frame, all -1 where no hand is seen (pose_m all 0); pose_m is
+3 axis-angle, 45 coefficients of MANO's full pose basis, 3 translation, for a MANO with its mean pose added
+(flat_hand_mean=False); the setups s0-s3 by subject, camera and sequence number. Left hands were fitted with MANO_LEFT
+as published, before its unmirrored shape directions were known; see mano_check.py, which converts those betas.
+
+Angles = coefficients @ hands_components, which only the user's MANO file has: without --mano there is no MANO here.
+For left hands the components are those of --mano_left if given, else the right ones mirrored (axis-angle y, z negated).
+Every array of labels_*.npz is read without pickle; an object array is refused.
+
+Not tried without the download: whether MANO_LEFT's components are the right ones mirrored (the proof says so: left
+hands lose their parameters where they are not and no --mano_left is given), and how near converted betas come
+(tolerance 3 mm).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from src.data.blob import SampleError, parse_npy
+from src.data.convert.annotate import (
+    MM_PER_M,
+    finite,
+    known_only,
+    mirror_pose,
+    plain_key,
+    project_mm,
+    read_image,
+    seen,
+    tight_box,
+)
+from src.data.convert.dexycb_split import SETUPS, choose_sequences
+from src.data.convert.job import Chunk, Plan, Records, Request, Skip, run
+from src.data.convert.native import ConvertSummary, HandRecord, Progress
+from src.hand.mano_file import load_pose_components
+
+SPLITS = (
+    "s1/train",
+    *(f"{s}/{p}" for s in SETUPS for p in ("train", "val", "test") if (s, p) != ("s1", "train")),
+    "all",
+)
+TOLERANCE_MM = 3.0
+
+
+def convert_dexycb(request: Request, progress: Progress | None = None) -> ConvertSummary:
+    """Convert one part of one setup (or "all"), a shard for each sequence.
+
+    Raises:
+        ValueError: the input is no DexYCB folder, is too incomplete for the setup, or --mano has no pose components.
+    """
+    return run(plan_dexycb(request), request, progress)
+
+
+def plan_dexycb(request: Request) -> Plan:
+    """One chunk per sequence, its cameras one after another, frames in order. Raises as `convert_dexycb`."""
+    sequences, serials = choose_sequences(request.input, request.split)
+    components: dict[str, np.ndarray] = {}
+    if request.mano:
+        components["right"] = load_pose_components(request.mano)
+        components["left"] = mirror_pose(components["right"])
+    if request.mano_left:
+        components["left"] = load_pose_components(request.mano_left)
+    chunks = []
+    for sequence in sequences:
+        meta = _yaml(request.input / sequence / "meta.yml")
+        cameras = [serial for serial in meta["serials"] if serials is None or serial in serials]
+        side = meta["mano_sides"][0]
+        betas = _yaml(request.input / "calibration" / f"mano_{meta['mano_calib'][0]}" / "mano.yml")["betas"]
+        lens = {serial: _lens(request.input, serial) for serial in cameras}
+        work = (request.input, sequence, int(meta["num_frames"]), side, betas, lens, components.get(side))
+        chunks.append(Chunk(f"{len(chunks):06d}", int(meta["num_frames"]) * len(cameras), read_hands, work))
+    return Plan("dexycb", chunks, TOLERANCE_MM, left_file_shape=True)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{path}: is missing; unpack this sequence and calibration.tar.gz of DexYCB again") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: does not parse ({error}); unpack it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no mapping; unpack it again")
+    return content
+
+
+def _lens(root: Path, serial: str) -> tuple[np.ndarray, np.ndarray]:
+    """(focal [2], princpt [2]) px of a camera."""
+    color = _yaml(root / "calibration" / "intrinsics" / f"{serial}_640x480.yml")["color"]
+    return np.array([color["fx"], color["fy"]]), np.array([color["ppx"], color["ppy"]])
+
+
+def read_hands(
+    root: Path,
+    sequence: str,
+    num_frame: int,
+    side: str,
+    betas: list[float],
+    lens: dict[str, tuple[np.ndarray, np.ndarray]],
+    components: np.ndarray | None,
+) -> Records:
+    """The hand of each frame of each camera of a sequence."""
+    for serial in lens:
+        for frame in range(num_frame):
+            try:
+                yield _read_hand(root, Path(sequence) / serial, frame, side, betas, lens[serial], components)
+            except SampleError as error:
+                yield Skip(error.reason)
+
+
+def read_labels(path: Path) -> dict[str, np.ndarray]:
+    """joint_3d and pose_m of a labels file, without numpy's own reader (which could unpickle).
+
+    Raises:
+        SampleError: missing_annotation, bad_npz, object_array or another of parse_npy.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name: parse_npy(archive.read(f"{name}.npy")) for name in ("joint_3d", "pose_m")}
+    except OSError:
+        raise SampleError("missing_annotation", str(path)) from None
+    except (zipfile.BadZipFile, KeyError, EOFError, RuntimeError, NotImplementedError) as error:
+        raise SampleError("bad_npz", f"{path} ({error})") from None
+
+
+def _read_hand(
+    root: Path,
+    folder: Path,
+    frame: int,
+    side: str,
+    betas: list[float],
+    lens: tuple[np.ndarray, np.ndarray],
+    components: np.ndarray | None,
+) -> HandRecord:
+    label = read_labels(root / folder / f"labels_{frame:06d}.npz")
+    joint = finite("joint_3d", label["joint_3d"], (21, 3))
+    if (joint == -1).all():
+        raise SampleError("no_hand")
+    image, image_type, size = read_image(root / folder / f"color_{frame:06d}.jpg")
+    joint_cam = joint * MM_PER_M
+    joint_img = project_mm(joint_cam, *lens)
+    valid = seen(joint_img, size)
+    coefficient = finite("pose_m", label["pose_m"], (51,))
+    has_mano = components is not None and bool(coefficient.any())
+    pose = np.concatenate([coefficient[:3], coefficient[3:48] @ components]) if has_mano else None
+    return HandRecord(
+        key=plain_key("dexycb", *folder.parts, f"{frame:06d}"),
+        image=image,
+        image_type=image_type,
+        handedness=side,
+        data_source="dexycb",
+        hand_bbox=tight_box(joint_img, valid),
+        joint_img=known_only(joint_img, valid),
+        joint_2d_valid=valid,
+        joint_cam=joint_cam,
+        joint_3d_valid=np.ones(21, np.float32),
+        mano_pose=pose,
+        mano_shape=finite("betas", betas, (10,)) if has_mano else None,
+        focal=lens[0],
+        princpt=lens[1],
+        hand_model="mano" if has_mano else None,
+        flat_hand_mean=False if has_mano else None,
+        extra={"image_path": str(folder / f"color_{frame:06d}.jpg")},
+    )

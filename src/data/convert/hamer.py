@@ -1,0 +1,165 @@
+"""HaMeR's public training tars (Pavlakos et al., CVPR 2024) -> native shards, tar to tar, without unpacking to disk.
+
+Official files, as fetched by HaMeR's fetch_training_data.sh: folders such as freihand-train/ with 000000.tar, ...; a
+sample has `jpg` and `data.pyd`, a pickled list with a dict for each hand of the image (`detection.npz`, masks, is not
+used). Keys read: keypoints_2d [21, 3] px and confidence, keypoints_3d [21, 4] m and confidence, center [2] px,
+scale [2] (box side = 200 scale), hand_pose [48], betas [10], has_hand_pose, has_betas, right, personid.
+`data.pyd` is parsed, never unpickled (pickle_parse.py).
+
+Read from the official repository (geopavlakos/hamer: hamer/datasets/image_dataset.py; issues 26 and 78 for the
+authors' words): joints in OpenPose order; the pose is axis-angle and whole (flat_hand_mean=True); images, joints and
+parameters of left hands are stored as left hands (they are mirrored on loading, axis-angle y and z negated), which is
+this project's convention too. There are no intrinsics: has_intr is 0, and of `joint_cam` only differences have a
+meaning.
+`hand_bbox` is the tight extent of the seen joints where at least 15 are seen, else the set's own box, which is wider.
+A hand has MANO only where both has_hand_pose and has_betas are set, as HaMeR itself trains.
+
+`data_source` is the folder's name; each folder's MANO convention is proved by itself (tolerance 12 mm: some folders'
+joints were annotated and not taken from MANO, as InterHand2.6M's).
+Not tried without the download: real tars (other member names, object arrays of another form in extra_info).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.data.blob import SampleError
+from src.data.convert.annotate import MM_PER_M, finite, image_info, known_only, plain_key, seen, tight_box
+from src.data.convert.job import Chunk, Plan, Records, Request, Skip, run
+from src.data.convert.native import ConvertSummary, HandRecord, Progress
+from src.data.convert.pickle_parse import parse_pickle
+from src.data.tar import Damage, TarWalk, split_name
+
+SPLITS = ("all",)
+TOLERANCE_MM = 12.0
+MIN_TIGHT_JOINT = 15
+_IMAGES = ("jpg", "jpeg", "png")
+
+
+def convert_hamer(request: Request, progress: Progress | None = None) -> ConvertSummary:
+    """Convert every tar below the input (or those of the folder that `split` names), one to one.
+
+    Raises:
+        ValueError: there is no such tar.
+    """
+    return run(plan_hamer(request), request, progress)
+
+
+def plan_hamer(request: Request) -> Plan:
+    """One chunk per tar. Raises as `convert_hamer`."""
+    made = request.output.resolve()
+    tars = [p for p in sorted(request.input.glob("**/*.tar")) if made not in p.resolve().parents]
+    tars = [p for p in tars if request.split in ("all", p.resolve().parent.name)]
+    if not tars:
+        what = "" if request.split == "all" else f"{request.split}/"
+        raise ValueError(
+            f"--input {request.input}: holds no {what}*.tar; give the folder with HaMeR's sets (freihand-train, ...), "
+            "and as --split the name of one set or all"
+        )
+    chunks = []
+    for path in tars:
+        subset = path.resolve().parent.name
+        name = (path.parent.relative_to(request.input) / path.stem).as_posix()
+        chunks.append(Chunk(name, 1, read_hands, (path, subset)))
+    return Plan("hamer", chunks, TOLERANCE_MM, left_file_shape=True)
+
+
+def read_hands(path: Path, subset: str) -> Records:
+    """The hands of each image of a tar, in order; damage is passed over."""
+    for key, members in _samples(path):
+        if isinstance(members, str):
+            yield Skip(members)
+            continue
+        try:
+            kind = next((kind for kind in _IMAGES if kind in members), None)
+            if kind is None or "data.pyd" not in members:
+                raise SampleError("missing_member", key)
+            hands = parse_pickle(members["data.pyd"])
+            if not isinstance(hands, list) or not all(isinstance(hand, dict) for hand in hands):
+                raise SampleError("bad_pickle", f"{key}: data.pyd holds no list of dicts")
+            image_type, size = image_info(members[kind])
+        except SampleError as error:
+            yield Skip(error.reason)
+            continue
+        for number, hand in enumerate(hands):
+            try:
+                yield _read_hand(key, number, hand, members[kind], image_type, size, subset)
+            except SampleError as error:
+                yield Skip(error.reason)
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | str]]:
+    """(key, members by suffix) of each sample of a tar, or (name, reason) where it is damaged."""
+    key, members = "", {}
+    with path.open("rb") as file:
+        for item in TarWalk(file, path.stat().st_size):
+            if isinstance(item, Damage):
+                yield item.name, f"damaged_{item.reason}"
+                continue
+            parts = split_name(item.name)
+            if parts is None:
+                continue
+            if parts[0] != key:
+                if members:
+                    yield key, members
+                key, members = parts[0], {}
+            members[parts[1]] = item.data
+    if members:
+        yield key, members
+
+
+def _points(hand: dict[str, Any], name: str, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(points [21, width - 1], known [21]) of an array whose last column is a confidence."""
+    value = np.asarray(hand.get(name))
+    if value.dtype.kind not in "biuf" or value.shape != (21, width):
+        raise SampleError("wrong_shape", f"{name} is {value.shape} of {value.dtype}, not (21, {width})")
+    known = (value[:, -1] > 0) & np.isfinite(value).all(axis=1)
+    return np.where(known[:, None], value[:, :-1], 0).astype(np.float64), known
+
+
+def _box(hand: dict[str, Any], joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    if (valid > 0).sum() >= MIN_TIGHT_JOINT:
+        return tight_box(joint_img, valid)
+    center, half = finite("center", hand.get("center"), (2,)), 100.0 * finite("scale", hand.get("scale"), (2,))
+    box = np.concatenate([center - half, center + half])
+    if (half < 0.5).any():
+        raise SampleError("small_box")
+    return box
+
+
+def _flag(hand: dict[str, Any], name: str) -> bool:
+    return bool(finite(name, hand.get(name, 0), (1,))[0] > 0)
+
+
+def _read_hand(
+    key: str, number: int, hand: dict[str, Any], image: bytes, image_type: str, size: tuple[int, int], subset: str
+) -> HandRecord:
+    joint_img, known_2d = _points(hand, "keypoints_2d", 3)
+    valid = seen(joint_img, size, known_2d)
+    has_3d = hand.get("keypoints_3d") is not None
+    joint_cam, known_3d = _points(hand, "keypoints_3d", 4) if has_3d else (np.zeros((21, 3)), np.zeros(21, bool))
+    has_mano = _flag(hand, "has_hand_pose") and _flag(hand, "has_betas")
+    if not (valid.any() or has_mano or known_3d.any()):
+        raise SampleError("no_valid_joint")
+    has_3d = bool(known_3d.any())
+    return HandRecord(
+        key=plain_key(subset, key, number),
+        image=image,
+        image_type=image_type,
+        handedness="right" if finite("right", hand.get("right", 1), (1,))[0] > 0 else "left",
+        data_source=subset,
+        hand_bbox=_box(hand, joint_img, valid),
+        joint_img=known_only(joint_img, valid),
+        joint_2d_valid=valid,
+        joint_cam=joint_cam * MM_PER_M if has_3d else None,
+        joint_3d_valid=known_3d.astype(np.float32) if has_3d else None,
+        mano_pose=finite("hand_pose", hand.get("hand_pose"), (48,)) if has_mano else None,
+        mano_shape=finite("betas", hand.get("betas"), (10,)) if has_mano else None,
+        hand_model="mano" if has_mano else None,
+        flat_hand_mean=True if has_mano else None,
+        extra={"image_path": f"{key}.{image_type}", "source_index": number},
+    )

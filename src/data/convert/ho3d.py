@@ -1,0 +1,146 @@
+"""HO-3D v3 (Hampali et al., 2021; v2's png images are read too) -> native shards. Right hands holding objects.
+
+Official files:
+
+    train.txt, evaluation.txt             one "SEQUENCE/0000" a line
+    {split}/SEQUENCE/rgb/0000.jpg         640x480 (png in v2)
+    {split}/SEQUENCE/meta/0000.pkl        a Python 2 pickle of a dict
+
+Keys read: handJoints3D, handPose [48], handBeta [10], camMat [3, 3]; in the evaluation split handJoints3D [3] is the
+wrist alone, and handBoundingBox [4] xyxy px. The pickles are parsed, never unpickled (pickle_parse.py).
+
+Read from the official repository (github.com/shreyashampali/ho3d: vis_HO3D.py, utils/vis_utils.py): joints and
+translation are metres in OpenGL's camera frame (y up, z backward), so y and z change sign here and so does the frame
+of the MANO root; the 21 joints are MANO's 16 and then the tips from thumb to pinky; the pose is axis-angle for a MANO
+without mean pose (flat_hand_mean=True); all hands are right ones; frames without annotation hold None.
+
+Not tried without the download: the real pickles (protocol, further keys), and the evaluation split's joints that were
+published after the challenge (only what stands in the meta files is used).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.data.blob import SampleError
+from src.data.convert.annotate import (
+    MANO_21,
+    MM_PER_M,
+    OPENGL_TO_OPENCV,
+    finite,
+    known_only,
+    plain_key,
+    project_mm,
+    read_image,
+    seen,
+    tight_box,
+    turn_root,
+)
+from src.data.convert.job import Chunk, Plan, Records, Request, Skip, run
+from src.data.convert.native import ConvertSummary, HandRecord, Progress
+from src.data.convert.pickle_parse import parse_pickle
+
+SPLITS = ("train", "evaluation")
+TOLERANCE_MM = 1.0  # the published joints are the model's own
+
+
+def convert_ho3d(request: Request, progress: Progress | None = None) -> ConvertSummary:
+    """Convert one split, a shard for each stretch of at most `num_per_shard` frames of a sequence.
+
+    Raises:
+        ValueError: the input is no HO-3D folder.
+    """
+    return run(plan_ho3d(request), request, progress)
+
+
+def plan_ho3d(request: Request) -> Plan:
+    """Cut every sequence into chunks, frames in order. Raises as `convert_ho3d`."""
+    folder = request.input / request.split
+    if not folder.is_dir():
+        raise ValueError(f"--input {request.input}: holds no folder {request.split}; give the folder of HO-3D_v3")
+    chunks = []
+    for sequence, frames in sorted(_frames(request.input, request.split).items()):
+        for first in range(0, len(frames), request.num_per_shard):
+            part = frames[first : first + request.num_per_shard]
+            chunks.append(Chunk(f"{len(chunks):06d}", len(part), read_hands, (folder, request.split, sequence, part)))
+    return Plan("ho3d", chunks, TOLERANCE_MM, sides=("right",))
+
+
+def _frames(root: Path, split: str) -> dict[str, list[str]]:
+    """Sequence -> its frames in order, from the official list, or from the folders where that is absent."""
+    listing = root / f"{split}.txt"
+    if listing.is_file():
+        names = listing.read_text(encoding="utf-8").split()
+    else:
+        names = [f"{path.parts[-3]}/{path.stem}" for path in (root / split).glob("*/meta/*.pkl")]
+    frames: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        sequence, _, frame = name.partition("/")
+        if not frame:
+            raise ValueError(f"{listing}: the line {name!r} is not SEQUENCE/FRAME; download the list again")
+        frames.setdefault(sequence, []).append(frame)
+    return frames
+
+
+def read_hands(folder: Path, split: str, sequence: str, frames: list[str]) -> Records:
+    """The hand of each frame of a sequence."""
+    for frame in frames:
+        try:
+            yield _read_hand(folder, split, sequence, frame)
+        except SampleError as error:
+            yield Skip(error.reason)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = parse_pickle(path.read_bytes())
+    except OSError:
+        raise SampleError("missing_annotation", str(path)) from None
+    if not isinstance(meta, dict):
+        raise SampleError("bad_pickle", f"{path} holds no dict")
+    return meta
+
+
+def _read_hand(folder: Path, split: str, sequence: str, frame: str) -> HandRecord:
+    meta = _read_meta(folder / sequence / "meta" / f"{frame}.pkl")
+    joint = meta.get("handJoints3D")
+    only_wrist = joint is not None and np.size(joint) == 3
+    camera = finite("camMat", meta.get("camMat"), (3, 3))
+    focal, princpt = np.diag(camera)[:2], camera[:2, 2]
+    joint_cam, known = np.zeros((21, 3)), np.zeros(21, np.float32)
+    if only_wrist:
+        joint_cam[0], known[0] = finite("handJoints3D", joint, (3,)), 1
+    else:
+        joint_cam, known = finite("handJoints3D", joint, (21, 3))[MANO_21], np.ones(21, np.float32)
+    joint_cam = joint_cam @ OPENGL_TO_OPENCV * MM_PER_M
+    path = next((p for kind in ("jpg", "png") if (p := folder / sequence / "rgb" / f"{frame}.{kind}").is_file()), None)
+    if path is None:
+        raise SampleError("missing_image", f"{sequence}/{frame}")
+    image, image_type, size = read_image(path)
+    joint_img = project_mm(joint_cam, focal, princpt)
+    valid = seen(joint_img, size, known)
+    has_mano = not only_wrist and meta.get("handPose") is not None and meta.get("handBeta") is not None
+    pose = turn_root(finite("handPose", meta["handPose"], (48,)), OPENGL_TO_OPENCV) if has_mano else None
+    box = finite("handBoundingBox", meta.get("handBoundingBox"), (4,)) if only_wrist else tight_box(joint_img, valid)
+    return HandRecord(
+        key=plain_key("ho3d", split, sequence, frame),
+        image=image,
+        image_type=image_type,
+        handedness="right",
+        data_source="ho3d",
+        hand_bbox=box,
+        joint_img=known_only(joint_img, valid),
+        joint_2d_valid=valid,
+        joint_cam=known_only(joint_cam, known),
+        joint_3d_valid=known,
+        mano_pose=pose,
+        mano_shape=finite("handBeta", meta["handBeta"], (10,)) if has_mano else None,
+        focal=focal,
+        princpt=princpt,
+        hand_model="mano" if has_mano else None,
+        flat_hand_mean=True if has_mano else None,
+        extra={"image_path": f"{split}/{sequence}/rgb/{path.name}", "source_split": split},
+    )

@@ -1,0 +1,176 @@
+"""InterHand2.6M v1.0 (Moon et al., ECCV 2020), 5 or 30 fps -> native shards. Each hand of an image is one sample.
+
+Official files, `{split}` being train, val or test:
+
+    annotations/{split}/InterHand2.6M_{split}_data.json           images and annotations in COCO's form; older releases
+                                                                  have them below annotations/all/
+    annotations/{split}/InterHand2.6M_{split}_camera.json         [capture] campos mm, camrot, focal, princpt [camera]
+    annotations/{split}/InterHand2.6M_{split}_joint_3d.json       [capture][frame] world_coord [42][3] mm, joint_valid
+    annotations/{split}/InterHand2.6M_{split}_MANO_NeuralAnnot.json   [capture][frame][side] pose 48, shape 10, trans m
+    images/{split}/Capture*/{sequence}/cam*/image*.jpg            512 px, undistorted
+
+Read from the official repository (facebookresearch/InterHand2.6M: data/InterHand2.6M/dataset.py,
+tool/MANO_world_to_camera/convert.py) and mmpose's list of its key points: 21 right joints, then 21 left ones, each
+finger from its tip to the palm (thumb, index, middle, ring, pinky), the wrist last; x_cam = camrot (x_world - campos);
+all joints of a hand count as unknown in 3D where its wrist is; MANO in the world frame, flat_hand_mean=False, left
+hands with the x of the shape directions mirrored (so betas are those of the right hand's mirror image).
+The set's joints were annotated, not taken from MANO: its authors state about 5 mm between the two, hence the tolerance
+of the proof. `joint_cam` are the set's joints. `mano_pose` has its root turned into the camera frame.
+The wrist is a skeleton point of the set too, so placing the MANO hand by `joint_cam[0]` inherits that difference.
+
+Memory: the json files of the train split are held by one process; expect 10 to 15 GB (val and test: below 3 GB).
+Not tried without the download: the real MANO_NeuralAnnot files (`--mano` proves their convention).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.data.blob import SampleError
+from src.data.convert.annotate import (
+    finite,
+    known_only,
+    plain_key,
+    project_mm,
+    read_image,
+    seen,
+    tight_box,
+    turn_root,
+)
+from src.data.convert.job import Chunk, Plan, Records, Request, Skip, run
+from src.data.convert.native import ConvertSummary, HandRecord, Progress
+
+SPLITS = ("train", "val", "test")
+TOLERANCE_MM = 12.0
+# position in the set's order of one hand -> OpenPose order: the wrist, then each finger turned round
+TO_OPENPOSE = np.array([20, *(4 * finger + joint for finger in range(5) for joint in (3, 2, 1, 0))])
+_FIRST = {"right": 0, "left": 21}
+_FILES = ("data", "camera", "joint_3d", "MANO_NeuralAnnot")
+
+
+def convert_interhand(request: Request, progress: Progress | None = None) -> ConvertSummary:
+    """Convert one split: 2D and 3D joints with their validity, intrinsics, MANO where it was fitted.
+
+    Raises:
+        ValueError: the input is no InterHand2.6M folder, or one of its json files does not parse.
+    """
+    return run(plan_interhand(request), request, progress)
+
+
+def plan_interhand(request: Request) -> Plan:
+    """Sort the images by capture, sequence, camera and frame and cut them into chunks. Raises as the converter."""
+    data, camera, joint, mano = _load(request.input, request.split)
+    image_of = {image["id"]: image for image in data["images"]}
+    pairs = [(image_of[note["image_id"]], note) for note in data["annotations"] if note["image_id"] in image_of]
+    pairs.sort(key=lambda p: (int(p[0]["capture"]), p[0]["seq_name"], str(p[0]["camera"]), int(p[0]["frame_idx"])))
+    folder = request.input / "images" / request.split
+    chunks = []
+    for first in range(0, len(pairs), request.num_per_shard):
+        part = pairs[first : first + request.num_per_shard]
+        work = [_gather(image, note, camera, joint, mano) for image, note in part]
+        chunks.append(Chunk(f"{len(chunks):06d}", len(work), read_hands, (folder, request.split, work)))
+    return Plan("interhand2.6m", chunks, TOLERANCE_MM)
+
+
+def _load(root: Path, split: str) -> list[dict[str, Any]]:
+    """The four json files; the MANO file may be missing."""
+    found = []
+    for name in _FILES:
+        file = f"InterHand2.6M_{split}_{name}.json"
+        places = [root / "annotations" / folder / file for folder in (split, "all", ".")]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None and name != "MANO_NeuralAnnot":
+            raise ValueError(
+                f"--input {root}: holds no annotations/{split}/{file} (nor annotations/all/{file}); "
+                "give the folder that holds `annotations` and `images` of InterHand2.6M"
+            )
+        try:
+            found.append(json.loads(path.read_bytes()) if path else {})
+        except ValueError as error:
+            raise ValueError(f"{path}: does not parse ({error}); download it again") from None
+    return found
+
+
+def _gather(image: dict[str, Any], note: dict[str, Any], camera: Any, joint: Any, mano: Any) -> dict[str, Any]:
+    """All that one image needs, so that no other process holds the whole annotation. Absent parts are None."""
+    capture, frame, cam = str(image["capture"]), str(image["frame_idx"]), str(image["camera"])
+    lens = camera.get(capture, {})
+    return {
+        "file_name": image["file_name"],
+        "hand_type": note["hand_type"],
+        "joint_valid": note["joint_valid"],
+        "camera": {key: lens.get(key, {}).get(cam) for key in ("campos", "camrot", "focal", "princpt")},
+        "world": joint.get(capture, {}).get(frame, {}).get("world_coord"),
+        "mano": mano.get(capture, {}).get(frame) or {},
+    }
+
+
+def read_hands(folder: Path, split: str, work: list[dict[str, Any]]) -> Records:
+    """The hands of some images, the right one first."""
+    for entry in work:
+        sides = [side for side in _FIRST if entry["hand_type"] in (side, "interacting")]
+        if not sides:
+            yield Skip("unknown_hand_type")
+        for side in sides:
+            try:
+                yield _read_hand(folder, split, entry, side)
+            except SampleError as error:
+                yield Skip(error.reason)
+
+
+def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> HandRecord:
+    order = _FIRST[side] + TO_OPENPOSE
+    camera = _camera(entry["camera"])
+    joint_cam = (_world_joints(entry["world"])[order] - camera["campos"]) @ camera["camrot"].T
+    annotated = finite("joint_valid", entry["joint_valid"], (42,))[order] > 0
+    if not annotated.any():
+        raise SampleError("no_valid_joint")
+    annotated &= np.isfinite(joint_cam).all(axis=1)
+    image, image_type, size = read_image(folder / entry["file_name"])
+    joint_img = project_mm(joint_cam, camera["focal"], camera["princpt"])
+    valid = seen(joint_img, size, annotated)
+    valid_3d = (annotated & annotated[0]).astype(np.float32)
+    mano = entry["mano"].get(side)
+    pose = turn_root(finite("pose", mano["pose"], (48,)), camera["camrot"]) if mano else None
+    return HandRecord(
+        key=plain_key("interhand", split, entry["file_name"].rpartition(".")[0], side),
+        image=image,
+        image_type=image_type,
+        handedness=side,
+        data_source="interhand2.6m",
+        hand_bbox=tight_box(joint_img, valid),
+        joint_img=known_only(joint_img, valid),
+        joint_2d_valid=valid,
+        joint_cam=known_only(joint_cam, valid_3d),
+        joint_3d_valid=valid_3d,
+        mano_pose=pose,
+        mano_shape=finite("shape", mano["shape"], (10,)) if mano else None,
+        focal=camera["focal"],
+        princpt=camera["princpt"],
+        hand_model="mano" if mano else None,
+        flat_hand_mean=False if mano else None,
+        extra={
+            "image_path": f"images/{split}/{entry['file_name']}",
+            "source_split": split,
+            "additional_desc": entry["hand_type"],
+        },
+    )
+
+
+def _camera(entry: dict[str, Any]) -> dict[str, np.ndarray]:
+    shape = {"campos": (3,), "camrot": (3, 3), "focal": (2,), "princpt": (2,)}
+    return {key: finite(key, entry[key], shape[key]) for key in shape}
+
+
+def _world_joints(value: Any) -> np.ndarray:
+    """[42, 3] mm; a joint that was not annotated may be anything, None included."""
+    if value is None:
+        raise SampleError("missing_annotation", "world_coord")
+    try:
+        return np.array([[np.nan] * 3 if row is None else row for row in value], np.float64).reshape(42, 3)
+    except (TypeError, ValueError):
+        raise SampleError("wrong_shape", "world_coord is not [42][3]") from None

@@ -1,0 +1,269 @@
+"""Runs a converter: its work is cut into chunks, a chunk becomes a shard, shards are made by processes side by side.
+
+A shard's content depends on its chunk alone, so it is the same to the byte for any number of processes and after any
+interruption. What is finished stays: `output/.convert/` notes each finished chunk, and a call with the same arguments
+goes on with the others. `output/convert.json` says what the folder was made from; another call is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from src.data.convert.mano_check import (
+    NUM_PROOF,
+    Convention,
+    Conventions,
+    apply_convention,
+    can_prove,
+    describe,
+    find_convention,
+)
+from src.data.convert.native import ConvertSummary, HandRecord, Progress, write_shard
+
+VERSION = 1  # raise it whenever the same input would come out different
+MANIFEST = "convert.json"
+NOTES = ".convert"
+_PROOF_PER_CHUNK = 16  # hands of one side, so that the proof rests on several sequences
+_PROOF_CHUNKS = 200
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A hand or image that is left out, and why."""
+
+    reason: str
+
+
+Records = Iterator["HandRecord | Skip"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One shard's worth of work. `read(*arguments)` yields its hands in order; both travel to another process."""
+
+    name: str  # of the shard below the output folder, without .tar, e.g. "000000" or "freihand-train/000000"
+    size: int  # units of progress: images, or shards where their number is not known beforehand
+    read: Callable[..., Records]
+    arguments: tuple[Any, ...]
+
+    @property
+    def group(self) -> str:
+        """Chunks of one group share their MANO convention."""
+        return self.name.rpartition("/")[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a data set's converter knows before it reads hands."""
+
+    name: str
+    chunks: list[Chunk]
+    tolerance_mm: float  # of the MANO proof, mean joint error
+    sides: tuple[str, ...] = ("left", "right")
+    left_file_shape: bool = False  # whether left betas may be those of the published MANO_LEFT.pkl
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    input: Path
+    output: Path
+    split: str
+    num_process: int = 1
+    num_per_shard: int = 2000
+    mano: Path | None = None
+    mano_left: Path | None = None
+
+
+def run(plan: Plan, request: Request, progress: Progress | None = None) -> ConvertSummary:
+    """Make every shard of the plan that is not there yet.
+
+    Raises:
+        ValueError: nothing to convert, the output folder holds something else, or a process was killed.
+    """
+    if not plan.chunks:
+        raise ValueError(f"--input {request.input}: holds nothing of split {request.split!r} of {plan.name}")
+    notes = _open_output(plan, request)
+    todo = [chunk for chunk in plan.chunks if not _is_done(chunk, request.output, notes)]
+    total = sum(chunk.size for chunk in plan.chunks)
+    done = total - sum(chunk.size for chunk in todo)
+    if progress:
+        progress(done, total)
+    conventions, lines = _prove(plan, request, notes)
+    for chunk in _make(todo, request, notes, conventions):
+        done += chunk.size
+        if progress:
+            progress(done, total)
+    found = [json.loads(_note_path(notes, chunk).read_text(encoding="utf-8")) for chunk in plan.chunks]
+    skipped: Counter[str] = Counter()
+    for note in found:
+        skipped.update(note["skipped"])
+    num_hand = [note["num_hand"] for note in found]
+    return ConvertSummary(sum(num_hand), sum(n > 0 for n in num_hand), dict(sorted(skipped.items())), tuple(lines))
+
+
+def take(records: Records, reasons: Counter[str] | None = None) -> Iterator[HandRecord]:
+    """The hands among what a chunk yields; what is left out is counted in `reasons`."""
+    for record in records:
+        if isinstance(record, HandRecord):
+            yield record
+        elif reasons is not None:
+            reasons[record.reason] += 1
+
+
+def digest(path: Path | None) -> str | None:
+    """A short fingerprint of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path else None
+
+
+def _note_path(notes: Path, chunk: Chunk) -> Path:
+    return notes / f"{chunk.name}.json"
+
+
+def _is_done(chunk: Chunk, output: Path, notes: Path) -> bool:
+    """Whether a chunk was noted as finished, and its shard is still there where it had any hand."""
+    path = _note_path(notes, chunk)
+    return path.exists() and (
+        (output / f"{chunk.name}.tar").exists() or json.loads(path.read_text(encoding="utf-8"))["num_hand"] == 0
+    )
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _open_output(plan: Plan, request: Request) -> Path:
+    """Create the output folder or check that it was begun by the same call; returns the folder of notes."""
+    for option, path in (("--mano", request.mano), ("--mano_left", request.mano_left)):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{option} {path}: no such file; give MANO_RIGHT.pkl (or MANO_LEFT.pkl), or leave it out")
+    wanted = {
+        "version": VERSION,
+        "converter": plan.name,
+        "input": str(request.input.resolve()),
+        "split": request.split,
+        "num_per_shard": request.num_per_shard,
+        "mano": digest(request.mano),
+        "mano_left": digest(request.mano_left),
+    }
+    path, notes = request.output / MANIFEST, request.output / NOTES
+    if path.exists():
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}: does not parse; delete the folder {request.output} and start again") from None
+        for key, value in wanted.items():
+            if found.get(key) != value:
+                raise ValueError(
+                    f"--output {request.output}: was made with {key}={found.get(key)!r}, now it is {value!r}; "
+                    "delete that folder, or give another one"
+                )
+    elif any(request.output.glob("**/*.tar")):
+        raise ValueError(f"--output {request.output}: holds shards already that no converter noted; give an empty one")
+    _write_json(path, wanted)
+    return notes
+
+
+def _prove(plan: Plan, request: Request, notes: Path) -> tuple[dict[str, Conventions], list[str]]:
+    """The MANO convention of each group and side, and what to tell people. Kept in the notes for later calls."""
+    if request.mano is None:
+        return {}, [f"{plan.name}: MANO conventions are those of the official code; give --mano to prove them here"]
+    conventions: dict[str, Conventions] = {}
+    lines: list[str] = []
+    for group in dict.fromkeys(chunk.group for chunk in plan.chunks):
+        path = notes / group / "mano.json"
+        if not path.exists():
+            chunks = [chunk for chunk in plan.chunks if chunk.group == group]
+            _write_json(path, {k: asdict(v) for k, v in _prove_group(plan, chunks, request.mano).items()})
+        found = {k: Convention(**v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+        conventions[group] = found
+        lines += [describe(group or plan.name, side, found[side], plan.tolerance_mm) for side in sorted(found)]
+    return conventions, lines
+
+
+def _prove_group(plan: Plan, chunks: list[Chunk], mano: Path) -> Conventions:
+    """Pose the first hands of each side; a side without any hand that has joints and parameters is left open."""
+    hands: dict[str, list[HandRecord]] = {side: [] for side in plan.sides}
+    for chunk in chunks[:_PROOF_CHUNKS]:
+        fresh: Counter[str] = Counter()
+        for record in filter(can_prove, take(islice(chunk.read(*chunk.arguments), 8 * _PROOF_PER_CHUNK))):
+            if fresh[record.handedness] < _PROOF_PER_CHUNK and len(hands[record.handedness]) < NUM_PROOF:
+                hands[record.handedness].append(record)
+                fresh[record.handedness] += 1
+        if all(len(found) >= NUM_PROOF for found in hands.values()):
+            break
+    found = {side: find_convention(hands[side], mano, side, plan.tolerance_mm, plan.left_file_shape) for side in hands}
+    return {side: convention for side, convention in found.items() if convention is not None}
+
+
+def _make(todo: list[Chunk], request: Request, notes: Path, conventions: dict[str, Conventions]) -> Iterator[Chunk]:
+    """Write the chunks' shards; yields each chunk when it is done."""
+
+    def work(chunk: Chunk) -> tuple[Any, ...]:
+        return chunk, request.output, _note_path(notes, chunk), conventions.get(chunk.group, {}), request.mano
+
+    num_process = min(request.num_process, len(todo))
+    if num_process <= 1:
+        for chunk in todo:
+            make_chunk(*work(chunk))
+            yield chunk
+        return
+    # spawn: a fork of a process whose torch threads already run can hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_process, context, initializer=_end_with_parent) as pool:
+        running: dict[Future[None], Chunk] = {}
+        waiting = iter(todo)
+        try:
+            while True:
+                for chunk in islice(waiting, 2 * num_process - len(running)):
+                    running[pool.submit(make_chunk, *work(chunk))] = chunk
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    yield running.pop(future)
+        except BrokenProcessPool:
+            raise ValueError(
+                "a process of the conversion was killed (out of memory?); the same call goes on where it stopped, "
+                "with fewer processes if you lower --num_process"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def make_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions, mano: Path | None) -> None:
+    """Write one chunk's shard, then its note: a chunk without a note is made again."""
+    path = output / f"{chunk.name}.tar"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reasons: Counter[str] = Counter()
+    hands = (apply_convention(record, conventions, mano) for record in take(chunk.read(*chunk.arguments), reasons))
+    num_hand = write_shard(hands, path)
+    _write_json(note, {"num_hand": num_hand, "skipped": dict(reasons)})

@@ -1,0 +1,157 @@
+"""Proves on the data which MANO convention a set's parameters follow, before they are written as such.
+
+The first hands that have both parameters and joints are posed with the user's MANO file under every reading in
+question, and their 16 MANO joints are compared with the set's. Tips are left out: each set takes other vertices for
+them. Both hands are moved to their common centroid first, since sets differ in what their translation means; the root
+rotation is not aligned, so a wrong frame shows. The reading with the smallest error wins if it stays below the set's
+tolerance; otherwise no parameters are written.
+
+Readings
+    flat_hand_mean   the finger angles are whole, or the model's mean pose must be added
+    left shape       MANO_LEFT.pkl as published forgot to mirror the x of its shape directions (smplx issue 48), so a
+                     left hand fitted with it has other betas than its mirror image. Those are turned into the betas
+                     of the right hand that come closest to that shape (least squares over all vertices).
+
+Torch is imported inside functions: converters without --mano run without it.
+Shape legend: N hands, J = 21 joints (OpenPose order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from src.data.convert.annotate import mirror_pose
+from src.data.convert.native import HandRecord
+from src.hand.mano_file import load_hand_arrays
+from src.hand.skeleton import TIP_JOINTS
+
+if TYPE_CHECKING:
+    from src.hand.mano import ManoLayer
+
+NUM_PROOF = 64  # hands of each side
+_PALM_TO_KNUCKLE = np.array([j for j in range(21) if j not in TIP_JOINTS])  # the 16 MANO joints
+_MIN_JOINT = 10
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How the parameters of one side of one set are to be read, and what shows it."""
+
+    use: bool  # False: no reading fits, the parameters are dropped
+    flat_hand_mean: bool
+    left_file_shape: bool = False  # the betas belong to MANO_LEFT.pkl as published
+    error_mm: float | None = None  # mean joint error of this reading; None: not proved
+    other_mm: float | None = None  # the smallest error with the other flat_hand_mean
+    num_hand: int = 0
+
+
+Conventions = dict[str, Convention]  # "left", "right" -> how to read them
+
+
+@lru_cache(maxsize=1)
+def _layer(mano: Path) -> ManoLayer:
+    from src.hand.mano import ManoLayer
+
+    return ManoLayer(load_hand_arrays(mano)).eval()
+
+
+@lru_cache(maxsize=1)
+def left_shape_map(mano: Path) -> np.ndarray:
+    """[10, 10]: betas of the published left file -> betas of the right hand nearest to the mirrored left shape."""
+    dirs = load_hand_arrays(mano).shapedirs.astype(np.float64)
+    unmirrored = (dirs * np.array([-1.0, 1.0, 1.0])[:, None]).reshape(-1, dirs.shape[2])
+    return np.linalg.lstsq(dirs.reshape(-1, dirs.shape[2]), unmirrored, rcond=None)[0]
+
+
+def pose_joints(mano: Path, pose: np.ndarray, shape: np.ndarray, is_right: bool, flat_hand_mean: bool) -> np.ndarray:
+    """[N, J, 3] mm about the wrist from pose [N, 48] axis-angle and shape [N, 10] of one side."""
+    import torch
+
+    layer = _layer(mano)
+    pose = np.asarray(pose, np.float32)
+    with torch.inference_mode():
+        own_side = torch.from_numpy(np.float32(pose if is_right else mirror_pose(pose)))
+        joint = layer(layer.pose_to_rotmat(own_side, flat_hand_mean), torch.from_numpy(np.float32(shape))).joint.numpy()
+    return joint if is_right else joint * np.float32([-1, 1, 1])
+
+
+def joint_error(joint: np.ndarray, target: np.ndarray, valid: np.ndarray) -> float:
+    """Mean distance in mm over the valid MANO joints of N hands, each pair moved to a common centroid.
+
+    Args: joint, target [N, J, 3] mm; valid [N, J].
+    """
+    keep = valid[:, _PALM_TO_KNUCKLE, None] > 0
+    difference = np.where(keep, joint[:, _PALM_TO_KNUCKLE] - target[:, _PALM_TO_KNUCKLE], 0.0)
+    count = keep.sum(axis=1, keepdims=True)
+    centred = np.where(keep, difference - difference.sum(axis=1, keepdims=True) / count, 0.0)
+    return float(np.linalg.norm(centred, axis=-1).sum() / count.sum())
+
+
+def can_prove(record: HandRecord) -> bool:
+    """Whether a record has MANO parameters and enough joints to hold against them."""
+    if record.mano_pose is None or record.joint_cam is None or record.joint_3d_valid is None:
+        return False
+    return int((np.asarray(record.joint_3d_valid)[_PALM_TO_KNUCKLE] > 0).sum()) >= _MIN_JOINT
+
+
+def find_convention(
+    records: Iterable[HandRecord], mano: Path, side: str, tolerance_mm: float, left_file_shape: bool
+) -> Convention | None:
+    """The reading that fits hands of one side best; None where there is no hand to try.
+
+    Args:
+        records: hands as the set publishes them, all of `side`.
+        left_file_shape: whether betas of the published MANO_LEFT.pkl are a possible reading.
+    """
+    hands = list(records)
+    if not hands:
+        return None
+    pose, shape, target, valid = (
+        np.stack([np.asarray(getattr(hand, name), np.float64) for hand in hands])
+        for name in ("mano_pose", "mano_shape", "joint_cam", "joint_3d_valid")
+    )
+    error: dict[tuple[bool, bool], float] = {}
+    for flat, left in product((False, True), (False, True) if left_file_shape and side == "left" else (False,)):
+        beta = shape @ left_shape_map(mano).T if left else shape
+        error[flat, left] = joint_error(pose_joints(mano, pose, beta, side == "right", flat), target, valid)
+    flat, left = min(error, key=error.__getitem__)
+    other = min(value for (other_flat, _), value in error.items() if other_flat != flat)
+    best = error[flat, left]
+    return Convention(best < tolerance_mm, flat, left, best, other, len(hands))
+
+
+def apply_convention(record: HandRecord, conventions: Conventions, mano: Path | None) -> HandRecord:
+    """The record with its parameters read as its side's convention says, or without them."""
+    convention = conventions.get(record.handedness)
+    if record.mano_pose is None or convention is None:
+        return record
+    if not convention.use:
+        return replace(record, mano_pose=None, mano_shape=None, hand_model=None, flat_hand_mean=None)
+    shape = record.mano_shape
+    if convention.left_file_shape:
+        assert mano is not None
+        shape = left_shape_map(mano) @ np.asarray(shape, np.float64)
+    return replace(record, mano_shape=shape, flat_hand_mean=convention.flat_hand_mean)
+
+
+def describe(name: str, side: str, convention: Convention, tolerance_mm: float) -> str:
+    """One line for people: what was found, with the numbers."""
+    found = (
+        f"flat_hand_mean={convention.flat_hand_mean} leaves {convention.error_mm:.3f} mm of mean joint error over "
+        f"{convention.num_hand} {side} hands, {not convention.flat_hand_mean} {convention.other_mm:.3f} mm"
+    )
+    if convention.left_file_shape:
+        found += "; betas are those of the published MANO_LEFT.pkl and were converted"
+    if convention.use:
+        return f"{name}: MANO proved: {found}"
+    return (
+        f"{name}: WARNING: MANO parameters of {side} hands are left out (has_mano 0): "
+        f"even the better reading, {found}; the tolerance is {tolerance_mm} mm"
+    )

@@ -1,0 +1,309 @@
+"""What all converters share: interruptions, processes, options, the MANO proof, and annotations that would run code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from script.make_shards import main
+from src.data.blob import SampleError
+from src.data.convert.annotate import image_info, plain_key, seen, tight_box, turn_root
+from src.data.convert.dexycb_split import takes_sequence
+from src.data.convert.job import Chunk, Plan, Request, Skip, run
+from src.data.convert.mano_check import apply_convention, find_convention, left_shape_map
+from src.data.convert.native import HandRecord
+from src.data.convert.pickle_parse import parse_pickle
+from src.hand.mano import ManoLayer
+from src.hand.mano_file import load_pose_components
+from src.hand.skeleton import HandArrays
+from tests.convert_sets import draw, fk, hand_content, layer, picture, write_freihand, write_mano
+from tests.helpers import ROOT
+
+
+@pytest.fixture(scope="module")
+def mano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mano(tmp_path_factory.mktemp("mano") / "MANO_RIGHT.npz")
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("**/*.tar"))}
+
+
+def read_slowly(first: int, pause: float) -> object:
+    """A chunk of three hands and a gap, one hand every `pause` seconds. Module level: it travels to processes."""
+    for i in range(first, first + 3):
+        time.sleep(pause)
+        if i % 5 == 4:
+            yield Skip("gap")
+            continue
+        joint = np.arange(42.0).reshape(21, 2) + i
+        image = picture(i, (64, 64))
+        yield HandRecord(f"k{i:03d}", image, "jpg", "left", "test", joint_img=joint, joint_2d_valid=np.ones(21))
+
+
+def slow_plan(pause: float = 0.0) -> Plan:
+    return Plan("slow", [Chunk(f"{i:06d}", 3, read_slowly, (3 * i, pause)) for i in range(4)], 1.0)
+
+
+def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    for num_process in (1, 2):
+        request = Request(tmp_path, tmp_path / str(num_process), "all", num_process)
+        said: list[tuple[int, int]] = []
+        summary = run(slow_plan(), request, lambda done, total, said=said: said.append((done, total)))
+        assert (summary.num_hand, summary.num_shard, summary.skipped) == (10, 4, {"gap": 2})
+        assert (said[0], said[-1], len(said)) == ((0, 12), (12, 12), 5)
+    assert tars(tmp_path / "1") == tars(tmp_path / "2")
+    assert list(tars(tmp_path / "1")) == [f"{i:06d}.tar" for i in range(4)]
+
+
+def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from tests.test_convert import *; "
+        f"run(slow_plan(0.15), Request(Path({str(tmp_path)!r}), Path({str(tmp_path / 'out')!r}), 'all', 2))"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = tmp_path / "convert_slowly.py"
+    script.write_text(f"if __name__ == '__main__':\n    {code}\n")
+    process = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env=environment)
+    notes = tmp_path / "out" / ".convert"
+    while process.poll() is None and len(list(notes.glob("0*.json"))) < 1:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = {p.name: p.stat().st_mtime_ns for p in notes.glob("0*.json")}
+    assert 1 <= len(kept) < 4
+    made = {name: (tmp_path / "out" / f"{name[:6]}.tar").stat().st_mtime_ns for name in kept}
+    request = Request(tmp_path, tmp_path / "out", "all")
+    summary = run(slow_plan(), request)
+    assert (summary.num_hand, summary.num_shard, summary.skipped) == (10, 4, {"gap": 2})
+    assert made == {name: (tmp_path / "out" / f"{name[:6]}.tar").stat().st_mtime_ns for name in kept}  # not made again
+    run(slow_plan(), Request(tmp_path, tmp_path / "whole", "all"))
+    assert tars(tmp_path / "out") == tars(tmp_path / "whole")
+
+
+def test_a_lost_shard_is_made_again_and_another_call_is_refused(tmp_path: Path) -> None:
+    request = Request(tmp_path, tmp_path / "out", "all")
+    run(slow_plan(), request)
+    before = tars(tmp_path / "out")
+    (tmp_path / "out" / "000002.tar").unlink()
+    run(slow_plan(), request)
+    assert tars(tmp_path / "out") == before
+    with pytest.raises(ValueError, match=r"was made with split='all', now it is 'val'; delete that folder"):
+        run(slow_plan(), Request(tmp_path, tmp_path / "out", "val"))
+    (tmp_path / "out" / "convert.json").unlink()
+    with pytest.raises(ValueError, match="holds shards already that no converter noted"):
+        run(slow_plan(), request)
+
+
+def test_the_script_in_parallel_gives_the_same_bytes(tmp_path: Path, mano: Path) -> None:
+    write_freihand(tmp_path / "set", mano)
+    options = ["--input", str(tmp_path / "set"), "--num_per_shard", "6", "--mano", str(mano)]
+    command = [sys.executable, "script/make_shards.py", "freihand", *options, "--num_process", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "20 hands in 4 shards" in done.stdout
+    assert main(["freihand", *options, "--num_process", "1", "--output", str(tmp_path / "one")]) == 0
+    assert tars(tmp_path / "one") == tars(tmp_path / "two")
+
+
+def test_a_missing_mano_file_is_named(tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_freihand(tmp_path / "set", mano, 1)
+    options = ["--input", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--mano", "nowhere.pkl"]
+    assert main(["freihand", *options]) == 2
+    assert "--mano nowhere.pkl: no such file" in capsys.readouterr().err
+
+
+def left_hands_of_the_published_file(num: int) -> list[HandRecord]:
+    """Left hands as a MANO_LEFT whose shape directions were not mirrored in x would pose them."""
+    content = hand_content()
+    names = {"v_template", "posedirs"}
+    hand = HandArrays(
+        name="left file, mirrored",
+        shapedirs=content["shapedirs"] * np.float32([-1, 1, 1])[:, None],
+        joint_regressor=content["J_regressor"],
+        skin_weights=content["weights"],
+        faces=content["f"],
+        parents=(-1, *content["kintree_table"][0, 1:].tolist()),
+        mean_pose=content["hands_mean"],
+        tip_vertex_ids=(744, 320, 443, 554, 671),
+        **{name: content[name] for name in names},
+    )
+    posed, records = ManoLayer(hand), []
+    for number in range(num):
+        pose, shape = draw(number)
+        mirrored = (pose.reshape(16, 3) * [1, -1, -1]).reshape(48)
+        with torch.inference_mode():
+            rotmat = posed.pose_to_rotmat(torch.tensor(pose[None], dtype=torch.float32), False)
+            joint = posed(rotmat, torch.tensor(shape[None], dtype=torch.float32)).joint[0].double().numpy()
+        record = HandRecord(f"h{number}", b"", "jpg", "left", "test", joint_cam=joint * [-1, 1, 1] + [5.0, 6.0, 700.0])
+        known = {"joint_3d_valid": np.ones(21), "mano_pose": mirrored, "mano_shape": shape}
+        records.append(HandRecord(**{**record.__dict__, **known, "hand_model": "mano", "flat_hand_mean": False}))
+    return records
+
+
+def test_betas_of_the_published_left_file_are_recognised_and_converted(mano: Path) -> None:
+    records = left_hands_of_the_published_file(6)
+    as_they_are = find_convention(records, mano, "left", 1.0, left_file_shape=False)
+    converted = find_convention(records, mano, "left", 100.0, left_file_shape=True)
+    assert as_they_are is not None
+    assert converted is not None
+    assert not as_they_are.use
+    assert (converted.use, converted.left_file_shape, converted.flat_hand_mean) == (True, True, False)
+    assert converted.error_mm < 0.7 * as_they_are.error_mm
+    changed = apply_convention(records[0], {"left": converted}, mano)
+    assert np.allclose(changed.mano_shape, left_shape_map(mano) @ records[0].mano_shape)
+    assert apply_convention(records[0], {"left": as_they_are}, mano).mano_pose is None
+    assert apply_convention(records[0], {"right": as_they_are}, mano) is records[0]
+    assert find_convention([], mano, "left", 1.0, left_file_shape=True) is None
+
+
+def test_the_left_map_brings_the_shape_as_near_as_betas_can(mano: Path) -> None:
+    dirs = hand_content()["shapedirs"].astype(np.float64)
+    wanted = dirs * np.array([-1.0, 1.0, 1.0])[:, None]
+    shape = np.random.default_rng(0).normal(size=10)
+    best = left_shape_map(mano) @ shape
+
+    def distance(beta: np.ndarray) -> float:
+        return float(np.linalg.norm(dirs @ beta - wanted @ shape))
+
+    step = 1e-2 * np.eye(10)
+    assert all(distance(best) <= distance(best + sign * row) for row in step for sign in (-1, 1))
+    assert distance(best) < distance(shape)
+
+
+def test_pose_components_are_read_from_either_hand(tmp_path: Path, mano: Path) -> None:
+    left = write_mano(tmp_path / "MANO_LEFT.npz")
+    assert (load_pose_components(left) == hand_content()["hands_components"]).all()
+    np.savez(tmp_path / "short.npz", hands_components=np.zeros((6, 45)))
+    for name, why in (("short.npz", r"must be \[45, 45\]"), ("none.npz", "does not exist")):
+        with pytest.raises(ValueError, match=why):
+            load_pose_components(tmp_path / name)
+
+
+class Bomb:
+    """Unpickling this leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
+
+
+class Plain:
+    """An object with a state, of a class that nobody promised."""
+
+    def __init__(self) -> None:
+        self.x = 1
+
+
+CONTENT = {
+    "c": np.arange(6.0).reshape(2, 3),
+    "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
+    "big_endian": np.arange(3, dtype=">i2"),
+    "flag": np.array([True, False]),
+    "text": np.array(["ab", "c"]),
+    "empty": np.zeros((0, 3)),
+    "scalar": np.float32(3.5),
+}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_plain_data_are_parsed(protocol: int, tmp_path: Path) -> None:
+    plain = {"n": None, "t": (1, 2.5, "é"), "b": b"\xff\x00", "i": -(2**70), "s": {1, 2}, "o": OrderedDict(a=[True])}
+    if protocol < 4:
+        plain.pop("s")  # written as a call of `set` there, which is not among the known names
+    nested = {"zero": np.array({"loss": 1.0}), "list": np.array([None, "a"], object)}
+    shared = [1, 2]
+    got = parse_pickle(pickle.dumps([plain, CONTENT, nested, shared, shared], protocol))
+    assert got[0] == plain
+    for name, value in CONTENT.items():
+        assert (got[1][name] == value).all(), name
+        assert (got[1][name].shape, got[1][name].dtype) == (value.shape, value.dtype)
+    assert got[2] == {"zero": {"loss": 1.0}, "list": [None, "a"]}
+    assert got[3] is got[4]
+    for hostile in (Bomb(tmp_path / "trace"), {"x": [Bomb(tmp_path / "trace")]}, Plain(), Path, np.array([Plain()])):
+        with pytest.raises(SampleError, match="unsafe_pickle"):
+            parse_pickle(pickle.dumps(hostile, protocol))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_pickles_of_python_2_hold_array_bytes_as_text() -> None:
+    header = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I3\ntcnumpy\ndtype\n"
+    dtype = b"(S'f8'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\n"
+    value = np.array([1.5, -2.25, 1e300])
+    content = b"S" + repr(value.tobytes())[1:].encode() + b"\n"
+    assert (parse_pickle(header + dtype + content + b"tb.") == value).all()
+
+
+def test_broken_pickles_have_a_reason() -> None:
+    whole = pickle.dumps([CONTENT, list(range(50))], 4)
+    for size in range(0, len(whole), 7):
+        with pytest.raises(SampleError, match="bad_pickle"):
+            parse_pickle(whole[:size])
+    huge = b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(L99999999999999L\nt"
+    for data in (b"", b"garbage", b"\x80\x04ctests\nnothing", b"e.", b"(.", huge + b"N.", b"N" * 10 + b"."):
+        with pytest.raises(SampleError):
+            parse_pickle(data)
+
+
+def test_image_headers_are_read_without_decoding() -> None:
+    assert image_info(picture(1, (333, 222), "jpg")) == ("jpg", (333, 222))
+    assert image_info(picture(1, (33, 22), "png")) == ("png", (33, 22))
+    progressive = cv2.imencode(".jpg", np.zeros((20, 30, 3), np.uint8), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    with_exif = progressive[:2] + b"\xff\xe1\x00\x06abcd" + progressive[2:]
+    assert image_info(with_exif) == ("jpg", (30, 20))
+    for data in (b"", b"\xff\xd8", b"GIF89a" + bytes(40), picture(1, (64, 64))[:30], bytes(500)):
+        with pytest.raises(SampleError, match="undecodable_image"):
+            image_info(data)
+
+
+def test_seen_joints_and_their_box() -> None:
+    pixel = np.array([[0.0, 0.0], [63.4, 31.4], [63.6, 5.0], [-0.6, 5.0], [np.nan, 1.0], [5.0, 6.0]])
+    valid = seen(pixel, (64, 32), np.array([1, 1, 1, 1, 1, 0]))
+    assert valid.tolist() == [1, 1, 0, 0, 0, 0]
+    assert tight_box(pixel, valid).tolist() == [0, 0, 63.4, 31.4]
+    with pytest.raises(SampleError, match="no_valid_joint"):
+        tight_box(pixel, np.zeros(6))
+    with pytest.raises(SampleError, match="small_box"):
+        tight_box(pixel, np.eye(6)[0])
+    assert plain_key("a.b/c", "x y", 7) == "a-b-c_x-y_7"
+
+
+def test_turning_the_root_turns_the_hand(mano: Path) -> None:
+    pose, shape = draw(3)
+    rotation = cv2.Rodrigues(np.array([0.3, -2.0, 0.9]))[0]
+    for is_right in (True, False):
+        turned = fk(mano, turn_root(pose, rotation), shape, is_right, False)
+        assert np.abs(turned - fk(mano, pose, shape, is_right, False) @ rotation.T).max() < 0.01
+    assert layer(mano).num_vertex == 778
+
+
+def test_dexycb_setups_are_the_official_ones() -> None:
+    counts = {
+        (s, p): sum(takes_sequence(s, p, i) for i in range(100)) for s in ("s0", "s3") for p in ("train", "val", "test")
+    }
+    assert counts == {
+        ("s0", "train"): 80,
+        ("s0", "val"): 20,
+        ("s0", "test"): 20,
+        ("s3", "train"): 75,
+        ("s3", "val"): 10,
+        ("s3", "test"): 15,
+    }
+    assert [i for i in range(20) if not takes_sequence("s0", "train", i)] == [4, 9, 14, 19]
+    assert [i for i in range(100) if takes_sequence("s3", "val", i)] == [*range(15, 20), *range(95, 100)]
