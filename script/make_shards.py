@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
-from src.data.convert.job import Request
+from src.data.convert.chunk import Request
 from src.data.convert.registry import CONVERTERS, Converter
 
 

@@ -19,8 +19,9 @@ import torch
 from script.make_shards import main
 from src.data.blob import SampleError
 from src.data.convert.annotate import image_info, plain_key, seen, tight_box, turn_root
+from src.data.convert.chunk import Chunk, Job, Request, Skip
 from src.data.convert.dexycb_split import takes_sequence
-from src.data.convert.job import Chunk, Plan, Request, Skip, run
+from src.data.convert.job import run
 from src.data.convert.mano_check import apply_convention, find_convention, left_shape_map
 from src.data.convert.native import HandRecord
 from src.data.convert.pickle_parse import parse_pickle
@@ -52,15 +53,15 @@ def read_slowly(first: int, pause: float) -> object:
         yield HandRecord(f"k{i:03d}", image, "jpg", "left", "test", joint_img=joint, joint_2d_valid=np.ones(21))
 
 
-def slow_plan(pause: float = 0.0) -> Plan:
-    return Plan("slow", [Chunk(f"{i:06d}", 3, read_slowly, (3 * i, pause)) for i in range(4)], 1.0)
+def slow_job(pause: float = 0.0) -> Job:
+    return Job("slow", [Chunk(f"{i:06d}", 3, read_slowly, (3 * i, pause)) for i in range(4)], 1.0)
 
 
 def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     for num_process in (1, 2):
         request = Request(tmp_path, tmp_path / str(num_process), "all", num_process)
         said: list[tuple[int, int]] = []
-        summary = run(slow_plan(), request, lambda done, total, said=said: said.append((done, total)))
+        summary = run(slow_job(), request, lambda done, total, said=said: said.append((done, total)))
         assert (summary.num_hand, summary.num_shard, summary.skipped) == (10, 4, {"gap": 2})
         assert (said[0], said[-1], len(said)) == ((0, 12), (12, 12), 5)
     assert tars(tmp_path / "1") == tars(tmp_path / "2")
@@ -70,7 +71,7 @@ def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
 def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from tests.test_convert import *; "
-        f"run(slow_plan(0.15), Request(Path({str(tmp_path)!r}), Path({str(tmp_path / 'out')!r}), 'all', 2))"
+        f"run(slow_job(0.25), Request(Path({str(tmp_path)!r}), Path({str(tmp_path / 'out')!r}), 'all', 2))"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = tmp_path / "convert_slowly.py"
@@ -85,25 +86,26 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert 1 <= len(kept) < 4
     made = {name: (tmp_path / "out" / f"{name[:6]}.tar").stat().st_mtime_ns for name in kept}
     request = Request(tmp_path, tmp_path / "out", "all")
-    summary = run(slow_plan(), request)
+    summary = run(slow_job(), request)
     assert (summary.num_hand, summary.num_shard, summary.skipped) == (10, 4, {"gap": 2})
     assert made == {name: (tmp_path / "out" / f"{name[:6]}.tar").stat().st_mtime_ns for name in kept}  # not made again
-    run(slow_plan(), Request(tmp_path, tmp_path / "whole", "all"))
+    run(slow_job(), Request(tmp_path, tmp_path / "whole", "all"))
     assert tars(tmp_path / "out") == tars(tmp_path / "whole")
+    assert not list((tmp_path / "out").glob("**/*.part"))
 
 
 def test_a_lost_shard_is_made_again_and_another_call_is_refused(tmp_path: Path) -> None:
     request = Request(tmp_path, tmp_path / "out", "all")
-    run(slow_plan(), request)
+    run(slow_job(), request)
     before = tars(tmp_path / "out")
     (tmp_path / "out" / "000002.tar").unlink()
-    run(slow_plan(), request)
+    run(slow_job(), request)
     assert tars(tmp_path / "out") == before
     with pytest.raises(ValueError, match=r"was made with split='all', now it is 'val'; delete that folder"):
-        run(slow_plan(), Request(tmp_path, tmp_path / "out", "val"))
+        run(slow_job(), Request(tmp_path, tmp_path / "out", "val"))
     (tmp_path / "out" / "convert.json").unlink()
     with pytest.raises(ValueError, match="holds shards already that no converter noted"):
-        run(slow_plan(), request)
+        run(slow_job(), request)
 
 
 def test_the_script_in_parallel_gives_the_same_bytes(tmp_path: Path, mano: Path) -> None:
@@ -118,6 +120,23 @@ def test_the_script_in_parallel_gives_the_same_bytes(tmp_path: Path, mano: Path)
     assert "20 hands in 4 shards" in done.stdout
     assert main(["freihand", *options, "--num_process", "1", "--output", str(tmp_path / "one")]) == 0
     assert tars(tmp_path / "one") == tars(tmp_path / "two")
+
+
+def test_a_set_without_its_images_is_no_success(tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = write_freihand(tmp_path / "set", mano, 2)
+    (tmp_path / "set" / "training" / "rgb").rename(tmp_path / "rgb")
+    (tmp_path / "set" / "training" / "rgb").mkdir()
+    options = ["--input", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--num_process", "1"]
+    assert main(["freihand", *options]) == 2
+    said = capsys.readouterr().err
+    assert "not one hand could be used ({'missing_image': 8})" in said
+    assert "left out as missing_image, for example: " in said
+    (tmp_path / "set" / "training" / "rgb").rmdir()
+    (tmp_path / "rgb").rename(tmp_path / "set" / "training" / "rgb")
+    (tmp_path / "set" / "training" / "rgb" / "00000003.jpg").unlink()
+    assert main(["freihand", *options]) == 0  # the same call takes what is there now
+    assert f"{len(truth) - 1} hands in 1 shards" in (said := capsys.readouterr().out)
+    assert "left out: missing_image 1" in said
 
 
 def test_a_missing_mano_file_is_named(tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]) -> None:

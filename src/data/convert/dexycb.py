@@ -25,6 +25,7 @@ hands lose their parameters where they are not and no --mano_left is given), and
 from __future__ import annotations
 
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ from src.data.convert.annotate import (
     seen,
     tight_box,
 )
+from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.dexycb_split import SETUPS, choose_sequences
-from src.data.convert.job import Chunk, Plan, Records, Request, Skip, run
+from src.data.convert.job import run
 from src.data.convert.native import ConvertSummary, HandRecord, Progress
 from src.hand.mano_file import load_pose_components
 
@@ -62,10 +64,10 @@ def convert_dexycb(request: Request, progress: Progress | None = None) -> Conver
     Raises:
         ValueError: the input is no DexYCB folder, is too incomplete for the setup, or --mano has no pose components.
     """
-    return run(plan_dexycb(request), request, progress)
+    return run(cut_dexycb(request), request, progress)
 
 
-def plan_dexycb(request: Request) -> Plan:
+def cut_dexycb(request: Request) -> Job:
     """One chunk per sequence, its cameras one after another, frames in order. Raises as `convert_dexycb`."""
     sequences, serials = choose_sequences(request.input, request.split)
     components: dict[str, np.ndarray] = {}
@@ -76,32 +78,38 @@ def plan_dexycb(request: Request) -> Plan:
         components["left"] = load_pose_components(request.mano_left)
     chunks = []
     for sequence in sequences:
-        meta = _yaml(request.input / sequence / "meta.yml")
-        cameras = [serial for serial in meta["serials"] if serials is None or serial in serials]
-        side = meta["mano_sides"][0]
-        betas = _yaml(request.input / "calibration" / f"mano_{meta['mano_calib'][0]}" / "mano.yml")["betas"]
-        lens = {serial: _lens(request.input, serial) for serial in cameras}
-        work = (request.input, sequence, int(meta["num_frames"]), side, betas, lens, components.get(side))
-        chunks.append(Chunk(f"{len(chunks):06d}", int(meta["num_frames"]) * len(cameras), read_hands, work))
-    return Plan("dexycb", chunks, TOLERANCE_MM, left_file_shape=True)
+        keys = ("serials", "num_frames", "mano_sides", "mano_calib")
+        cameras, num_frame, (side, *_), (calibration, *_) = _values(request.input / sequence / "meta.yml", *keys)
+        (betas,) = _values(request.input / "calibration" / f"mano_{calibration}" / "mano.yml", "betas")
+        lens = {str(c): _lens(request.input, str(c)) for c in cameras if serials is None or str(c) in serials}
+        work = (request.input, sequence, int(num_frame), side, betas, lens, components.get(side))
+        chunks.append(Chunk(f"{len(chunks):06d}", int(num_frame) * len(lens), read_hands, work))
+    without = "no MANO parameters are written: the set stores coefficients of a basis in your MANO file; give --mano"
+    return Job("dexycb", chunks, TOLERANCE_MM, left_file_shape=True, without_mano=without)
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _values(path: Path, *keys: str) -> list[Any]:
+    """What a yaml file says under some keys."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(f"{path}: is missing; unpack this sequence and calibration.tar.gz of DexYCB again") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: does not parse ({error}); unpack it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no mapping; unpack it again")
-    return content
+    if not isinstance(content, dict) or any(key not in content for key in keys):
+        raise ValueError(f"{path}: lacks one of the keys {', '.join(keys)}; unpack it again")
+    return [content[key] for key in keys]
 
 
+@lru_cache(maxsize=64)
 def _lens(root: Path, serial: str) -> tuple[np.ndarray, np.ndarray]:
     """(focal [2], princpt [2]) px of a camera."""
-    color = _yaml(root / "calibration" / "intrinsics" / f"{serial}_640x480.yml")["color"]
-    return np.array([color["fx"], color["fy"]]), np.array([color["ppx"], color["ppy"]])
+    path = root / "calibration" / "intrinsics" / f"{serial}_640x480.yml"
+    (color,) = _values(path, "color")
+    try:
+        return np.array([color["fx"], color["fy"]], float), np.array([color["ppx"], color["ppy"]], float)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: color lacks fx, fy, ppx or ppy; unpack calibration.tar.gz again") from None
 
 
 def read_hands(
@@ -119,7 +127,7 @@ def read_hands(
             try:
                 yield _read_hand(root, Path(sequence) / serial, frame, side, betas, lens[serial], components)
             except SampleError as error:
-                yield Skip(error.reason)
+                yield Skip(error.reason, error.detail)
 
 
 def read_labels(path: Path) -> dict[str, np.ndarray]:

@@ -28,7 +28,8 @@ import numpy as np
 
 from src.data.blob import SampleError
 from src.data.convert.annotate import MM_PER_M, finite, known_only, plain_key, project_mm, read_image, seen, tight_box
-from src.data.convert.job import Chunk, Plan, Records, Request, Skip, run
+from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
+from src.data.convert.job import run
 from src.data.convert.native import ConvertSummary, HandRecord, Progress
 
 SPLITS = ("training", "evaluation")
@@ -42,10 +43,10 @@ def convert_freihand(request: Request, progress: Progress | None = None) -> Conv
     Raises:
         ValueError: the input is no FreiHAND folder, or its lists differ in length.
     """
-    return run(plan_freihand(request), request, progress)
+    return run(cut_freihand(request), request, progress)
 
 
-def plan_freihand(request: Request) -> Plan:
+def cut_freihand(request: Request) -> Job:
     """Cut the images, in the order of their numbers, into chunks. Raises as `convert_freihand`."""
     root, split = request.input, request.split
     lists = {name: _load(root / f"{split}_{name}.json") for name in ("K", "xyz", "mano")}
@@ -64,7 +65,7 @@ def plan_freihand(request: Request) -> Plan:
         images = range(first, min(first + request.num_per_shard, count))
         work = [(i, i // num, {name: values[i % num] for name, values in lists.items() if values}) for i in images]
         chunks.append(Chunk(f"{len(chunks):06d}", len(work), read_hands, (root, split, work)))
-    return Plan("freihand", chunks, TOLERANCE_MM, sides=("right",))
+    return Job("freihand", chunks, TOLERANCE_MM, sides=("right",))
 
 
 def _load(path: Path) -> list[Any] | None:
@@ -85,7 +86,7 @@ def read_hands(root: Path, split: str, work: list[tuple[int, int, dict[str, Any]
         try:
             yield _read_hand(root, split, number, version, entry)
         except SampleError as error:
-            yield Skip(error.reason)
+            yield Skip(error.reason, error.detail)
 
 
 def _read_hand(root: Path, split: str, number: int, version: int, entry: dict[str, Any]) -> HandRecord:

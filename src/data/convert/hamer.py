@@ -29,7 +29,8 @@ import numpy as np
 
 from src.data.blob import SampleError
 from src.data.convert.annotate import MM_PER_M, finite, image_info, known_only, plain_key, seen, tight_box
-from src.data.convert.job import Chunk, Plan, Records, Request, Skip, run
+from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
+from src.data.convert.job import run
 from src.data.convert.native import ConvertSummary, HandRecord, Progress
 from src.data.convert.pickle_parse import parse_pickle
 from src.data.tar import Damage, TarWalk, split_name
@@ -46,10 +47,10 @@ def convert_hamer(request: Request, progress: Progress | None = None) -> Convert
     Raises:
         ValueError: there is no such tar.
     """
-    return run(plan_hamer(request), request, progress)
+    return run(cut_hamer(request), request, progress)
 
 
-def plan_hamer(request: Request) -> Plan:
+def cut_hamer(request: Request) -> Job:
     """One chunk per tar. Raises as `convert_hamer`."""
     made = request.output.resolve()
     tars = [p for p in sorted(request.input.glob("**/*.tar")) if made not in p.resolve().parents]
@@ -65,14 +66,14 @@ def plan_hamer(request: Request) -> Plan:
         subset = path.resolve().parent.name
         name = (path.parent.relative_to(request.input) / path.stem).as_posix()
         chunks.append(Chunk(name, 1, read_hands, (path, subset)))
-    return Plan("hamer", chunks, TOLERANCE_MM, left_file_shape=True)
+    return Job("hamer", chunks, TOLERANCE_MM, left_file_shape=True)
 
 
 def read_hands(path: Path, subset: str) -> Records:
     """The hands of each image of a tar, in order; damage is passed over."""
     for key, members in _samples(path):
         if isinstance(members, str):
-            yield Skip(members)
+            yield Skip(members, f"{path} at {key or 'an unknown member'}")
             continue
         try:
             kind = next((kind for kind in _IMAGES if kind in members), None)
@@ -83,13 +84,13 @@ def read_hands(path: Path, subset: str) -> Records:
                 raise SampleError("bad_pickle", f"{key}: data.pyd holds no list of dicts")
             image_type, size = image_info(members[kind])
         except SampleError as error:
-            yield Skip(error.reason)
+            yield Skip(error.reason, error.detail)
             continue
         for number, hand in enumerate(hands):
             try:
                 yield _read_hand(key, number, hand, members[kind], image_type, size, subset)
             except SampleError as error:
-                yield Skip(error.reason)
+                yield Skip(error.reason, error.detail)
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | str]]:

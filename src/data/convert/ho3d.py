@@ -39,7 +39,8 @@ from src.data.convert.annotate import (
     tight_box,
     turn_root,
 )
-from src.data.convert.job import Chunk, Plan, Records, Request, Skip, run
+from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
+from src.data.convert.job import run
 from src.data.convert.native import ConvertSummary, HandRecord, Progress
 from src.data.convert.pickle_parse import parse_pickle
 
@@ -53,10 +54,10 @@ def convert_ho3d(request: Request, progress: Progress | None = None) -> ConvertS
     Raises:
         ValueError: the input is no HO-3D folder.
     """
-    return run(plan_ho3d(request), request, progress)
+    return run(cut_ho3d(request), request, progress)
 
 
-def plan_ho3d(request: Request) -> Plan:
+def cut_ho3d(request: Request) -> Job:
     """Cut every sequence into chunks, frames in order. Raises as `convert_ho3d`."""
     folder = request.input / request.split
     if not folder.is_dir():
@@ -66,7 +67,7 @@ def plan_ho3d(request: Request) -> Plan:
         for first in range(0, len(frames), request.num_per_shard):
             part = frames[first : first + request.num_per_shard]
             chunks.append(Chunk(f"{len(chunks):06d}", len(part), read_hands, (folder, request.split, sequence, part)))
-    return Plan("ho3d", chunks, TOLERANCE_MM, sides=("right",))
+    return Job("ho3d", chunks, TOLERANCE_MM, sides=("right",))
 
 
 def _frames(root: Path, split: str) -> dict[str, list[str]]:
@@ -91,7 +92,7 @@ def read_hands(folder: Path, split: str, sequence: str, frames: list[str]) -> Re
         try:
             yield _read_hand(folder, split, sequence, frame)
         except SampleError as error:
-            yield Skip(error.reason)
+            yield Skip(error.reason, error.detail)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

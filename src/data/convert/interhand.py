@@ -41,7 +41,8 @@ from src.data.convert.annotate import (
     tight_box,
     turn_root,
 )
-from src.data.convert.job import Chunk, Plan, Records, Request, Skip, run
+from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
+from src.data.convert.job import run
 from src.data.convert.native import ConvertSummary, HandRecord, Progress
 
 SPLITS = ("train", "val", "test")
@@ -58,22 +59,27 @@ def convert_interhand(request: Request, progress: Progress | None = None) -> Con
     Raises:
         ValueError: the input is no InterHand2.6M folder, or one of its json files does not parse.
     """
-    return run(plan_interhand(request), request, progress)
+    return run(cut_interhand(request), request, progress)
 
 
-def plan_interhand(request: Request) -> Plan:
+def cut_interhand(request: Request) -> Job:
     """Sort the images by capture, sequence, camera and frame and cut them into chunks. Raises as the converter."""
     data, camera, joint, mano = _load(request.input, request.split)
-    image_of = {image["id"]: image for image in data["images"]}
-    pairs = [(image_of[note["image_id"]], note) for note in data["annotations"] if note["image_id"] in image_of]
-    pairs.sort(key=lambda p: (int(p[0]["capture"]), p[0]["seq_name"], str(p[0]["camera"]), int(p[0]["frame_idx"])))
+    try:
+        image_of = {image["id"]: image for image in data["images"]}
+        pairs = [(image_of[note["image_id"]], note) for note in data["annotations"]]
+        pairs.sort(key=lambda p: (int(p[0]["capture"]), p[0]["seq_name"], str(p[0]["camera"]), int(p[0]["frame_idx"])))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"InterHand2.6M_{request.split}_data.json: {error} is not as InterHand2.6M v1.0 has it; download it again"
+        ) from None
     folder = request.input / "images" / request.split
     chunks = []
     for first in range(0, len(pairs), request.num_per_shard):
         part = pairs[first : first + request.num_per_shard]
         work = [_gather(image, note, camera, joint, mano) for image, note in part]
         chunks.append(Chunk(f"{len(chunks):06d}", len(work), read_hands, (folder, request.split, work)))
-    return Plan("interhand2.6m", chunks, TOLERANCE_MM)
+    return Job("interhand2.6m", chunks, TOLERANCE_MM)
 
 
 def _load(root: Path, split: str) -> list[dict[str, Any]]:
@@ -114,12 +120,12 @@ def read_hands(folder: Path, split: str, work: list[dict[str, Any]]) -> Records:
     for entry in work:
         sides = [side for side in _FIRST if entry["hand_type"] in (side, "interacting")]
         if not sides:
-            yield Skip("unknown_hand_type")
+            yield Skip("unknown_hand_type", f"{entry['hand_type']!r} at {entry['file_name']}")
         for side in sides:
             try:
                 yield _read_hand(folder, split, entry, side)
             except SampleError as error:
-                yield Skip(error.reason)
+                yield Skip(error.reason, error.detail)
 
 
 def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> HandRecord:
@@ -135,7 +141,7 @@ def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> Ha
     valid = seen(joint_img, size, annotated)
     valid_3d = (annotated & annotated[0]).astype(np.float32)
     mano = entry["mano"].get(side)
-    pose = turn_root(finite("pose", mano["pose"], (48,)), camera["camrot"]) if mano else None
+    pose = turn_root(finite("pose", mano.get("pose"), (48,)), camera["camrot"]) if mano else None
     return HandRecord(
         key=plain_key("interhand", split, entry["file_name"].rpartition(".")[0], side),
         image=image,
@@ -148,7 +154,7 @@ def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> Ha
         joint_cam=known_only(joint_cam, valid_3d),
         joint_3d_valid=valid_3d,
         mano_pose=pose,
-        mano_shape=finite("shape", mano["shape"], (10,)) if mano else None,
+        mano_shape=finite("shape", mano.get("shape"), (10,)) if mano else None,
         focal=camera["focal"],
         princpt=camera["princpt"],
         hand_model="mano" if mano else None,

@@ -11,16 +11,18 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from src.data.convert.chunk import Chunk, Job, Request, Skip, take
 from src.data.convert.mano_check import (
     NUM_PROOF,
     Convention,
@@ -39,89 +41,44 @@ _PROOF_PER_CHUNK = 16  # hands of one side, so that the proof rests on several s
 _PROOF_CHUNKS = 200
 
 
-@dataclass(frozen=True)
-class Skip:
-    """A hand or image that is left out, and why."""
-
-    reason: str
-
-
-Records = Iterator["HandRecord | Skip"]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One shard's worth of work. `read(*arguments)` yields its hands in order; both travel to another process."""
-
-    name: str  # of the shard below the output folder, without .tar, e.g. "000000" or "freihand-train/000000"
-    size: int  # units of progress: images, or shards where their number is not known beforehand
-    read: Callable[..., Records]
-    arguments: tuple[Any, ...]
-
-    @property
-    def group(self) -> str:
-        """Chunks of one group share their MANO convention."""
-        return self.name.rpartition("/")[0]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a data set's converter knows before it reads hands."""
-
-    name: str
-    chunks: list[Chunk]
-    tolerance_mm: float  # of the MANO proof, mean joint error
-    sides: tuple[str, ...] = ("left", "right")
-    left_file_shape: bool = False  # whether left betas may be those of the published MANO_LEFT.pkl
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for."""
-
-    input: Path
-    output: Path
-    split: str
-    num_process: int = 1
-    num_per_shard: int = 2000
-    mano: Path | None = None
-    mano_left: Path | None = None
-
-
-def run(plan: Plan, request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Make every shard of the plan that is not there yet.
+def run(job: Job, request: Request, progress: Progress | None = None) -> ConvertSummary:
+    """Make every shard of the job that is not there yet.
 
     Raises:
         ValueError: nothing to convert, the output folder holds something else, or a process was killed.
     """
-    if not plan.chunks:
-        raise ValueError(f"--input {request.input}: holds nothing of split {request.split!r} of {plan.name}")
-    notes = _open_output(plan, request)
-    todo = [chunk for chunk in plan.chunks if not _is_done(chunk, request.output, notes)]
-    total = sum(chunk.size for chunk in plan.chunks)
+    if not job.chunks:
+        raise ValueError(f"--input {request.input}: holds nothing of split {request.split!r} of {job.name}")
+    notes = _open_output(job, request)
+    todo = [chunk for chunk in job.chunks if not _is_done(chunk, request.output, notes)]
+    total = sum(chunk.size for chunk in job.chunks)
     done = total - sum(chunk.size for chunk in todo)
     if progress:
         progress(done, total)
-    conventions, lines = _prove(plan, request, notes)
+    conventions, lines = _prove(job, request, notes)
     for chunk in _make(todo, request, notes, conventions):
         done += chunk.size
         if progress:
             progress(done, total)
-    found = [json.loads(_note_path(notes, chunk).read_text(encoding="utf-8")) for chunk in plan.chunks]
+    for part in request.output.glob("**/.*.tar.*.part"):  # what killed processes left
+        part.unlink()
+    return _summary(job, notes, lines)
+
+
+def _summary(job: Job, notes: Path, lines: list[str]) -> ConvertSummary:
+    """Add up the notes of all chunks. Raises ValueError where not one hand could be used."""
+    found = [json.loads(_note_path(notes, chunk).read_text(encoding="utf-8")) for chunk in job.chunks]
     skipped: Counter[str] = Counter()
+    example: dict[str, str] = {}
     for note in found:
         skipped.update(note["skipped"])
+        example = {**note["example"], **example}
+    lines = lines + [f"{job.name}: left out as {reason}, for example: {example[reason]}" for reason in sorted(example)]
     num_hand = [note["num_hand"] for note in found]
+    if not any(num_hand):
+        shutil.rmtree(notes)  # nothing is finished, nothing proved: the input may be completed
+        raise ValueError("\n".join([f"{job.name}: not one hand could be used ({dict(skipped)})", *lines]))
     return ConvertSummary(sum(num_hand), sum(n > 0 for n in num_hand), dict(sorted(skipped.items())), tuple(lines))
-
-
-def take(records: Records, reasons: Counter[str] | None = None) -> Iterator[HandRecord]:
-    """The hands among what a chunk yields; what is left out is counted in `reasons`."""
-    for record in records:
-        if isinstance(record, HandRecord):
-            yield record
-        elif reasons is not None:
-            reasons[record.reason] += 1
 
 
 def digest(path: Path | None) -> str | None:
@@ -148,14 +105,14 @@ def _write_json(path: Path, content: Any) -> None:
     part.replace(path)
 
 
-def _open_output(plan: Plan, request: Request) -> Path:
+def _open_output(job: Job, request: Request) -> Path:
     """Create the output folder or check that it was begun by the same call; returns the folder of notes."""
     for option, path in (("--mano", request.mano), ("--mano_left", request.mano_left)):
         if path is not None and not path.is_file():
             raise ValueError(f"{option} {path}: no such file; give MANO_RIGHT.pkl (or MANO_LEFT.pkl), or leave it out")
     wanted = {
         "version": VERSION,
-        "converter": plan.name,
+        "converter": job.name,
         "input": str(request.input.resolve()),
         "split": request.split,
         "num_per_shard": request.num_per_shard,
@@ -180,26 +137,28 @@ def _open_output(plan: Plan, request: Request) -> Path:
     return notes
 
 
-def _prove(plan: Plan, request: Request, notes: Path) -> tuple[dict[str, Conventions], list[str]]:
+def _prove(job: Job, request: Request, notes: Path) -> tuple[dict[str, Conventions], list[str]]:
     """The MANO convention of each group and side, and what to tell people. Kept in the notes for later calls."""
     if request.mano is None:
-        return {}, [f"{plan.name}: MANO conventions are those of the official code; give --mano to prove them here"]
+        return {}, [f"{job.name}: {job.without_mano}"]
     conventions: dict[str, Conventions] = {}
     lines: list[str] = []
-    for group in dict.fromkeys(chunk.group for chunk in plan.chunks):
+    for group in dict.fromkeys(chunk.group for chunk in job.chunks):
         path = notes / group / "mano.json"
         if not path.exists():
-            chunks = [chunk for chunk in plan.chunks if chunk.group == group]
-            _write_json(path, {k: asdict(v) for k, v in _prove_group(plan, chunks, request.mano).items()})
+            chunks = [chunk for chunk in job.chunks if chunk.group == group]
+            _write_json(path, {k: asdict(v) for k, v in _prove_group(job, chunks, request.mano).items()})
         found = {k: Convention(**v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
         conventions[group] = found
-        lines += [describe(group or plan.name, side, found[side], plan.tolerance_mm) for side in sorted(found)]
+        if not found:
+            lines.append(f"{group or job.name}: no hand has MANO parameters and joints, so nothing could be proved")
+        lines += [describe(group or job.name, side, found[side], job.tolerance_mm) for side in sorted(found)]
     return conventions, lines
 
 
-def _prove_group(plan: Plan, chunks: list[Chunk], mano: Path) -> Conventions:
+def _prove_group(job: Job, chunks: list[Chunk], mano: Path) -> Conventions:
     """Pose the first hands of each side; a side without any hand that has joints and parameters is left open."""
-    hands: dict[str, list[HandRecord]] = {side: [] for side in plan.sides}
+    hands: dict[str, list[HandRecord]] = {side: [] for side in job.sides}
     for chunk in chunks[:_PROOF_CHUNKS]:
         fresh: Counter[str] = Counter()
         for record in filter(can_prove, take(islice(chunk.read(*chunk.arguments), 8 * _PROOF_PER_CHUNK))):
@@ -208,7 +167,7 @@ def _prove_group(plan: Plan, chunks: list[Chunk], mano: Path) -> Conventions:
                 fresh[record.handedness] += 1
         if all(len(found) >= NUM_PROOF for found in hands.values()):
             break
-    found = {side: find_convention(hands[side], mano, side, plan.tolerance_mm, plan.left_file_shape) for side in hands}
+    found = {side: find_convention(hands[side], mano, side, job.tolerance_mm, job.left_file_shape) for side in hands}
     return {side: convention for side, convention in found.items() if convention is not None}
 
 
@@ -263,7 +222,9 @@ def make_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions,
     """Write one chunk's shard, then its note: a chunk without a note is made again."""
     path = output / f"{chunk.name}.tar"
     path.parent.mkdir(parents=True, exist_ok=True)
-    reasons: Counter[str] = Counter()
-    hands = (apply_convention(record, conventions, mano) for record in take(chunk.read(*chunk.arguments), reasons))
+    skipped: list[Skip] = []
+    hands = (apply_convention(record, conventions, mano) for record in take(chunk.read(*chunk.arguments), skipped))
     num_hand = write_shard(hands, path)
-    _write_json(note, {"num_hand": num_hand, "skipped": dict(reasons)})
+    example = {skip.reason: skip.detail for skip in reversed(skipped) if skip.detail}
+    reasons = Counter(skip.reason for skip in skipped)
+    _write_json(note, {"num_hand": num_hand, "skipped": reasons, "example": example})

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from src.data.convert import dexycb, freihand, hamer, ho3d, interhand
-from src.data.convert.job import Request
+from src.data.convert.chunk import Request
 from src.data.convert.native import ConvertSummary, Progress
 from src.data.convert.realhands import convert_realhands
 
