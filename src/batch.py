@@ -17,7 +17,7 @@ Frames and conventions
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -100,4 +100,4 @@ class Prediction:
     joint_cam: torch.Tensor  # [B, J, 3] mm
     vert_cam: torch.Tensor  # [B, V, 3] mm
     joint_patch: torch.Tensor  # [B, J, 2] px, projection of joint_cam
-    extra: dict[str, torch.Tensor] = field(default_factory=dict)  # what single experiments add
+    joint_seen: torch.Tensor  # [B, J, 2] px, joints as located in the patch, before any 3D

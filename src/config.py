@@ -97,6 +97,7 @@ class DemoConfig:
     val_sample: int = knob(minimum=1)
     img_size: int = knob(minimum=32)
     seed: int = knob(minimum=0)
+    free_rotation: float = knob(minimum=0, at_most=1)
 
 
 @dataclass
@@ -158,6 +159,7 @@ class LossConfig:
     lambda_trans: float = knob(minimum=0)
     lambda_rel: float = knob(minimum=0)
     lambda_img: float = knob(minimum=0)
+    lambda_seen: float = knob(minimum=0)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The loss terms: a Prediction against a Batch. Owns no network.
 
-Every term is a masked sum and a count of what was valid; the mean is taken once, over all micro-batches and all processes
-of a step. A sample without a label then neither dilutes a term nor changes the weight of the others, and the same global
-batch gives the same loss however it is cut. Shapes: B batch, J = 21 joints.
+Every term is a masked sum and a count of what was valid; the mean is taken once, over all micro-batches and all
+processes of a step. A sample without a label then neither dilutes a term nor changes the weight of the others, and the
+same global batch gives the same loss however it is cut. Shapes: B batch, J = 21 joints.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from src.batch import Batch, Prediction
 from src.config import LossConfig
 from src.hand.mano import ManoLayer
 
-LOSS_TERMS = ("loss_theta", "loss_shape", "loss_trans", "loss_joint_rel", "loss_joint_img")
+LOSS_TERMS = ("loss_theta", "loss_shape", "loss_trans", "loss_joint_rel", "loss_joint_img", "loss_joint_seen")
+NUM_TERM = len(LOSS_TERMS)
 
 
 def loss_weights(cfg: LossConfig) -> torch.Tensor:
-    """Weights [5] in the order of LOSS_TERMS."""
-    return torch.tensor([cfg.lambda_theta, cfg.lambda_shape, cfg.lambda_trans, cfg.lambda_rel, cfg.lambda_img])
+    """Weights [NUM_TERM] in the order of LOSS_TERMS."""
+    return torch.tensor(
+        [cfg.lambda_theta, cfg.lambda_shape, cfg.lambda_trans, cfg.lambda_rel, cfg.lambda_img, cfg.lambda_seen]
+    )
 
 
 def _masks(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """One validity mask per term: [B], [B], [B], [B, J], [B, J]. Padding counts for nothing."""
+    """One validity mask per term, [B] or [B, J]. Padding counts for nothing."""
     real = (batch.position >= 0).float()
     has_root = batch.joint_3d_valid[:, 0] * real
     return (
@@ -31,22 +34,24 @@ def _masks(batch: Batch) -> tuple[torch.Tensor, ...]:
         batch.has_intr * has_root,
         batch.joint_3d_valid * has_root[:, None],
         batch.joint_2d_valid * real[:, None],
+        batch.joint_2d_valid * real[:, None],
     )
 
 
 def loss_counts(batch: Batch) -> torch.Tensor:
-    """How many valid items each sample has for each term of LOSS_TERMS, [B, 5] float32. Needs no prediction."""
+    """How many valid items each sample has for each term of LOSS_TERMS, [B, NUM_TERM] float32. Needs no prediction."""
     return torch.stack([mask.flatten(1).sum(1) if mask.ndim > 1 else mask for mask in _masks(batch)], dim=1)
 
 
 def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Tensor:
-    """Each sample's masked sum of each term of LOSS_TERMS, [B, 5] float32.
+    """Each sample's masked sum of each term of LOSS_TERMS, [B, NUM_TERM] float32.
 
     * loss_theta: mean absolute difference of the 16 rotation matrices, against the target's full pose.
     * loss_shape: mean absolute difference of the shape coefficients.
     * loss_trans: absolute difference of the wrist in the camera, mm, mean of the axes. Needs intrinsics.
     * loss_joint_rel: absolute difference of wrist-relative joints, mm, mean of the axes.
     * loss_joint_img: absolute difference of projected joints, px of the patch, mean of the axes.
+    * loss_joint_seen: the same for the joints located in the patch before any 3D.
 
     The gradient reaches the pose through loss_theta, loss_joint_rel and loss_joint_img.
     """
@@ -59,11 +64,12 @@ def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Te
         (prediction.root_cam - batch.joint_cam[:, 0]).abs().mean(1),
         (joint_rel - target_rel).abs().mean(2),
         (prediction.joint_patch - batch.joint_patch).abs().mean(2),
+        (prediction.joint_seen - batch.joint_patch).abs().mean(2),
     )
     masked = [error * mask for error, mask in zip(errors, _masks(batch), strict=True)]
     return torch.stack([term.flatten(1).sum(1) if term.ndim > 1 else term for term in masked], dim=1)
 
 
 def mean_terms(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mean of each term, [5]; 0 where nothing was valid."""
+    """Mean of each term, [NUM_TERM]; 0 where nothing was valid."""
     return sums / counts.clamp(min=1.0)

@@ -126,7 +126,7 @@ def test_annotations_agree_for_both_sides(samples: list[dict], hand: HandArrays)
 
 def test_draws_do_not_depend_on_their_neighbours() -> None:
     def draw(*index: int) -> np.ndarray:
-        return draw_hands([stream("demo test", 0, i) for i in index], SIZE).joint[-1]
+        return draw_hands([stream("demo test", 0, i) for i in index], SIZE, 0.2).joint[-1]
 
     np.testing.assert_allclose(draw(5), draw(1, 2, 5), atol=1e-3)
     assert np.abs(draw(5) - draw(6)).max() > 1.0

@@ -11,11 +11,11 @@ from src.batch import Batch, Prediction
 from src.geometry.camera import project
 from src.hand.mano import ManoLayer
 from src.hand.standin import build_standin_hand
-from src.loss import LOSS_TERMS, loss_counts, loss_sums, mean_terms
+from src.loss import LOSS_TERMS, NUM_TERM, loss_counts, loss_sums, mean_terms
 from tests.helpers import random_batch
 
 HAND = ManoLayer(build_standin_hand())
-THETA, SHAPE, TRANS, REL, IMG = range(5)
+THETA, SHAPE, TRANS, REL, IMG, SEEN = range(NUM_TERM)
 
 
 def predict(batch: Batch, pose: torch.Tensor, shape: torch.Tensor, root: torch.Tensor) -> Prediction:
@@ -23,7 +23,7 @@ def predict(batch: Batch, pose: torch.Tensor, shape: torch.Tensor, root: torch.T
     vert, joint = HAND(rotmat, shape)
     joint_cam = joint + root[:, None]
     joint_patch = project(joint_cam, batch.patch_focal, batch.patch_princpt)
-    return Prediction(rotmat, pose, shape, root, joint_cam, vert + root[:, None], joint_patch)
+    return Prediction(rotmat, pose, shape, root, joint_cam, vert + root[:, None], joint_patch, joint_patch)
 
 
 def consistent_batch(num: int = 4) -> tuple[Batch, Prediction]:
@@ -39,8 +39,8 @@ def mean_losses(prediction: Prediction, batch: Batch) -> torch.Tensor:
 
 def test_perfect_prediction_costs_nothing() -> None:
     batch, truth = consistent_batch()
-    assert torch.allclose(mean_losses(truth, batch), torch.zeros(5), atol=1e-3)
-    assert loss_counts(batch).tolist() == [[1, 1, 1, 21, 21]] * 4
+    assert torch.allclose(mean_losses(truth, batch), torch.zeros(NUM_TERM), atol=1e-3)
+    assert loss_counts(batch).tolist() == [[1, 1, 1, 21, 21, 21]] * 4
 
 
 def test_values_by_hand() -> None:
@@ -67,7 +67,7 @@ def test_flat_hand_mean_is_honoured() -> None:
     [
         ("has_mano", {THETA, SHAPE}),
         ("has_intr", {TRANS}),
-        ("joint_2d_valid", {IMG}),
+        ("joint_2d_valid", {IMG, SEEN}),
         ("joint_3d_valid", {TRANS, REL}),
     ],
 )
@@ -80,7 +80,7 @@ def test_each_kind_has_its_own_mask(field: str, terms: set[int]) -> None:
     flag[2:] = 0.0
     masked = replace(batch, **{field: flag})
     sums, counts = loss_sums(guess, masked, HAND), loss_counts(masked)
-    for term in range(5):
+    for term in range(NUM_TERM):
         gone = term in terms
         assert (sums[2:, term] == 0).all() == gone, LOSS_TERMS[term]
         assert (counts[2:, term] == 0).all() == gone, LOSS_TERMS[term]
@@ -96,7 +96,7 @@ def test_no_valid_item_is_zero_and_finite() -> None:
     nothing = {
         f: torch.zeros_like(getattr(batch, f)) for f in ("has_mano", "has_intr", "joint_2d_valid", "joint_3d_valid")
     }
-    assert mean_losses(truth, replace(batch, **nothing)).tolist() == [0.0] * 5
+    assert mean_losses(truth, replace(batch, **nothing)).tolist() == [0.0] * NUM_TERM
     assert loss_counts(replace(batch, position=torch.full((4,), -1))).sum() == 0, "padding counts for nothing"
 
 
@@ -114,7 +114,7 @@ def test_gradient_reaches_the_pose(term: int) -> None:
 def test_split_batches_add_up() -> None:
     batch, truth = consistent_batch()
     guess = predict(batch, 0.5 * batch.mano_pose, batch.mano_shape, truth.root_cam)
-    assert loss_sums(guess, batch, HAND).shape == (4, 5)
+    assert loss_sums(guess, batch, HAND).shape == (4, NUM_TERM)
     assert torch.allclose(
         loss_sums(guess, batch, HAND)[:2].sum(0) + loss_sums(guess, batch, HAND)[2:].sum(0),
         loss_sums(guess, batch, HAND).sum(0),

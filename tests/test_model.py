@@ -13,7 +13,7 @@ from src.batch import Batch
 from src.geometry.camera import project
 from src.hand.standin import build_standin_hand
 from src.loss import loss_sums
-from src.model.decoder import camera_features
+from src.model.grid import camera_features, sincos_position, token_centres
 from src.model.net import PoseNet
 from tests.helpers import compose_config, random_batch, small_config
 
@@ -34,7 +34,7 @@ def batch() -> Batch:
 def test_shapes_and_consistency(net: PoseNet, batch: Batch) -> None:
     out = net(batch)
     num_vertex = net.hand.num_vertex
-    shapes = {f.name: tuple(getattr(out, f.name).shape) for f in fields(out) if f.name != "extra"}
+    shapes = {f.name: tuple(getattr(out, f.name).shape) for f in fields(out)}
     assert shapes == {
         "mano_rotmat": (3, 16, 3, 3),
         "mano_pose": (3, 48),
@@ -43,6 +43,7 @@ def test_shapes_and_consistency(net: PoseNet, batch: Batch) -> None:
         "joint_cam": (3, 21, 3),
         "vert_cam": (3, num_vertex, 3),
         "joint_patch": (3, 21, 2),
+        "joint_seen": (3, 21, 2),
     }
     assert torch.allclose(net.hand.pose_to_rotmat(out.mano_pose, True), out.mano_rotmat, atol=1e-4)
     assert torch.allclose(out.joint_cam[:, 0], out.root_cam, atol=1e-3)
@@ -64,8 +65,7 @@ def test_nothing_of_the_target_reaches_a_prediction(net: PoseNet, batch: Batch) 
     }
     first, second = net(batch), net(replace(batch, **noise))
     for f in fields(first):
-        if f.name != "extra":
-            assert torch.equal(getattr(first, f.name), getattr(second, f.name)), f.name
+        assert torch.equal(getattr(first, f.name), getattr(second, f.name)), f.name
 
 
 def test_knows_the_camera(net: PoseNet, batch: Batch) -> None:
@@ -79,10 +79,16 @@ def test_knows_the_camera(net: PoseNet, batch: Batch) -> None:
 
 def test_camera_features_are_rays_in_token_order() -> None:
     focal, princpt = torch.tensor([[100.0, 200.0]]), torch.tensor([[10.0, 20.0]])
-    feature = camera_features(focal, princpt, grid_size=4, patch_size=14)
+    feature = camera_features(token_centres(4, 14), focal, princpt, img_size=56)
     assert feature.shape == (1, 16, 3)
     column, row = 3, 1  # token 1 * 4 + 3; its centre lies at 14 * index + 6.5 px
     assert feature[0, row * 4 + column, :2].tolist() == pytest.approx([(48.5 - 10) / 100, (20.5 - 20) / 200])
+
+
+def test_position_embedding_tells_tokens_apart() -> None:
+    position = sincos_position(grid_size=6, dim=32)
+    assert torch.pdist(position).min() > 0.3
+    assert position.abs().max() <= 1
 
 
 def test_every_parameter_learns(batch: Batch) -> None:
@@ -133,7 +139,7 @@ def test_wrong_patch_size_is_named() -> None:
 def test_autocast_keeps_the_hand_in_float32(net: PoseNet, batch: Batch) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = net(batch)
-    assert {getattr(out, f.name).dtype for f in fields(out) if f.name != "extra"} == {torch.float32}
+    assert {getattr(out, f.name).dtype for f in fields(out)} == {torch.float32}
 
 
 def test_state_dict_holds_no_hand(net: PoseNet) -> None:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ import numpy as np
 from src.data.demo_hand import HandDraw, draw_hands
 from src.data.demo_scene import paint
 from src.data.rng import stream
+from src.hand.standin import build_standin_hand
 
 VERSION = 1  # raise it whenever a sample of the same seed would come out different
 SAMPLE_PER_SHARD = 500
@@ -53,6 +55,7 @@ class _Shard:
     count: int
     seed: int
     img_size: int
+    free_rotation: float
 
 
 def make_demo_shards(
@@ -60,6 +63,7 @@ def make_demo_shards(
     num_sample: dict[str, int],
     seed: int,
     img_size: int = 256,
+    free_rotation: float = 0.0,
     num_process: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -70,6 +74,7 @@ def make_demo_shards(
         num_sample: subset name -> number of samples, e.g. {"train": 12000, "val": 512}.
         seed: any integer >= 0; subsets of one seed share no sample.
         img_size: side of the pictures, px.
+        free_rotation: share of hands turned anywhere on SO(3); the others show rather their back.
         num_process: worker processes; None takes one per usable core, 1 works in this process.
         progress: called with (samples done, samples in all) after each shard.
 
@@ -77,14 +82,22 @@ def make_demo_shards(
         ValueError: `root` already holds a demo made from other parameters, or a parameter is out of range.
     """
     root = Path(root)
-    manifest = {"version": VERSION, "seed": seed, "img_size": img_size, "num_sample": dict(num_sample)}
+    manifest = {
+        "version": VERSION,
+        "hand": _hand_fingerprint(),
+        "seed": seed,
+        "img_size": img_size,
+        "free_rotation": free_rotation,
+        "num_sample": dict(num_sample),
+    }
     _check(manifest)
     if _read_manifest(root, manifest):
         return
     for subset in num_sample:
         (root / subset).mkdir(parents=True, exist_ok=True)
     _write_manifest(root, {**manifest, "complete": False})
-    shards = [shard for subset, num in num_sample.items() for shard in _plan(root, subset, num, seed, img_size)]
+    how = (seed, img_size, free_rotation)
+    shards = [shard for subset, num in num_sample.items() for shard in _plan(root, subset, num, *how)]
     total, done = sum(s.count for s in shards), sum(s.count for s in shards if s.path.exists())
     todo = [s for s in shards if not s.path.exists()]
     for count in _run(todo, num_process):
@@ -129,10 +142,17 @@ def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:
     part.replace(root / MANIFEST)
 
 
-def _plan(root: Path, subset: str, num: int, seed: int, img_size: int) -> Iterator[_Shard]:
+def _hand_fingerprint() -> str:
+    """Changes with the hand: shards drawn with another one hold parameters that mean another shape. Rounded to 1 um."""
+    hand = build_standin_hand()
+    arrays = (hand.v_template, hand.shapedirs, hand.posedirs, hand.skin_weights)
+    return blake2b(b"".join(np.round(a * 1e6).astype("<i8").tobytes() for a in arrays), digest_size=8).hexdigest()
+
+
+def _plan(root: Path, subset: str, num: int, seed: int, img_size: int, free_rotation: float) -> Iterator[_Shard]:
     for i, first in enumerate(range(0, num, SAMPLE_PER_SHARD)):
         count = min(SAMPLE_PER_SHARD, num - first)
-        yield _Shard(root / subset / f"{i:06d}.tar", subset, first, count, seed, img_size)
+        yield _Shard(root / subset / f"{i:06d}.tar", subset, first, count, seed, img_size, free_rotation)
 
 
 def _run(shards: list[_Shard], num_process: int | None) -> Iterator[int]:
@@ -189,7 +209,7 @@ def _write_shard(shard: _Shard) -> int:
 def _samples(shard: _Shard, index: range) -> Iterator[dict[str, Any]]:
     """The WebDataset samples of consecutive indices."""
     rngs = [stream(f"demo {shard.subset}", shard.seed, i) for i in index]
-    draw = draw_hands(rngs, shard.img_size)
+    draw = draw_hands(rngs, shard.img_size, shard.free_rotation)
     images = paint(draw, rngs, shard.img_size)
     for i, (number, rng) in enumerate(zip(index, rngs, strict=True)):
         yield make_sample(f"demo_{shard.subset}_{number:06d}", draw, i, images[i], rng)

@@ -63,9 +63,9 @@ def _layer() -> ManoLayer:
     return ManoLayer(build_standin_hand()).eval()
 
 
-def random_orientation(uniform: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """Root rotations [N, 3, 3]: a third anywhere on SO(3), the others with the fingers rather up and any side of the
-    hand to the viewer. uniform [N, 2], normal [N, 6]."""
+def random_orientation(uniform: np.ndarray, normal: np.ndarray, free_rotation: float) -> np.ndarray:
+    """Root rotations [N, 3, 3]: a share `free_rotation` anywhere on SO(3); the others reach into the picture from any
+    direction and show rather the back of the hand. uniform [N, 2], normal [N, 6]."""
     quat = normal[:, :4] / np.linalg.norm(normal[:, :4], axis=1, keepdims=True)
     w, x, y, z = quat.T
     anywhere = np.stack(
@@ -76,11 +76,11 @@ def random_orientation(uniform: np.ndarray, normal: np.ndarray) -> np.ndarray:
         ),
         axis=-1,
     ).reshape(-1, 3, 3)
-    yaw = rotation_about(np.array([0.0, 1.0, 0.0]), 2 * np.pi * uniform[:, 0])
-    pitch = rotation_about(np.array([1.0, 0.0, 0.0]), np.radians(35.0) * normal[:, 4])
-    roll = rotation_about(np.array([0.0, 0.0, 1.0]), np.radians(50.0) * normal[:, 5])
-    upright = roll @ pitch @ yaw @ UPRIGHT
-    return np.where((uniform[:, 1] < 0.33)[:, None, None], anywhere, upright)
+    yaw = rotation_about(np.array([0.0, 1.0, 0.0]), np.radians(45.0) * normal[:, 5])
+    pitch = rotation_about(np.array([1.0, 0.0, 0.0]), np.radians(25.0) * normal[:, 4])
+    roll = rotation_about(np.array([0.0, 0.0, 1.0]), 2 * np.pi * uniform[:, 0])
+    reaching = roll @ pitch @ yaw @ UPRIGHT
+    return np.where((uniform[:, 1] < free_rotation)[:, None, None], anywhere, reaching)
 
 
 def random_angles(uniform: np.ndarray, normal: np.ndarray) -> np.ndarray:
@@ -122,11 +122,11 @@ def _fk(rotmat: np.ndarray, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     return pose.numpy(), out.vert.double().numpy(), out.joint.double().numpy()
 
 
-def draw_hands(rngs: list[np.random.Generator], img_size: int) -> HandDraw:
+def draw_hands(rngs: list[np.random.Generator], img_size: int, free_rotation: float) -> HandDraw:
     """Draw one hand and camera per generator. The hand lies (almost) whole in a square image of `img_size` px."""
     uniform = np.stack([rng.random(NUM_UNIFORM) for rng in rngs])
     normal = np.stack([rng.standard_normal(NUM_NORMAL) for rng in rngs])
-    root = random_orientation(uniform[:, :2], normal[:, :6])
+    root = random_orientation(uniform[:, :2], normal[:, :6], free_rotation)
     rotmat = np.concatenate([root[:, None], angles_to_rotmat(random_angles(uniform[:, 2:10], normal[:, 6:62]))], axis=1)
     shape = np.clip(normal[:, 62:72], -2.5, 2.5).astype(np.float32)
     pose, vert, joint = _fk(rotmat, shape)

@@ -64,6 +64,7 @@ def make_demo_data(cfg: Config, progress: Progress) -> None:
             num_sample,
             seed=demo.seed,
             img_size=demo.img_size,
+            free_rotation=demo.free_rotation,
             progress=advance,
         )
 

@@ -28,7 +28,7 @@ class StepResult:
 
     lr: float
     dropout_rate: float
-    term: torch.Tensor  # [5] global mean of each loss term
+    term: torch.Tensor  # [NUM_TERM] global mean of each loss term
     total: torch.Tensor  # [] weighted sum of the terms
     grad_norm: torch.Tensor  # [] before clipping
 
@@ -110,7 +110,7 @@ class Trainer:
         return self.accelerator.reduce(counts, "sum")
 
     def _backward(self, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
-        """Accumulate the gradient of one micro-batch; returns its loss sums [5], detached.
+        """Accumulate the gradient of one micro-batch; returns its loss sums [NUM_TERM], detached.
 
         DDP averages gradients over the processes, hence the factor: their sum is what a mean over global counts needs.
         """

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
 from src.config import BackboneConfig
+from src.model.grid import sincos_position
 
 
 class Backbone(nn.Module):
@@ -57,7 +58,23 @@ def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
         **no_dropout,
     )
     shape._attn_implementation = "sdpa"
-    return Dinov2Model(shape)
+    model = Dinov2Model(shape)
+    _init_for_width(model, img_size // cfg.patch_size)
+    return model
+
+
+@torch.no_grad()
+def _init_for_width(model: Dinov2Model, grid_size: int) -> None:
+    """Random weights that suit any width: variance 1 / inputs, and a position embedding as large as the tokens.
+
+    transformers draws everything with a standard deviation of 0.02, right for a width of 2500: in a narrow network
+    signals die out layer by layer and the tokens drown the positions, which costs a short run most of its length.
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    embedding = model.embeddings.position_embeddings
+    embedding[0, 1:] = 0.5 * sincos_position(grid_size, embedding.shape[-1])
 
 
 def _fit_position_embedding(model: Dinov2Model, img_size: int) -> None:

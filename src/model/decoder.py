@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from src.config import HandDecoderConfig
-from src.geometry.camera import pixel_ray
-
-CAMERA_FEATURES = 3  # ray x, ray y, log of the focal length over the patch side
+from src.model.grid import CAMERA_FEATURES
 
 
 class Attention(nn.Module):
@@ -70,39 +68,26 @@ class DecoderLayer(nn.Module):
 
 
 class HandDecoder(nn.Module):
-    """Image tokens and their camera features -> one refined token per query."""
+    """Image tokens, their camera features and the joints seen in the patch -> one refined token per query."""
 
-    def __init__(self, cfg: HandDecoderConfig, dim_token: int, num_query: int) -> None:
+    def __init__(self, cfg: HandDecoderConfig, dim_token: int, num_query: int, dim_evidence: int) -> None:
         super().__init__()
         self.query = nn.Parameter(0.02 * torch.randn(num_query, cfg.dim))
         self.from_token = nn.Linear(dim_token, cfg.dim)
-        self.from_camera = nn.Sequential(nn.Linear(CAMERA_FEATURES, cfg.dim), nn.GELU(), nn.Linear(cfg.dim, cfg.dim))
+        self.from_camera = _two_layers(CAMERA_FEATURES, cfg.dim)
+        self.from_evidence = _two_layers(dim_evidence, cfg.dim)
         self.context_norm = nn.LayerNorm(cfg.dim)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_layer))
         self.out_norm = nn.LayerNorm(cfg.dim)
 
-    def forward(self, token: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
-        """token [B, N, C], camera [B, N, CAMERA_FEATURES] -> refined queries [B, Q, D]."""
+    def forward(self, token: torch.Tensor, camera: torch.Tensor, evidence: torch.Tensor) -> torch.Tensor:
+        """token [B, N, C], camera [B, N, CAMERA_FEATURES], evidence [B, dim_evidence] -> refined queries [B, Q, D]."""
         context = self.context_norm(self.from_token(token) + self.from_camera(camera))
-        query = self.query.expand(token.shape[0], -1, -1)
+        query = self.query + self.from_evidence(evidence)[:, None]
         for layer in self.layers:
             query = layer(query, context)
         return self.out_norm(query)
 
 
-def camera_features(focal: torch.Tensor, princpt: torch.Tensor, grid_size: int, patch_size: int) -> torch.Tensor:
-    """How the patch camera sees the centre of each image token.
-
-    Args:
-        focal, princpt: [B, 2] px of the patch camera.
-        grid_size: tokens along a side; patch_size: px along a token's side.
-
-    Returns:
-        [B, N, 3]: ray direction x/z and y/z, and log(focal / patch side), row by row as the backbone orders its tokens.
-    """
-    centre = (torch.arange(grid_size, device=focal.device, dtype=focal.dtype) + 0.5) * patch_size - 0.5
-    row, col = torch.meshgrid(centre, centre, indexing="ij")
-    pixel = torch.stack([col, row], dim=-1).flatten(0, 1)  # [N, 2] x, y
-    ray = pixel_ray(pixel, focal, princpt)
-    zoom = (focal.mean(-1) / (grid_size * patch_size)).log()
-    return torch.cat([ray, zoom[:, None, None].expand(-1, ray.shape[1], 1)], dim=-1)
+def _two_layers(dim_in: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim_in, dim), nn.GELU(), nn.Linear(dim, dim))

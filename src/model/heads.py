@@ -1,7 +1,7 @@
-"""Heads: from refined queries to MANO rotations, MANO shape and the wrist's place in the patch camera.
+"""Heads: image tokens to joints in the patch; refined queries to MANO rotations, MANO shape and the wrist.
 
-Each starts at a sensible answer (open hand, mean shape, middle of the patch) and learns what differs. All compute in float32.
-Shapes: B batch, D decoder width, S patch side in px.
+Each starts at a sensible answer (open hand, mean shape, middle of the patch) and learns what differs.
+Shapes: B batch, N image tokens, C backbone width, D decoder width, S patch side in px.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from src.batch import NUM_JOINT
 from src.geometry.camera import unproject
 from src.geometry.rotation import rotation_6d_to_matrix
+from src.hand.skeleton import NUM_MANO_JOINT
+from src.model.grid import token_centres
 
 SCENE_WIDTH = 300.0  # mm: the width of scene that a patch shows at the hand's depth, before anything is learned
 
@@ -23,17 +26,37 @@ def _small_linear(dim: int, out: int) -> nn.Linear:
     return linear
 
 
+class KeypointHead(nn.Module):
+    """Image tokens -> where each joint is in the patch: every token votes with a weight and an offset from its centre.
+
+    A vote needs nothing but what the token sees, so this is learned long before rotations are; the decoder's queries
+    start from it.
+    """
+
+    def __init__(self, dim_token: int, grid_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.vote = nn.Linear(dim_token, NUM_JOINT * 3)
+        self.patch_size = patch_size
+        self.register_buffer("centre", token_centres(grid_size, patch_size), persistent=False)
+
+    def forward(self, token: torch.Tensor) -> torch.Tensor:
+        """token [B, N, C] -> joints [B, 21, 2] px of the patch."""
+        vote = self.vote(token).unflatten(-1, (NUM_JOINT, 3))  # [B, N, 21, 3]
+        weight = vote[..., :1].softmax(dim=1)
+        return (weight * (self.centre[:, None] + self.patch_size * vote[..., 1:])).sum(dim=1)
+
+
 class PoseHead(nn.Module):
-    """One query per MANO joint -> its rotation, through the 6D form (Zhou et al., CVPR 2019)."""
+    """One query per MANO joint -> its rotation, by a map of its own, through the 6D form (Zhou et al., CVPR 2019)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.linear = _small_linear(dim, 6)
-        self.register_buffer("identity_6d", torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), persistent=False)
+        self.weight = nn.Parameter(0.002 * torch.randn(NUM_MANO_JOINT, dim, 6))
+        self.bias = nn.Parameter(torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]).repeat(NUM_MANO_JOINT, 1))
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
         """[B, 16, D] -> rotation matrices [B, 16, 3, 3]."""
-        return rotation_6d_to_matrix(self.linear(query) + self.identity_6d)
+        return rotation_6d_to_matrix(torch.einsum("bkd,kdr->bkr", query, self.weight) + self.bias)
 
 
 class ShapeHead(nn.Module):
@@ -51,8 +74,8 @@ class ShapeHead(nn.Module):
 class RootHead(nn.Module):
     """One query -> the wrist in the patch camera, as a pixel of the patch and a depth along that pixel's ray.
 
-    Depth is predicted relative to `focal / S * SCENE_WIDTH`: a zoom of the patch or another lens then changes nothing the
-    network must learn, and no size of the target's hand is needed to return to millimetres.
+    Depth is predicted relative to `focal / S * SCENE_WIDTH`: a zoom of the patch or another lens then changes nothing
+    the network must learn, and no size of the target's hand is needed to return to millimetres.
     """
 
     def __init__(self, dim: int, img_size: int) -> None:

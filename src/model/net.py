@@ -8,17 +8,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from src.batch import NUM_SHAPE, Batch, Prediction
+from src.batch import NUM_JOINT, NUM_SHAPE, Batch, Prediction
 from src.config import ModelConfig
-from src.geometry.camera import project
+from src.geometry.camera import pixel_ray, project
 from src.geometry.rotation import matrix_to_axis_angle
 from src.hand.mano import ManoLayer
-from src.hand.skeleton import HandArrays
+from src.hand.skeleton import NUM_MANO_JOINT, HandArrays
 from src.model.backbone import Backbone
-from src.model.decoder import HandDecoder, camera_features
-from src.model.heads import PoseHead, RootHead, ShapeHead
+from src.model.decoder import HandDecoder
+from src.model.grid import camera_features, log_zoom, token_centres
+from src.model.heads import KeypointHead, PoseHead, RootHead, ShapeHead
 
-NUM_MANO_JOINT = 16
+EVIDENCE_GAIN = 4.0  # brings the spread of a hand's joints in the patch to about one
 
 
 class PoseNet(nn.Module):
@@ -31,18 +32,21 @@ class PoseNet(nn.Module):
         super().__init__()
         self.img_size = cfg.img_size
         self.backbone = Backbone(cfg.backbone, cfg.img_size)
-        self.decoder = HandDecoder(cfg.handec, self.backbone.hidden_size, num_query=NUM_MANO_JOINT + 2)
+        grid_size, patch_size, width = self.backbone.grid_size, self.backbone.patch_size, self.backbone.hidden_size
+        self.keypoint_head = KeypointHead(width, grid_size, patch_size)
+        self.decoder = HandDecoder(cfg.handec, width, num_query=NUM_MANO_JOINT + 2, dim_evidence=2 * NUM_JOINT + 3)
         self.pose_head = PoseHead(cfg.handec.dim)
         self.shape_head = ShapeHead(cfg.handec.dim, NUM_SHAPE)
         self.root_head = RootHead(cfg.handec.dim, cfg.img_size)
         self.hand = ManoLayer(hand)
+        self.register_buffer("centre", token_centres(grid_size, patch_size), persistent=False)
         self.register_buffer("img_mean", torch.tensor(cfg.img_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("img_std", torch.tensor(cfg.img_std).view(1, 3, 1, 1), persistent=False)
         self.dropout_rate = -1.0  # none pushed yet
         self.set_dropout_rate(cfg.handec.dropout)
 
     def set_dropout_rate(self, rate: float) -> None:
-        """Give every `nn.Dropout` of the network this rate. Call it before each training step; an unchanged rate is free.
+        """Give every `nn.Dropout` of the network this rate, before each training step; an unchanged rate is free.
 
         Raises:
             ValueError: for a rate outside [0, 1).
@@ -64,18 +68,29 @@ class PoseNet(nn.Module):
 
         Returns:
             Prediction in the patch camera, float32, with `mano_rotmat` [B, 16, 3, 3], `mano_pose` [B, 48],
-            `mano_shape` [B, 10], `root_cam` [B, 3] mm, `joint_cam` [B, 21, 3] mm, `vert_cam` [B, V, 3] mm and
-            `joint_patch` [B, 21, 2] px.
+            `mano_shape` [B, 10], `root_cam` [B, 3] mm, `joint_cam` [B, 21, 3] mm, `vert_cam` [B, V, 3] mm,
+            `joint_patch` and `joint_seen` [B, 21, 2] px.
         """
         focal, princpt = batch.patch_focal, batch.patch_princpt
         token = self.backbone((batch.patch.float() / 255.0 - self.img_mean) / self.img_std)
-        camera = camera_features(focal, princpt, self.backbone.grid_size, self.backbone.patch_size)
-        query = self.decoder(token, camera)
+        seen = self.keypoint_head(token)
+        camera = camera_features(self.centre, focal, princpt, self.img_size)
+        query = self.decoder(token, camera, self._evidence(seen, focal, princpt))
         with torch.autocast(query.device.type, enabled=False):
-            return self._predict(query.float(), focal, princpt)
+            return self._predict(query.float(), seen.float(), focal, princpt)
 
-    def _predict(self, query: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> Prediction:
-        """Refined queries [B, Q, D] to a Prediction, in float32."""
+    def _evidence(self, seen: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> torch.Tensor:
+        """What the decoder's queries start from, [B, 45]: the shape of the joints seen in the patch [B, 21, 2] px, the
+        direction of their middle in the camera, and the zoom."""
+        middle = seen.mean(dim=1, keepdim=True)
+        shape = (seen - middle) * (EVIDENCE_GAIN / self.img_size)
+        ray = pixel_ray(middle, focal, princpt)
+        return torch.cat([shape.flatten(1), ray.flatten(1), log_zoom(focal, self.img_size)], dim=1)
+
+    def _predict(
+        self, query: torch.Tensor, seen: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor
+    ) -> Prediction:
+        """Refined queries [B, Q, D] and joints seen [B, 21, 2] px to a Prediction, in float32."""
         rotmat = self.pose_head(query[:, :NUM_MANO_JOINT])
         shape = self.shape_head(query[:, NUM_MANO_JOINT])
         root = self.root_head(query[:, NUM_MANO_JOINT + 1], focal, princpt)
@@ -89,6 +104,7 @@ class PoseNet(nn.Module):
             joint_cam=joint_cam,
             vert_cam=vert + root[:, None],
             joint_patch=project(joint_cam, focal, princpt),
+            joint_seen=seen,
         )
 
     def parameter_groups(self, lr: float, backbone_lr: float | None, weight_decay: float) -> list[dict]:
