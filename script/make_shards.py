@@ -34,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     demo.add_argument("--output", type=Path, required=True, help="folder for the shards, in train/ and val/")
     demo.add_argument("--train_sample", type=int, default=12000)
     demo.add_argument("--val_sample", type=int, default=512)
-    demo.add_argument("--img_size", type=int, default=192)
+    demo.add_argument("--img_size", type=int, default=160)
     demo.add_argument("--free_rotation", type=float, default=0.0, help="share of hands turned anywhere")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--num_process", type=int, default=os.cpu_count() or 1)
@@ -83,9 +83,7 @@ def make_shards(args: argparse.Namespace, bar: Progress) -> list[str]:
         from src.data.demo import make_demo_shards
 
         count = {"train": args.train_sample, "val": args.val_sample}
-        make_demo_shards(
-            args.output, count, args.seed, args.img_size, args.free_rotation, args.num_process, progress
-        )
+        make_demo_shards(args.output, count, args.seed, args.img_size, args.free_rotation, args.num_process, progress)
         return [f"{sum(count.values())} rendered hands in {args.output}"]
     return _convert(args, progress)
 

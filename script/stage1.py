@@ -4,7 +4,8 @@
     python script/stage1.py --config-name=stage1-demo GENERAL.total_step=200
     accelerate launch --num_processes 2 --cpu script/stage1.py --config-name=stage1-demo
 
-Heavy imports wait until the configuration and what it points at are known to be good: a typing mistake costs two seconds.
+Heavy imports wait until the configuration and what it points at are known to be good: a typing mistake costs two
+seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from src.config_parse import check_overrides, parse_config
 from src.engine.preflight import check_files
 
 
-@hydra.main(version_base="1.3", config_path="../config")
+@hydra.main(version_base="1.3", config_path="../config", config_name="stage1-dino_large")
 def main(composed: DictConfig) -> None:
     """Check everything that can be checked, then train."""
     try:

@@ -146,6 +146,7 @@ class ModelConfig:
     img_mean: list[float] = knob()
     img_std: list[float] = knob(minimum=1e-6)
     hand_model: str = knob()
+    init_from: str | None = knob()
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     handec: HandDecoderConfig = field(default_factory=HandDecoderConfig)
 
@@ -242,6 +243,8 @@ def cross_problems(cfg: Config) -> Iterator[str]:
             f"GENERAL.dropout_schedule={general.dropout_schedule}: has nothing to ramp to while "
             f"MODEL.handec.dropout=0; set it, e.g. 0.1"
         )
+    if cfg.AIM.server_url is not None and not cfg.AIM.server_url.startswith("aim://"):
+        yield f"AIM.server_url={cfg.AIM.server_url}: must look like aim://127.0.0.1:53800, or null for a local repository"
     for key, source in (("DATA.train.source", cfg.DATA.train.source), ("DATA.val.source", cfg.DATA.val.source)):
         try:
             named_sources(source)

@@ -38,7 +38,7 @@ from src.data.demo_scene import paint
 from src.data.rng import stream
 from src.hand.standin import build_standin_hand
 
-VERSION = 1  # raise it whenever a sample of the same seed would come out different
+VERSION = 2  # raise it whenever a sample of the same seed would come out different
 SAMPLE_PER_SHARD = 500
 CHUNK = 50  # samples drawn together
 MANIFEST = "demo.json"

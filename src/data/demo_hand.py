@@ -76,8 +76,8 @@ def random_orientation(uniform: np.ndarray, normal: np.ndarray, free_rotation: f
         ),
         axis=-1,
     ).reshape(-1, 3, 3)
-    yaw = rotation_about(np.array([0.0, 1.0, 0.0]), np.radians(45.0) * normal[:, 5])
-    pitch = rotation_about(np.array([1.0, 0.0, 0.0]), np.radians(25.0) * normal[:, 4])
+    yaw = rotation_about(np.array([0.0, 1.0, 0.0]), np.radians(35.0) * normal[:, 5])
+    pitch = rotation_about(np.array([1.0, 0.0, 0.0]), np.radians(20.0) * normal[:, 4])
     roll = rotation_about(np.array([0.0, 0.0, 1.0]), 2 * np.pi * uniform[:, 0])
     reaching = roll @ pitch @ yaw @ UPRIGHT
     return np.where((uniform[:, 1] < free_rotation)[:, None, None], anywhere, reaching)

@@ -80,9 +80,9 @@ def _source_problems(cfg: Config) -> Iterator[str]:
 
 
 def _resume_problems(cfg: Config) -> Iterator[str]:
-    path = cfg.GENERAL.resume_path
-    if path is not None and not Path(path).is_dir():
-        yield (
-            f"GENERAL.resume_path={path}: there is no such folder; name a run folder below "
-            f"{cfg.GENERAL.output_root}/ or one of its checkpoints/checkpoint-<step>"
-        )
+    for key, path in (("GENERAL.resume_path", cfg.GENERAL.resume_path), ("MODEL.init_from", cfg.MODEL.init_from)):
+        if path is not None and not Path(path).is_dir():
+            yield (
+                f"{key}={path}: there is no such folder; name a run folder below "
+                f"{cfg.GENERAL.output_root}/ or one of its checkpoints/checkpoint-<step>"
+            )

@@ -21,21 +21,25 @@ ROWS = (
 BASELINE = "mpjpe_rel_mean_hand"
 
 
-def closing_table(folder: Path, aim: AimConfig, seconds: float) -> Table:
-    """What the journal of the run folder says: first and last validation, the baseline, and where to look next."""
+def closing_table(folder: Path, seconds: float) -> Table:
+    """What the journal of the run folder says: first and last validation, and the baseline."""
     rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     validations = [row for row in rows if row["subset"] == "val"]
     first, last = validations[0], validations[-1]
-    table = Table(title=f"Done in {seconds:.0f} s", title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("validation, mm")
-    for name in (f"before (step {first['step']})", f"after (step {last['step']})", "mean hand", "against mean hand"):
-        table.add_column(name, justify="right")
+    title = f"\nDone in {seconds:.0f} s. Validation at step {first['step']} and {last['step']}, mm"
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("")
+    for name in ("before", "after", "mean hand", "against it"):
+        table.add_column(name, justify="right", no_wrap=True)
     for key, label in ROWS:
         if key in last:
             table.add_row(label, _mm(first.get(key)), _mm(last[key]), *_against_baseline(key, last))
-    table.caption = f"run folder  {folder}\n{_where_to_look(aim)}"
-    table.caption_justify = "left"
     return table
+
+
+def where_to_look(folder: Path, aim: AimConfig) -> str:
+    """The run folder and the command that opens its curves."""
+    return f"run folder  {folder}\ncurves      {_curves(aim)}"
 
 
 def _mm(value: float | None) -> str:
@@ -49,9 +53,9 @@ def _against_baseline(key: str, last: dict) -> tuple[str, str]:
     return _mm(last[BASELINE]), f"{100 * (last[key] / last[BASELINE] - 1):+.0f} %"
 
 
-def _where_to_look(aim: AimConfig) -> str:
+def _curves(aim: AimConfig) -> str:
     if importlib.util.find_spec("aim") is None:
-        return f"curves      {METRICS} in the run folder (AIM has no wheel for this Python)"
+        return f"{METRICS} in the run folder (AIM has no wheel for this Python)"
     if aim.server_url is not None:
-        return f"curves      the page of the AIM server {aim.server_url}"
-    return f"curves      .venv/bin/aim up --repo {aim.repo} --host 127.0.0.1   then open http://127.0.0.1:43800"
+        return f"the page of the AIM server {aim.server_url}"
+    return f".venv/bin/aim up --repo {aim.repo} --host 127.0.0.1   then open http://127.0.0.1:43800"

@@ -22,10 +22,11 @@ from src.engine import parts
 from src.engine.checkpoint import TrainState, find_checkpoint, is_newest, load_checkpoint, save_checkpoint
 from src.engine.console import add_log_file, console, logger, task_bar, track
 from src.engine.evaluate import evaluate, key_metric
-from src.engine.report import closing_table
+from src.engine.report import closing_table, where_to_look
 from src.engine.run_folder import lock_run_folder
 from src.engine.step import StepResult, Trainer, build_optimizer, log_line
 from src.engine.tracker import Tracker
+from src.engine.weights import load_weights
 from src.model.net import PoseNet
 from src.utils.vis import overlay_sheet
 
@@ -48,12 +49,15 @@ class Run:
         self.state = TrainState(config_name=config_name)
         if checkpoint is not None:
             self.state = load_checkpoint(checkpoint, model=self.net, optimizer=optimizer)
+        elif cfg.MODEL.init_from is not None:
+            logger.info(str(load_weights(self.net, find_checkpoint(cfg.MODEL.init_from))))
         self.trainer = Trainer(cfg, self.accelerator, *self.accelerator.prepare(self.net, optimizer))
 
         self.train_loader, self.val_loader = self._build_loaders(hand.name)
         self.mean_hand = mean_hand(self.train_loader.dataset)
-        self.folder = self._claim_folder(config_name, checkpoint)
-        self.tracker = self._open_tracker(resumed=checkpoint is not None)
+        goes_on = checkpoint is not None and is_newest(checkpoint)
+        self.folder = self._claim_folder(config_name, checkpoint if goes_on else None)
+        self.tracker = self._open_tracker(goes_on)
         self.started = time.perf_counter()
         self.task = progress.add_task("training", total=cfg.GENERAL.total_step, completed=self.state.step)
         logger.info(parts.describe_hand(hand))
@@ -132,7 +136,8 @@ class Run:
         """The closing table."""
         if self.is_main:
             seconds = time.perf_counter() - self.started
-            console.print(closing_table(self.folder, self.cfg.AIM, seconds))
+            console.print(closing_table(self.folder, seconds))
+            console.print(where_to_look(self.folder, self.cfg.AIM), soft_wrap=True)
 
     def close(self) -> None:
         """Let the tracker finish and the processes part."""
@@ -150,13 +155,13 @@ class Run:
             train = build_train_loader(self.cfg, hand_model, batches_done=done, progress=advance, **where, **how)
             return train, build_val_loader(self.cfg, hand_model, progress=advance, **where, **how)
 
-    def _claim_folder(self, config_name: str, checkpoint: Path | None) -> Path:
-        """The run folder, locked by the main process: a new one, or that of the checkpoint if it is its newest.
+    def _claim_folder(self, config_name: str, newest: Path | None) -> Path:
+        """The run folder, locked by the main process: that of its newest checkpoint, else a new one.
 
         Going on from an older checkpoint branches off into a new folder: what came after it stays as it is.
         """
-        if checkpoint is not None and is_newest(checkpoint):
-            folder = checkpoint.parent.parent
+        if newest is not None:
+            folder = newest.parent.parent
         else:
             folder = parts.make_run_folder(self.cfg, config_name, self.accelerator)
         if self.is_main:
@@ -165,7 +170,7 @@ class Run:
             logger.info(f"run folder: {folder}")
         return folder
 
-    def _open_tracker(self, resumed: bool) -> Tracker:
+    def _open_tracker(self, goes_on: bool) -> Tracker:
         if not self.is_main:
             return Tracker.disabled()
         return Tracker.open(
@@ -176,5 +181,5 @@ class Run:
             repo=self.cfg.AIM.repo,
             experiment=self.cfg.AIM.experiment,
             description=self.cfg.GENERAL.description,
-            resume=self.state.tracker if resumed else None,
+            resume=self.state.tracker if goes_on else None,
         )

@@ -1,0 +1,150 @@
+"""The real script on the shipped demo configuration, shrunk: it learns, checkpoints, resumes exactly, splits up."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.loss import LOSS_TERMS
+from tests.helpers import ROOT
+
+SMALL = (
+    "--config-name=stage1-demo",
+    "DATA.demo.train_sample=96",
+    "DATA.demo.val_sample=20",
+    "DATA.demo.img_size=96",
+    "MODEL.img_size=56",
+    "MODEL.backbone.hidden_size=32",
+    "MODEL.backbone.num_layer=2",
+    "MODEL.backbone.num_head=2",
+    "MODEL.handec={dim: 32, num_layer: 1, num_head: 2, dim_head: 16, dim_mlp: 64, dropout: 0.1}",
+    "TRAIN.sample_per_device=8",
+    "TRAIN.lr=2e-3",
+    "TRAIN.backbone_lr=2e-3",
+    "augmentation=light",
+    "GENERAL.total_step=40",
+    "GENERAL.warmup_step=5",
+    "GENERAL.dropout_warmup_step=20",
+    "GENERAL.checkpoint_step=20",
+    "GENERAL.log_step=1",
+    "GENERAL.vis_step=20",
+    "GENERAL.num_worker=1",
+)
+LINE = re.compile(
+    r"^\d+/40 lr=\d\.\d{4}e[+-]\d\d dropout=\d\.\d{3} total=\d+\.\d{4}"
+    + "".join(rf" {t}=\d+\.\d{{4}}" for t in LOSS_TERMS)
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training")
+
+
+def stage1(place: Path, runs: str, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> Path:
+    """Run the script with its folders below `place`; returns the newest run folder."""
+    places = (f"DATA.root={place}/data", f"GENERAL.output_root={place}/{runs}", f"AIM.repo={place}/{runs}")
+    command = [*launcher, str(ROOT / "script/stage1.py"), *SMALL, *places, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return max((place / runs).glob("*/*_stage1-demo*"), key=lambda p: p.stat().st_mtime)
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> Path:
+    """One uninterrupted run of 40 steps."""
+    return stage1(place, "runs")
+
+
+def rows(run: Path, subset: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["subset"] == subset]
+
+
+def test_it_learns(finished: Path) -> None:
+    total = [row["loss_total"] for row in rows(finished, "train")]
+    assert sum(total[-5:]) < 0.8 * sum(total[:5])
+    first, last = rows(finished, "val")[0], rows(finished, "val")[-1]
+    assert [row["step"] for row in rows(finished, "val")] == [0, 20, 40]
+    assert last["mpjpe_cam"] < first["mpjpe_cam"]
+    expected = {"mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error", "mpjpe_rel_mean_hand", *LOSS_TERMS}
+    assert expected <= last.keys()
+
+
+def test_what_it_leaves(finished: Path) -> None:
+    lines = [line for line in (finished / "log.txt").read_text().splitlines() if re.match(r"\d+/", line)]
+    assert len(lines) == 40
+    for line in lines:
+        assert LINE.match(line), line
+    assert [row["dropout_rate"] for row in rows(finished, "train")] == [0.0] * 20 + [0.1] * 20
+    assert "hand_model: standin" in (finished / "config.yaml").read_text()
+    assert "hand model: standin" in (finished / "log.txt").read_text()
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["best", "checkpoint-20", "checkpoint-40"]
+    assert {p.name for p in (finished / "images").iterdir()} >= {"val_overlay_0000000.jpg", "train_overlay_0000020.jpg"}
+
+
+def test_same_seed_same_run(place: Path, finished: Path) -> None:
+    """Another run with other workers writes the same numbers to the last bit."""
+    again = stage1(place, "again", "GENERAL.num_worker=0")
+    assert (again / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_resume_is_exact(place: Path, finished: Path) -> None:
+    """From the checkpoint in the middle, with other workers: the same rows, the same weights, in the same folder."""
+    cut = place / "cut" / "2026-01-01" / "00-00-00_stage1-demo"
+    shutil.copytree(finished, cut)
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-40")
+    shutil.rmtree(cut / "checkpoints" / "best")
+    resumed = stage1(place, "cut", f"GENERAL.resume_path={cut}", "GENERAL.num_worker=2")
+    assert resumed == cut, "it goes on in its own folder"
+    assert (cut / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    weights, expected = (load_file(run / "checkpoints/checkpoint-40/model.safetensors") for run in (cut, finished))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_older_checkpoint_branches_off(place: Path, finished: Path) -> None:
+    before = sorted(p.name for p in finished.rglob("*"))
+    branch = stage1(
+        place, "branch", f"GENERAL.resume_path={finished}/checkpoints/checkpoint-20", "GENERAL.total_step=21"
+    )
+    assert finished not in branch.parents
+    assert branch != finished
+    assert sorted(p.name for p in finished.rglob("*")) == before, "what came after it stays as it is"
+    assert [row["step"] for row in rows(branch, "train")] == [21]
+
+
+def test_two_processes_are_one_run(place: Path, finished: Path) -> None:
+    """Half the batch on each of two processes: one folder, the same learning rates, the same curve to fp tolerance."""
+    launcher = (
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes=2",
+        "--cpu",
+        "--mixed_precision=no",
+    )
+    both = stage1(place, "two", "TRAIN.sample_per_device=4", "GENERAL.num_worker=0", launcher=launcher)
+    assert len(list((place / "two").glob("*/*"))) == 1
+    for one, two in zip(rows(finished, "train")[:20], rows(both, "train")[:20], strict=True):
+        assert (one["step"], one["lr"], one["dropout_rate"]) == (two["step"], two["lr"], two["dropout_rate"])
+        assert two["loss_total"] == pytest.approx(one["loss_total"], rel=2e-3)
+    assert rows(both, "train")[0]["loss_total"] == pytest.approx(rows(finished, "train")[0]["loss_total"], rel=1e-5)
+    first, reference = rows(both, "val")[0], rows(finished, "val")[0]
+    assert first.keys() == reference.keys()
+    for name, value in reference.items():
+        assert first[name] == pytest.approx(value, rel=1e-5) if name != "subset" else first[name] == value
+
+
+def test_accumulation_is_the_same_step(place: Path, finished: Path) -> None:
+    parts = stage1(place, "parts", "TRAIN.sample_per_device=4", "TRAIN.grad_accum_step=2", "GENERAL.num_worker=0")
+    for one, two in zip(rows(finished, "train")[:20], rows(parts, "train")[:20], strict=True):
+        assert two["loss_total"] == pytest.approx(one["loss_total"], rel=2e-3)
