@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from src.config import Config, ConfigError
 from src.config_parse import check_overrides, parse_config
+from src.engine.launch import start_missing_processes
 from src.engine.preflight import check_files
 
 
@@ -77,4 +78,5 @@ if __name__ == "__main__":
         check_overrides(sys.argv[1:])
     except ConfigError as error:
         refuse(error)
+    start_missing_processes()
     main()

@@ -244,7 +244,7 @@ def cross_problems(cfg: Config) -> Iterator[str]:
             f"MODEL.handec.dropout=0; set it, e.g. 0.1"
         )
     if cfg.AIM.server_url is not None and not cfg.AIM.server_url.startswith("aim://"):
-        yield f"AIM.server_url={cfg.AIM.server_url}: must look like aim://127.0.0.1:53800, or null for a local repository"
+        yield f"AIM.server_url={cfg.AIM.server_url}: must look like aim://127.0.0.1:53800; null is a local repository"
     for key, source in (("DATA.train.source", cfg.DATA.train.source), ("DATA.val.source", cfg.DATA.val.source)):
         try:
             named_sources(source)

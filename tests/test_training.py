@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.engine.launch import asked_processes
 from src.loss import LOSS_TERMS
 from tests.helpers import ROOT
 
@@ -133,7 +134,8 @@ def test_two_processes_are_one_run(place: Path, finished: Path) -> None:
         "--mixed_precision=no",
     )
     both = stage1(place, "two", "TRAIN.sample_per_device=4", "GENERAL.num_worker=0", launcher=launcher)
-    assert len(list((place / "two").glob("*/*"))) == 1
+    assert len(list((place / "two").glob("*/*_stage1-demo*"))) == 1
+    assert "2 x cpu" in (both / "log.txt").read_text()
     for one, two in zip(rows(finished, "train")[:20], rows(both, "train")[:20], strict=True):
         assert (one["step"], one["lr"], one["dropout_rate"]) == (two["step"], two["lr"], two["dropout_rate"])
         assert two["loss_total"] == pytest.approx(one["loss_total"], rel=2e-3)
@@ -142,6 +144,19 @@ def test_two_processes_are_one_run(place: Path, finished: Path) -> None:
     assert first.keys() == reference.keys()
     for name, value in reference.items():
         assert first[name] == pytest.approx(value, rel=1e-5) if name != "subset" else first[name] == value
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        (["accelerate", "launch", "--num_processes", "2", "--cpu"], 2),
+        (["accelerate", "launch", "--cpu", "--num-processes=4"], 4),
+        (["accelerate", "launch", "--cpu"], 1),
+        (["accelerate", "launch", "--num_processes"], 1),
+    ],
+)
+def test_asked_processes(launcher: list[str], number: int) -> None:
+    assert asked_processes(launcher) == number
 
 
 def test_accumulation_is_the_same_step(place: Path, finished: Path) -> None:
