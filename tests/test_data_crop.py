@@ -13,9 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.batch import Sample
-from src.data.augment import Augmentation, PixelAugmentation, augment_pixels, draw_augmentation, identity_augmentation
+from src.data.augment import (
+    NUM_UNIFORM,
+    Augmentation,
+    PixelAugmentation,
+    augment_pixels,
+    draw_augmentation,
+    identity_augmentation,
+)
 from src.data.crop import crop_sample, mirror_pose, padding_patch, view_of_patch, warp_image
-from src.data.rng import stream
+from src.data.rng import uniforms
 from src.geometry.rotation import axis_angle_to_matrix
 from src.hand.mano import ManoLayer
 from src.hand.standin import build_standin_hand
@@ -82,7 +89,9 @@ def make_sample(hand: ManoLayer, seed: int, is_right: bool) -> Sample:
 @given(seed=st.integers(0, 2**31), is_right=st.booleans(), augment=st.booleans())
 def test_everything_moves_together(hand: ManoLayer, seed: int, is_right: bool, augment: bool) -> None:
     sample = make_sample(hand, seed, is_right)
-    augmentation = draw_augmentation(stream("test", seed), KNOBS) if augment else identity_augmentation()
+    augmentation = (
+        draw_augmentation(uniforms("test", seed, num=NUM_UNIFORM), KNOBS) if augment else identity_augmentation()
+    )
     view = view_of_patch(sample, augmentation, 64, 2.0)
     row = crop_sample(sample, augmentation, 64, 2.0)
     projected = row.joint_cam[:, :2] / row.joint_cam[:, 2:] * row.patch_focal + row.patch_princpt
@@ -115,7 +124,9 @@ def test_the_picture_moves_with_the_joints(hand: ManoLayer, is_right: bool, expa
         x, y = sample.joint_img[5]
         dot = 255 * np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / 2 / 8**2)
         sample = dataclasses.replace(sample, image=np.repeat(dot[..., None], 3, axis=2).astype(np.uint8))
-        geometry = dataclasses.replace(draw_augmentation(stream("test", seed), KNOBS), pixel=PixelAugmentation())
+        geometry = dataclasses.replace(
+            draw_augmentation(uniforms("test", seed, num=NUM_UNIFORM), KNOBS), pixel=PixelAugmentation()
+        )
         view = view_of_patch(sample, geometry, 128, expansion)
         row = crop_sample(sample, geometry, 128, expansion)
         if not ((row.joint_patch[5] > 25) & (row.joint_patch[5] < 103)).all():
@@ -147,26 +158,29 @@ def test_unknown_values_stay_zero(hand: ManoLayer) -> None:
         joint_2d_valid=np.zeros(21, np.float32),
         joint_3d_valid=np.zeros(21, np.float32),
     )
-    row = crop_sample(sample, draw_augmentation(stream("test", 2), KNOBS), 32, 2.0)
+    row = crop_sample(sample, draw_augmentation(uniforms("test", 2, num=NUM_UNIFORM), KNOBS), 32, 2.0)
     for name in ("joint_patch", "joint_cam", "mano_pose", "mano_shape", "joint_2d_valid", "joint_3d_valid"):
         assert not getattr(row, name).any()
     assert all(np.isfinite(v).all() for v in vars(padding_patch(32)).values() if isinstance(v, np.ndarray))
 
 
 def test_augmentation_is_a_function_of_its_stream() -> None:
-    assert draw_augmentation(stream("augment", 1, 2), KNOBS) == draw_augmentation(stream("augment", 1, 2), KNOBS)
+    assert draw_augmentation(uniforms("augment", 1, 2, num=NUM_UNIFORM), KNOBS) == draw_augmentation(
+        uniforms("augment", 1, 2, num=NUM_UNIFORM), KNOBS
+    )
     draws = {
-        draw_augmentation(stream("augment", *seed), KNOBS).roll for seed in ((1, 2), (1, 2, 0), (2, 1), (1, 2 << 32))
+        draw_augmentation(uniforms("augment", *seed, num=NUM_UNIFORM), KNOBS).roll
+        for seed in ((1, 2), (1, 2, 0), (2, 1), (1, 2 << 32))
     }
     assert len(draws) == 4
     one_knob = SimpleNamespace(**{**vars(KNOBS), "noise_std": 0.0})
-    changed = draw_augmentation(stream("augment", 1, 2), one_knob)
-    assert changed.roll == draw_augmentation(stream("augment", 1, 2), KNOBS).roll
+    changed = draw_augmentation(uniforms("augment", 1, 2, num=NUM_UNIFORM), one_knob)
+    assert changed.roll == draw_augmentation(uniforms("augment", 1, 2, num=NUM_UNIFORM), KNOBS).roll
 
 
 def test_knobs_at_zero_leave_the_pixels_alone() -> None:
     patch = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    off = draw_augmentation(stream("augment", 5), OFF)
+    off = draw_augmentation(uniforms("augment", 5, num=NUM_UNIFORM), OFF)
     assert (off.roll, off.tilt, off.zoom, off.shift) == (0.0, (0.0, 0.0), 1.0, (0.0, 0.0))
     assert augment_pixels(patch, off.pixel) is patch
 
@@ -182,7 +196,9 @@ def test_pixel_augmentation_does_what_it_says() -> None:
     noisy = augment_pixels(patch, PixelAugmentation(noise_std=6.0, noise_offset=0.3)).astype(float) - patch
     assert noisy.std() == pytest.approx(6, rel=0.1)
     assert abs(noisy.mean()) < 0.3
-    pixel = draw_augmentation(stream("occlude", 3), SimpleNamespace(**{**vars(OFF), "occlusion_prob": 1.0})).pixel
+    pixel = draw_augmentation(
+        uniforms("occlude", 3, num=NUM_UNIFORM), SimpleNamespace(**{**vars(OFF), "occlusion_prob": 1.0})
+    ).pixel
     covered = (augment_pixels(patch, pixel) != patch).any(axis=-1).mean()
     assert 0.01 <= covered <= 0.21
     assert (patch == keep).all()

@@ -1,4 +1,4 @@
-"""Augmentation as a value: what to do to one sample is drawn first (a pure function of the generator), applied later.
+"""Augmentation as a value: what to do to one sample is drawn first (a function of uniform numbers), applied later.
 
 The geometric part (`roll`, `tilt`, `zoom`, `shift`) is carried out by src/data/crop.py as a turn and zoom of a virtual
 camera, so image, 2D, 3D and MANO root stay consistent. The photometric part (`PixelAugmentation`) is applied here, on
@@ -8,6 +8,7 @@ the uint8 patch: occluder, then lens (blur), then exposure (colour), then sensor
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,9 +18,10 @@ import numpy as np
 
 from src.data.rng import stream
 
+NUM_UNIFORM = 20  # numbers that one draw takes
 _NOISE_SIZE = 3 << 20
 _NOISE_UNIT = 32.0  # standard deviation of the noise table, in its own uint8 steps
-_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _OCCLUDER_SIDE = (0.1, 0.45)  # of the patch side
 
 
@@ -63,18 +65,17 @@ def identity_augmentation() -> Augmentation:
     return Augmentation()
 
 
-def draw_augmentation(rng: np.random.Generator, cfg: Any) -> Augmentation:
+def draw_augmentation(u: Sequence[float], cfg: Any) -> Augmentation:
     """Draw one augmentation from the knobs of the TRAIN section.
 
     Args:
-        rng: the generator of this position; always the same number of values is taken, so that one knob does not move
+        u: NUM_UNIFORM numbers in [0, 1) that belong to this position; each has one use, so that one knob does not move
             another.
         cfg: has rot_max and persp_rot_max (degrees), scale_z_range and scale_f_range (factors [low, high]), shift_max
             (fraction of the crop's side), brightness, contrast, saturation (largest change of the factor), noise_std
             (grey levels), blur_max (sigma, patch px), occlusion_prob. A knob of 0 (or [1, 1]) switches its part off.
     """
-    u = rng.random(20)
-    signed = 2.0 * u - 1.0
+    signed = [2.0 * value - 1.0 for value in u]
     tilt, direction = math.radians(cfg.persp_rot_max) * u[1], 2.0 * math.pi * u[2]
     pixel = PixelAugmentation(
         brightness=1.0 + cfg.brightness * signed[7],
@@ -99,7 +100,7 @@ def _between(bounds: Any, fraction: float) -> float:
     return low + (high - low) * fraction
 
 
-def _occluder(u: np.ndarray) -> Occluder:
+def _occluder(u: Sequence[float]) -> Occluder:
     """A rectangle inside the patch from six uniform numbers; the colour's channels share most of their brightness."""
     low, high = _OCCLUDER_SIDE
     width, height = low + (high - low) * u[0], low + (high - low) * u[1]
@@ -127,16 +128,21 @@ def _occlude(patch: np.ndarray, occluder: Occluder) -> np.ndarray:
     left, top, right, bottom = (
         round(side * edge) for edge in (occluder.left, occluder.top, occluder.right, occluder.bottom)
     )
-    patch = patch.copy()
-    patch[top:bottom, left:right] = occluder.color
-    return patch
+    color = tuple(float(round(value)) for value in occluder.color)
+    return cv2.rectangle(patch.copy(), (left, top), (right - 1, bottom - 1), color, cv2.FILLED)
 
 
 def _color_matrix(pixel: PixelAugmentation) -> np.ndarray:
     """[3, 4]: brightness x (contrast about mid-grey x (saturation about the luma)) as one affine map of RGB."""
-    saturate = pixel.saturation * np.eye(3) + (1.0 - pixel.saturation) * _LUMA
-    offset = np.full((3, 1), pixel.brightness * 127.5 * (1.0 - pixel.contrast))
-    return np.hstack([pixel.brightness * pixel.contrast * saturate, offset])
+    gain, offset = pixel.brightness * pixel.contrast, pixel.brightness * 127.5 * (1.0 - pixel.contrast)
+    keep, (red, green, blue) = gain * pixel.saturation, (gain * (1.0 - pixel.saturation) * luma for luma in _LUMA)
+    return np.array(
+        [
+            [red + keep, green, blue, offset],
+            [red, green + keep, blue, offset],
+            [red, green, blue + keep, offset],
+        ]
+    )
 
 
 @lru_cache(maxsize=1)

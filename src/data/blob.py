@@ -34,7 +34,6 @@ class SampleError(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-@lru_cache(maxsize=4096)
 def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
     """(dtype, shape, fortran order) that a header dictionary states."""
     try:
@@ -58,21 +57,40 @@ def parse_npy(data: bytes | memoryview) -> np.ndarray:
     Raises:
         SampleError: bad_npy, wrong_dtype, or object_array (which only a pickle could fill).
     """
-    if len(data) < 12 or bytes(data[:6]) != _NPY_MAGIC:
-        raise SampleError("bad_npy", "no numpy array")
-    long = data[6] >= 2
-    (size,) = struct.unpack_from("<I" if long else "<H", data, 8)
-    begin = (12 if long else 10) + size
-    if size > _HEADER_LIMIT or begin > len(data):
-        raise SampleError("bad_npy", "the array header is cut off")
-    dtype, shape, fortran = _parse_npy_header(bytes(data[begin - size : begin]))
-    count = 1
-    for n in shape:
-        count *= n
+    dtype, shape, fortran, begin, count = _npy_layout(bytes(data[: _header_end(data)]))
     if len(data) - begin != count * dtype.itemsize:
         raise SampleError("bad_npy", f"{len(data) - begin} bytes for {shape} of {dtype}")
     array = np.frombuffer(data, dtype, count, begin)
     return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+
+
+def _header_end(data: bytes | memoryview) -> int:
+    """Where the array's bytes begin; only the length field is looked at."""
+    if len(data) < 12:
+        return len(data)
+    if data[6] >= 2:
+        return 12 + min(int.from_bytes(data[8:12], "little"), _HEADER_LIMIT + 1)
+    return 10 + data[8] + (data[9] << 8)
+
+
+@lru_cache(maxsize=4096)
+def _npy_layout(head: bytes) -> tuple[np.dtype, tuple[int, ...], bool, int, int]:
+    """(dtype, shape, fortran order, where the data begins, number of items), from everything in front of the data.
+
+    Cached: the arrays of one field mostly have the same header in every sample of a shard.
+    """
+    if len(head) < 12 or head[:6] != _NPY_MAGIC:
+        raise SampleError("bad_npy", "no numpy array")
+    long = head[6] >= 2
+    (size,) = struct.unpack_from("<I" if long else "<H", head, 8)
+    begin = (12 if long else 10) + size
+    if size > _HEADER_LIMIT or begin > len(head):
+        raise SampleError("bad_npy", "the array header is cut off")
+    dtype, shape, fortran = _parse_npy_header(head[begin - size :])
+    count = 1
+    for n in shape:
+        count *= n
+    return dtype, shape, fortran, begin, count
 
 
 def pickled_image_spans(data: bytes) -> list[tuple[int, int]]:

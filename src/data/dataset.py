@@ -14,13 +14,13 @@ from typing import Any, Protocol
 from zlib import crc32
 
 from src.batch import Sample
-from src.data.augment import draw_augmentation, identity_augmentation
+from src.data.augment import NUM_UNIFORM, draw_augmentation, identity_augmentation
 from src.data.blob import SampleError
 from src.data.crop import PatchSample, crop_sample, padding_patch
 from src.data.index import ShardIndex
 from src.data.index_build import note_crc
 from src.data.plan import Place
-from src.data.rng import stream
+from src.data.rng import uniforms
 from src.data.sample import decode_image, make_sample
 from src.data.schema import Clip, parse_clip
 from src.data.tar import BLOCK, TarError, read_header, span_members, split_name
@@ -64,6 +64,7 @@ class ShardReader:
 
     def __init__(self, index: ShardIndex, stride: int) -> None:
         self.name, self.fd = str(index.shard), os.open(index.shard, os.O_RDONLY)
+        self.stamp = index.shard_size, index.shard_mtime_ns
         self.tables = index.tables()
         self.rows = self.tables.rows(stride)
         self.clips: OrderedDict[int, tuple[str, Clip]] = OrderedDict()
@@ -86,7 +87,7 @@ class ShardReader:
     def _pread(self, offset: int, size: int) -> bytes:
         data = os.pread(self.fd, size, offset)
         if len(data) != size:
-            raise SampleError("truncated", f"{self.name} ends at {offset + len(data)}")
+            raise self._changed("truncated", f"{self.name} ends at {offset + len(data)}")
         return data
 
     def read(self, row: int) -> tuple[str, Clip, int, bytes]:
@@ -95,37 +96,55 @@ class ShardReader:
             row = int(self.rows[row])
         sample_row, number, begin, size, crc = self.tables.frame[row].item()
         offset, _, sample_size, image_begin, image_end, _ = self.tables.sample[sample_row].item()
-        known = sample_row in self.clips
-        if known or sample_size > _WHOLE_SIZE:
-            image = self._pread(offset + begin, size)
-            note = b"" if known else self._pread(offset, image_begin)
-            note += b"" if known else self._pread(offset + image_end, sample_size - image_end)
+        if sample_row in self.clips or sample_size > _WHOLE_SIZE:
+            note, image = None, self._pread(offset + begin, size)
         else:
             whole = self._pread(offset, sample_size)
-            image, note = whole[begin : begin + size], whole[:image_begin] + whole[image_end:]
+            note, image = whole[:image_begin] + whole[image_end:], whole[begin : begin + size]
         if crc32(image) != crc:
-            raise SampleError("crc_image", f"frame {number} behind byte {offset} of {self.name}")
-        if not known:
-            self._keep(sample_row, self._parse(sample_row, note))
-        key, clip = self.clips[sample_row]
+            raise self._changed("crc_image", f"frame {number} behind byte {offset} of {self.name}")
+        key, clip = self._clip(sample_row, note)
         return key, clip, number, image
+
+    def annotation(self, row: int) -> tuple[Clip, int]:
+        """(annotations, frame number) of a row; the image is not even read. Raises SampleError, OSError."""
+        if self.rows is not None:
+            row = int(self.rows[row])
+        sample_row, number = self.tables.frame[row].item()[:2]
+        return self._clip(sample_row, None)[1], number
+
+    def _clip(self, sample_row: int, note: bytes | None) -> tuple[str, Clip]:
+        """(key, annotations) of a sample, from the bytes in front of and behind its images; None: read them."""
+        if (known := self.clips.get(sample_row)) is not None:
+            return known
+        offset, _, sample_size, image_begin, image_end, _ = self.tables.sample[sample_row].item()
+        if note is None:
+            note = self._pread(offset, image_begin) if image_begin else b""
+            note += self._pread(offset + image_end, sample_size - image_end) if image_end < sample_size else b""
+        clip = self._parse(sample_row, note)
+        if len(self.clips) >= _MAX_CLIP:
+            self.clips.popitem(last=False)
+        self.clips[sample_row] = clip
+        return clip
+
+    def _changed(self, reason: str, detail: str) -> SampleError:
+        """The error for bytes that differ from those indexed: they have rotted, or somebody wrote the shard anew."""
+        stat = os.fstat(self.fd)
+        if self.stamp != (stat.st_size, stat.st_mtime_ns):
+            reason, detail = "stale_index", f"{detail}; the shard was written after it was indexed"
+        return SampleError(reason, detail)
 
     def _parse(self, sample_row: int, note: bytes) -> tuple[str, Clip]:
         try:
             key, members = span_members(note)
         except TarError as error:
-            raise SampleError("crc_note", f"a header does not parse ({error})") from None
+            raise self._changed("crc_note", f"a header does not parse ({error})") from None
         crc = 0
         for suffix, data in members.items():
             crc = note_crc(crc, suffix, data)
         if crc != int(self.tables.sample["note_crc"][sample_row]):
-            raise SampleError("crc_note", f"annotations of {key!r}")
-        return key, parse_clip(members)
-
-    def _keep(self, sample_row: int, clip: tuple[str, Clip]) -> None:
-        if len(self.clips) >= _MAX_CLIP:
-            self.clips.popitem(last=False)
-        self.clips[sample_row] = clip
+            raise self._changed("crc_note", f"annotations of {key!r}")
+        return key, parse_clip(members, check=False)
 
 
 class HandDataset:
@@ -193,15 +212,15 @@ class HandDataset:
         return make_sample(clip, number, decode_image(image), key, self.hand_model)
 
     def annotation(self, place: Place) -> tuple[Clip, int]:
-        """The clip at a place and the frame's number in it, without decoding the image. Raises as `read`."""
-        _, clip, number, _ = self._reader(place).read(place.row)
-        return clip, number
+        """The clip at a place and the frame's number in it, without reading the image. Raises as `read`."""
+        return self._reader(place).annotation(place.row)
 
     def patch(self, position: int, sample: Sample) -> PatchSample:
         """The sample as it is shown at `position`: cropped, and augmented by a function of seed and position."""
         augmentation = identity_augmentation()
         if self.augment is not None:
-            augmentation = draw_augmentation(stream("augment", self.seed, position), self.augment)
+            numbers = uniforms("augment", self.seed, position, num=NUM_UNIFORM)
+            augmentation = draw_augmentation(numbers, self.augment)
         return crop_sample(sample, augmentation, self.img_size, self.expansion_ratio, position)
 
     def _reader(self, place: Place) -> ShardReader:

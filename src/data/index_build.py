@@ -171,13 +171,14 @@ def _fill(builder: _Builder, walk: TarWalk) -> None:
 
 
 def _find_index(shard: Path, index_dir: str | Path | None) -> ShardIndex | None:
-    for place in _places(shard, index_dir):
+    for place in index_places(shard, index_dir):
         if (index := load_index(shard, place)) is not None:
             return index
     return None
 
 
-def _places(shard: Path, index_dir: str | Path | None) -> list[Path]:
+def index_places(shard: Path, index_dir: str | Path | None) -> list[Path]:
+    """Where the index of a shard may lie, the preferred place first."""
     places = [index_path(shard, index_dir)]
     return places if index_dir is not None else [*places, index_path(shard, cache_dir())]
 
@@ -185,7 +186,7 @@ def _places(shard: Path, index_dir: str | Path | None) -> list[Path]:
 def _make_index(shard: Path, index_dir: str | Path | None) -> ShardIndex:
     """Build the index and store it where that is possible; otherwise it is kept in memory."""
     index = build_index(shard)
-    for place in _places(shard, index_dir):
+    for place in index_places(shard, index_dir):
         try:
             return save_index(index, place)
         except OSError:

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -105,11 +106,13 @@ def find_images(members: Mapping[str, memoryview | bytes]) -> list[ImageSpan]:
     return spans
 
 
-def parse_clip(members: Mapping[str, memoryview | bytes]) -> Clip:
+def parse_clip(members: Mapping[str, memoryview | bytes], check: bool = True) -> Clip:
     """Every annotation of a sample, checked.
 
     Args:
         members: bytes by suffix ("json", "joint_img.npy", ...); images may be missing here.
+        check: whether to look for frames with values that cannot be used (`Clip.bad_frame`). Not needed for bytes that
+            an index has a checksum of: its rows have passed.
 
     Raises:
         SampleError: missing_member, bad_json, bad_value, wrong_shape, wrong_dtype, object_array or bad_npy.
@@ -133,7 +136,7 @@ def parse_clip(members: Mapping[str, memoryview | bytes]) -> Clip:
         raise SampleError("bad_value", f"handedness {meta.get('handedness')!r} is neither 'left' nor 'right'")
     if "mano_pose" in arrays and not isinstance(mean := meta.get("flat_hand_mean", default_mean), bool):
         raise SampleError("bad_value", f"flat_hand_mean {mean!r}: a sample with mano_pose must state true or false")
-    return _complete(meta, default_mean, arrays, num_frame.pop())
+    return _complete(meta, default_mean, arrays, num_frame.pop(), check)
 
 
 def _lengths(arrays: Mapping[str, np.ndarray]) -> str:
@@ -177,7 +180,7 @@ def _meta_flags(value: Any, name: str) -> np.ndarray:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(v, (bool, int, float)) for v in values):
         raise SampleError("bad_value", f"{name} must be a list of 0 and 1")
-    return np.array(values, np.float32)
+    return (np.array(values, np.float32) > 0).astype(np.float32)
 
 
 def _array(data: memoryview | bytes, name: str) -> np.ndarray:
@@ -190,33 +193,55 @@ def _array(data: memoryview | bytes, name: str) -> np.ndarray:
         raise SampleError("wrong_shape", f"{name}.npy is {array.shape}, not (T, {str(FIELDS[name])[1:]}")
     if name in _FLAGS:
         return (array > 0).astype(np.float32)
+    if array.dtype == np.float32:
+        return array
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is found as such
-        return array.astype(np.float32, copy=False)
+        return array.astype(np.float32)
 
 
-def _complete(meta: dict[str, Any], default_mean: bool | None, arrays: dict[str, np.ndarray], num_frame: int) -> Clip:
+@lru_cache(maxsize=256)
+def _constant(value: float, *shape: int) -> np.ndarray:
+    """A read-only array of one value, shared by all clips of a length."""
+    array = np.full(shape, value, np.float32)
+    array.flags.writeable = False
+    return array
+
+
+def _flag(num_frame: int, arrays: dict[str, np.ndarray], needs: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray:
+    """[T, ...] the first flag of `names` that is there, else 1; all 0 where an array that it speaks of is absent."""
+    shape = (num_frame, *FIELDS[names[0]])
+    if any(name not in arrays for name in needs):
+        return _constant(0.0, *shape)
+    found = next((arrays[name] for name in names if name in arrays), None)
+    return _constant(1.0, *shape) if found is None else found
+
+
+def _known(arrays: dict[str, np.ndarray], name: str, flag: np.ndarray) -> np.ndarray:
+    """The array with 0 wherever its flag is 0, whatever stands there."""
+    if name not in arrays:
+        return _constant(0.0, len(flag), *FIELDS[name])
+    return arrays[name] if flag.all() else np.where(flag[..., None] > 0, arrays[name], np.float32(0))
+
+
+def _complete(
+    meta: dict[str, Any], default_mean: bool | None, arrays: dict[str, np.ndarray], num_frame: int, check: bool
+) -> Clip:
     """Fill in what is absent, zero what is flagged as unknown, and find the frames that cannot be used."""
-    known = {name: np.full((num_frame, *FIELDS[name]), float(name in arrays), np.float32) for name in FIELDS}
-    old_joint = arrays.get("joint_valid")
-    valid_2d = known["joint_img"][..., 0] * arrays.get("joint_2d_valid", _or_one(old_joint))
-    valid_3d = known["joint_cam"][..., 0] * arrays.get("joint_3d_valid", _or_one(old_joint))
-    has_mano = known["mano_pose"][:, 0] * known["mano_shape"][:, 0]
-    has_mano = has_mano * arrays.get("has_mano", _or_one(arrays.get("mano_valid")))
-    has_intr = known["focal"][:, 0] * known["princpt"][:, 0]
-    if "has_intr" in arrays:
-        has_intr = has_intr * arrays["has_intr"]
-    elif has_intr.any():
-        has_intr = has_intr * (arrays["focal"] != 0).all(axis=-1)
-    data = {name: arrays.get(name, np.zeros((num_frame, *FIELDS[name]), np.float32)) for name in FIELDS}
-    joint_img = np.where(valid_2d[..., None] > 0, data["joint_img"], 0)
+    valid_2d = _flag(num_frame, arrays, ("joint_img",), ("joint_2d_valid", "joint_valid"))
+    valid_3d = _flag(num_frame, arrays, ("joint_cam",), ("joint_3d_valid", "joint_valid"))
+    has_mano = _flag(num_frame, arrays, ("mano_pose", "mano_shape"), ("has_mano", "mano_valid"))
+    has_intr = _flag(num_frame, arrays, ("focal", "princpt"), ("has_intr",))
+    if "has_intr" not in arrays and has_intr.any():
+        has_intr = (arrays["focal"] != 0).all(axis=-1).astype(np.float32)
+    joint_img = _known(arrays, "joint_img", valid_2d)
     values = {
-        "hand_bbox": data["hand_bbox"] if "hand_bbox" in arrays else _extent(joint_img, valid_2d),
+        "hand_bbox": arrays["hand_bbox"] if "hand_bbox" in arrays else _extent(joint_img, valid_2d),
         "joint_img": joint_img,
-        "joint_cam": np.where(valid_3d[..., None] > 0, data["joint_cam"], 0),
-        "mano_pose": np.where(has_mano[:, None] > 0, data["mano_pose"], 0),
-        "mano_shape": np.where(has_mano[:, None] > 0, data["mano_shape"], 0),
-        "focal": np.where(has_intr[:, None] > 0, data["focal"], 0),
-        "princpt": np.where(has_intr[:, None] > 0, data["princpt"], 0),
+        "joint_cam": _known(arrays, "joint_cam", valid_3d),
+        "mano_pose": _known(arrays, "mano_pose", has_mano),
+        "mano_shape": _known(arrays, "mano_shape", has_mano),
+        "focal": _known(arrays, "focal", has_intr),
+        "princpt": _known(arrays, "princpt", has_intr),
     }
     return Clip(
         num_frame=num_frame,
@@ -224,17 +249,13 @@ def _complete(meta: dict[str, Any], default_mean: bool | None, arrays: dict[str,
         source=str(meta.get("data_source", "unknown")),
         hand_model=str(meta.get("hand_model", "unknown")),
         flat_hand_mean=bool(meta.get("flat_hand_mean", default_mean)),
-        joint_2d_valid=valid_2d.astype(np.float32),
-        joint_3d_valid=valid_3d.astype(np.float32),
-        has_mano=has_mano.astype(np.float32),
-        has_intr=has_intr.astype(np.float32),
-        bad_frame=_bad_frames(values, has_intr),
+        joint_2d_valid=valid_2d,
+        joint_3d_valid=valid_3d,
+        has_mano=has_mano,
+        has_intr=has_intr,
+        bad_frame=_bad_frames(values, has_intr) if check else {},
         **values,
     )
-
-
-def _or_one(flags: np.ndarray | None) -> np.ndarray | float:
-    return 1.0 if flags is None else flags
 
 
 def _extent(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:

@@ -106,8 +106,15 @@ def span_members(span: bytes) -> tuple[str, dict[str, memoryview]]:
 
     The headers' checksums are not looked at: the index has a checksum over names and data.
     """
-    view, members, at, key, long_name = memoryview(span), {}, 0, "", ""
+    view, members, at, key, prefix, long_name = memoryview(span), {}, 0, "", b"", ""
     while at + BLOCK <= len(span):
+        # Nearly all members continue the first one's name, which spares them the full look at their header.
+        if prefix and span.startswith(prefix, at) and span[at + 156] in _REGULAR and not span[at + 345]:
+            suffix, size = span[at + len(prefix) : span.index(b"\0", at)], _plain_size(span[at + 124 : at + 136])
+            if size >= 0 and len(prefix) + len(suffix) < 100 and b"/" not in suffix and not long_name:
+                members[suffix.decode("utf-8", "surrogateescape").lower()] = view[at + BLOCK : at + BLOCK + size]
+                at += BLOCK + padded(size)
+                continue
         name, size, flag = read_header(span[at : at + BLOCK], check=False)
         data = view[at + BLOCK : at + BLOCK + size]
         at += BLOCK + padded(size)
@@ -116,11 +123,17 @@ def span_members(span: bytes) -> tuple[str, dict[str, memoryview]]:
         elif flag in b"x":
             long_name = _pax_fields(bytes(data)).get("path", "")
         elif flag in _REGULAR:
-            parts = split_name(long_name or name)
-            long_name = ""
+            parts, is_long, long_name = split_name(long_name or name), bool(long_name), ""
             if parts:
                 key, members[parts[1]] = parts[0], data
+                prefix = b"" if is_long or len(key) > 90 else key.encode("utf-8", "surrogateescape") + b"."
     return key, members
+
+
+def _plain_size(field: bytes) -> int:
+    """The size in an octal field; -1 for any other form."""
+    digits = field[:11]
+    return int(digits, 8) if digits.isdigit() else -1
 
 
 class TarWalk:

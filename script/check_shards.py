@@ -1,0 +1,110 @@
+"""Read shards from end to end and say what is damaged in them: 0 healthy, 1 damage found, 2 wrong arguments.
+
+python script/check_shards.py data/demo/train data/demo/val
+python script/check_shards.py 'DexYCB/s1/*' --root /data/shards --decode --num_process 8
+python script/check_shards.py data/demo/val --sheet sheet.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
+
+from src.data.check import ShardReport, check_shards, examples, merge
+from src.data.index_build import open_indexes
+from src.data.sheet import contact_sheet
+from src.data.source import resolve_source
+
+HEALTHY, DAMAGED, WRONG_ARGUMENTS = 0, 1, 2
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("source", nargs="+", help="shards, folders of shards, or patterns: 'a/*', 'a/{000..131}.tar'")
+    parser.add_argument("--root", type=Path, default=Path(), help="relative sources lie below it; default: here")
+    parser.add_argument("--index_dir", type=Path, help="where indexes are kept, as DATA.index_dir")
+    parser.add_argument("--decode", action="store_true", help="also decode every image")
+    parser.add_argument("--sheet", type=Path, help="draw patches with joints, before and after augmentation, here")
+    parser.add_argument("--num_hand", type=int, default=24, help="hands on the sheet; default: %(default)s")
+    parser.add_argument("--num_process", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.num_hand < 1 or args.num_process < 1:
+        parser.error("--num_hand and --num_process must be at least 1")
+    if args.sheet is not None and args.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        parser.error(f"--sheet {args.sheet}: the name must end with .png, .jpg or .webp")
+    return args
+
+
+def damage_table(reports: Sequence[ShardReport]) -> Table:
+    """Reason, frames, and where to look."""
+    table = Table("reason", "frames", "for example")
+    table.columns[1].justify = "right"
+    for reason, count in merge(reports).most_common():
+        table.add_row(reason, str(count), "\n".join(examples(reports, reason)))
+    return table
+
+
+def write_sheet(args: argparse.Namespace, shards: Sequence[Path], console: Console) -> None:
+    """Draw the contact sheet. Raises ValueError where it cannot be written."""
+    sheet = contact_sheet(open_indexes(shards, args.index_dir, args.num_process), args.num_hand)
+    if sheet is None:
+        console.print("no sheet: no frame can be used")
+        return
+    args.sheet.parent.mkdir(parents=True, exist_ok=True)
+    ok, data = cv2.imencode(args.sheet.suffix, cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    assert ok
+    args.sheet.write_bytes(data.tobytes())
+    console.print(f"contact sheet: {args.sheet}", soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    console = Console(highlight=False)
+    try:
+        shards = resolve_source(args.root, args.source, "SOURCE")
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return WRONG_ARGUMENTS
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("checking", total=None)
+        reports = check_shards(
+            shards,
+            args.decode,
+            args.index_dir,
+            args.num_process,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    damaged = merge(reports)
+    if damaged:
+        console.print(damage_table(reports))
+    if stale := [report.shard for report in reports if report.has_stale_index]:
+        console.print(f"{len(stale)} indexes do not belong to their shards any more and will be made anew: {stale[0]}")
+    num_frame = sum(report.num_frame for report in reports)
+    console.print(
+        f"{len(shards)} shards, {sum(r.num_sample for r in reports)} samples, {num_frame} healthy frames, "
+        f"{damaged.total()} damaged" + ("" if args.decode else "; the images were not decoded (--decode does that)"),
+        soft_wrap=True,
+    )
+    if args.sheet is not None:
+        try:
+            write_sheet(args, shards, console)
+        except OSError as error:
+            sys.stderr.write(f"--sheet {args.sheet}: {error}\n")
+            return WRONG_ARGUMENTS
+    return DAMAGED if damaged else HEALTHY
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
