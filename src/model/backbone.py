@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
+from transformers.utils import logging
 
 from src.config import BackboneConfig
 from src.model.grid import sincos_position
@@ -45,6 +46,7 @@ def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
         folder = Path(cfg.backbone_str)
         if not (folder / "config.json").is_file():
             raise ValueError(f"MODEL.backbone.backbone_str={cfg.backbone_str}: there is no config.json in this folder")
+        logging.disable_progress_bar()  # a bar over a second's work, on every process
         return Dinov2Model.from_pretrained(
             folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **no_dropout
         )

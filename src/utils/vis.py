@@ -50,8 +50,11 @@ def tile(images: list[np.ndarray], num_column: int) -> np.ndarray:
 
 
 def overlay_sheet(batch: Batch, prediction: Prediction, num_sample: int = 8, side: int = 224) -> np.ndarray:
-    """Patch, target and prediction of the first samples of a batch, one column a sample. [3*side, n*side, 3] uint8."""
-    num_sample = min(num_sample, len(batch))
+    """Patch, target and prediction of the first samples of a batch, one column a sample. [3*side, n*side, 3] uint8.
+
+    Padding rows stand at the end of a batch and are left out, unless there is nothing else.
+    """
+    num_sample = max(1, min(num_sample, int((batch.position >= 0).sum())))
     scale = side / batch.patch.shape[-1]
     patches = batch.patch[:num_sample].permute(0, 2, 3, 1).cpu().numpy()
     patches = [cv2.resize(patch, (side, side), interpolation=cv2.INTER_LINEAR) for patch in patches]

@@ -16,8 +16,13 @@ import numpy as np
 from src.data.convert.native import ConvertSummary, HandRecord, Progress, write_shards
 
 
-def convert_realhands(root: Path, output: Path, progress: Progress | None = None) -> ConvertSummary:
-    """Convert every hand listed in `root/annotations.json`.
+SPLITS = ("all", "freihand", "hand_graph_cnn", "interhand2.6m", "rhd", "taco")
+
+
+def convert_realhands(
+    root: Path, output: Path, progress: Progress | None = None, source: str = "all"
+) -> ConvertSummary:
+    """Convert the hands listed in `root/annotations.json`, every one or those of one source.
 
     Raises:
         ValueError: `root` is no such folder.
@@ -26,6 +31,7 @@ def convert_realhands(root: Path, output: Path, progress: Progress | None = None
     if not listing.is_file():
         raise ValueError(f"--input {root}: holds no annotations.json; give the folder `realhands`")
     entries = json.loads(listing.read_text(encoding="utf-8"))
+    entries = [entry for entry in entries if source in ("all", entry["source"])]
     return write_shards(_records(root, entries, progress), output)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from src.data.convert import dexycb, freihand, hamer, ho3d, interhand
+from src.data.convert import dexycb, freihand, hamer, ho3d, interhand, realhands
 from src.data.convert.chunk import Request
 from src.data.convert.native import ConvertSummary, Progress
-from src.data.convert.realhands import convert_realhands
 
 
 @dataclass(frozen=True)
@@ -24,11 +23,11 @@ class Converter:
 
 
 def _realhands(request: Request, progress: Progress | None) -> ConvertSummary:
-    return convert_realhands(request.input, request.output, progress)
+    return realhands.convert_realhands(request.input, request.output, progress, request.split)
 
 
 CONVERTERS: dict[str, Converter] = {
-    "realhands": Converter(_realhands, "the small folder of real photographs", in_parallel=False),
+    "realhands": Converter(_realhands, "the small folder of real photographs", realhands.SPLITS, in_parallel=False),
     "freihand": Converter(freihand.convert_freihand, "FreiHAND", freihand.SPLITS, more=("num_per_shard",)),
     "interhand": Converter(interhand.convert_interhand, "InterHand2.6M", interhand.SPLITS, more=("num_per_shard",)),
     "dexycb": Converter(dexycb.convert_dexycb, "DexYCB", dexycb.SPLITS, more=("mano_left",)),
