@@ -15,7 +15,6 @@ import numpy as np
 
 from src.data.convert.native import ConvertSummary, HandRecord, Progress, write_shards
 
-
 SPLITS = ("all", "freihand", "hand_graph_cnn", "interhand2.6m", "rhd", "taco")
 
 
