@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.data.dataset import HandDataset, ShardReader
+from src.data.dataset import Fetched, HandDataset, ShardReader
 from src.data.health import BadDataError, DataHealth
 from src.data.index import cache_dir, index_path, load_index
 from src.data.index_build import build_index, open_indexes
@@ -182,3 +182,22 @@ def test_indexes_are_built_by_several_processes(tmp_path: Path) -> None:
     assert [index.shard for index in indexes] == shards
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert all(np.array_equal(i.tables().frame, build_index(s).tables().frame) for i, s in zip(indexes, shards))
+
+
+def test_a_shard_that_is_written_anew_while_it_is_read(shard: Path, tmp_path: Path) -> None:
+    other = write_shard(tmp_path / "b.tar", [native_sample(100 + number) for number in range(4 * NUM)])
+    indexes = open_indexes([shard, other])
+    write_shard(shard, [native_sample(50 + number, kind="webp") for number in range(NUM)])
+    plan = MixedPlan([SourcePlan(indexes, 1, 0)], [1.0], 0)
+
+    def fetch() -> Fetched:
+        dataset = HandDataset([indexes], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
+        return dataset.__getitems__(range(5 * NUM))
+
+    first, again = fetch(), fetch()
+    assert {(bad.reason, bad.shard) for bad in first.bad} == {("stale_index", str(shard))}
+    assert len({bad.position for bad in first.bad}) == NUM
+    assert all(bad.key for bad in first.bad)
+    assert [row.key for row in first.rows] == [row.key for row in again.rows]
+    assert all(int(row.key[:5]) >= 100 for row in first.rows)
+    assert first.bad == again.bad

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from src.batch import Batch
+from src.data.health import BadDataError
 from src.data.index_build import open_indexes
 from src.data.loader import build_train_loader, build_val_loader
 from src.data.plan import EpochOrder, MixedPlan, SourcePlan, validation_plan
@@ -196,6 +197,19 @@ def test_damage_is_counted_in_the_main_process(tmp_path: Path) -> None:
         state = loader.health.state_dict()
         loader.health.load_state_dict(state)
         assert loader.health.state_dict() == state
+
+
+@pytest.mark.parametrize("worker", [0, 2])
+def test_too_much_damage_stops_the_reading_with_a_table(tmp_path: Path, worker: int) -> None:
+    hurt = {**native_sample(9), "png": native_sample(9)["png"][:60] + bytes(40)}
+    write_shard(tmp_path / "train" / "0.tar", [*(native_sample(n) for n in range(9)), hurt])
+    loader = build_train_loader(data_config(tmp_path, num_worker=worker), "mano", num_batch=100)
+    with pytest.raises(BadDataError, match=r"DATA\.max_bad_fraction=0\.01") as caught:
+        list(loader)
+    assert 10 < loader.health.num_read < 200  # more than ten bad frames: 1 % of the first thousand
+    for part in ("undecodable_image", "00009/0", str(tmp_path / "train" / "0.tar"), "at position"):
+        assert part in str(caught.value)
+    assert loader.health.counts() == {"undecodable_image": loader.health.read.total()}
 
 
 def test_a_source_without_usable_frames_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import BinaryIO
 BLOCK = 512
 _EMPTY = bytes(BLOCK)
 _CHUNK = 1 << 20
+_MAX_END = 2 * BLOCK + 20 * BLOCK  # zeros that close an archive: two blocks, and what fills up a record of twenty
 _REGULAR = frozenset(b"0\x007")
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
@@ -151,6 +152,8 @@ class TarWalk:
                 return
             if block == _EMPTY:
                 if self._rest_is_empty():
+                    if (rest := self.size - header_at) > _MAX_END:  # more than any writer leaves: members lay here
+                        yield Damage(header_at, "zeroed", size=rest - 2 * BLOCK)
                     return
                 begin, override = self._resync(header_at + BLOCK), {}
                 yield Damage(header_at, "zeroed", size=begin - header_at)
