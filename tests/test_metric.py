@@ -151,6 +151,7 @@ def _batch_and_prediction(size: int, num_vertex: int = 30) -> tuple[Batch, Predi
         joint_cam=pred_joint,
         vert_cam=pred_joint[:, :1] + normal(num_vertex, 3),
         joint_patch=torch.zeros(size, 21, 2),
+        joint_seen=torch.zeros(size, 21, 2),
     )
     return batch, prediction, normal(num_vertex, 3)
 

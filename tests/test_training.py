@@ -72,8 +72,9 @@ def rows(run: Path, subset: str) -> list[dict]:
 
 def test_it_learns(finished: Path) -> None:
     total = [row["loss_total"] for row in rows(finished, "train")]
-    assert sum(total[-5:]) < 0.8 * sum(total[:5])
+    assert sum(total[-10:]) < 0.9 * sum(total[:10]), "batches of 8 are noisy; the fixed validation sample is not"
     first, last = rows(finished, "val")[0], rows(finished, "val")[-1]
+    assert last["loss_total"] < 0.85 * first["loss_total"]
     assert [row["step"] for row in rows(finished, "val")] == [0, 20, 40]
     assert last["mpjpe_cam"] < first["mpjpe_cam"]
     expected = {"mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error", "mpjpe_rel_mean_hand", *LOSS_TERMS}
