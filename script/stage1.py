@@ -40,7 +40,9 @@ def main(composed: DictConfig) -> None:
 
 def train(cfg: Config, config_name: str) -> None:
     """The training loop."""
-    from src.engine.console import progress_bar, set_up_logging
+    from src.data.health import BadDataError
+    from src.engine.checkpoint import CheckpointError
+    from src.engine.console import logger, progress_bar, set_up_logging
     from src.engine.run import Run
 
     set_up_logging()
@@ -61,6 +63,12 @@ def train(cfg: Config, config_name: str) -> None:
                 if run.is_due(cfg.GENERAL.checkpoint_step, at_end=True):
                     run.save(is_best=run.validate())
             run.report()
+        except (BadDataError, CheckpointError) as error:
+            logger.error(f"stopped at step {run.state.step}: {error}")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            logger.warning(f"interrupted at step {run.state.step}; go on with GENERAL.resume_path={run.folder}")
+            sys.exit(130)
         finally:
             run.close()
 

@@ -62,6 +62,7 @@ class Run:
         self.task = progress.add_task("training", total=cfg.GENERAL.total_step, completed=self.state.step)
         logger.info(parts.describe_hand(hand))
         logger.info(parts.describe_network(self.net, self.accelerator))
+        self._report_damage()
 
     # ---- what the loop asks for -------------------------------------------------------------------------------------
 
@@ -89,7 +90,8 @@ class Run:
         if self.is_main:
             metrics = result.metrics()
             logger.info(log_line(self.state.step, self.cfg.GENERAL.total_step, metrics))
-            self.tracker.log(self.state.step, "train", metrics)
+            bad = {f"bad_{reason}": count for reason, count in self.train_loader.health.counts().items()}
+            self.tracker.log(self.state.step, "train", metrics | bad)
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> None:
@@ -121,6 +123,7 @@ class Run:
         """Write a checkpoint; the other processes wait until it is whole."""
         if self.is_main:
             self.state.tracker = self.tracker.state()
+            self.state.extra["health"] = self.train_loader.health.state_dict()
             save_checkpoint(
                 self.folder,
                 model=self.net,
@@ -169,6 +172,14 @@ class Run:
             add_log_file(folder / "log.txt")
             logger.info(f"run folder: {folder}")
         return folder
+
+    def _report_damage(self) -> None:
+        """Go on with the counts of damaged frames; name what the shards' indexes found."""
+        if "health" in self.state.extra:
+            self.train_loader.health.load_state_dict(self.state.extra["health"])
+        for name, loader in (("training", self.train_loader), ("validation", self.val_loader)):
+            if loader.health.counts():
+                logger.warning(f"{name} data: {loader.health.summary()}\n{loader.health.table()}")
 
     def _open_tracker(self, goes_on: bool) -> Tracker:
         if not self.is_main:
