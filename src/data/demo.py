@@ -76,7 +76,8 @@ def make_demo_shards(
         img_size: side of the pictures, px.
         free_rotation: share of hands turned anywhere on SO(3); the others show rather their back.
         num_process: worker processes; None takes one per usable core, 1 works in this process.
-        progress: called with (samples done, samples in all) after each shard.
+        progress: called with (samples done, samples in all) before the first and after each shard; not at all where
+            the data set is complete.
 
     Raises:
         ValueError: `root` already holds a demo made from other parameters, or a parameter is out of range.
@@ -93,6 +94,8 @@ def make_demo_shards(
     _check(manifest)
     if _read_manifest(root, manifest):
         return
+    if progress is not None:
+        progress(0, sum(num_sample.values()))
     for subset in num_sample:
         (root / subset).mkdir(parents=True, exist_ok=True)
     _write_manifest(root, {**manifest, "complete": False})

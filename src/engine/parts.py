@@ -14,7 +14,7 @@ from torch import nn
 
 from src.config import Config
 from src.data.demo import make_demo_shards
-from src.engine.console import task_bar
+from src.engine.console import logger, task_bar
 from src.engine.run_folder import create_run_folder, write_text_atomic
 from src.hand.mano import load_hand_arrays
 from src.hand.skeleton import HandArrays
@@ -59,13 +59,19 @@ def make_demo_data(cfg: Config, progress: Progress) -> None:
         return
     num_sample = {"train": demo.train_sample, "val": demo.val_sample}
     with task_bar(progress, "rendering demo hands") as advance:
+
+        def tell(done: int, total: int) -> None:
+            if done == 0:
+                logger.info(f"rendering {total} demo hands into {cfg.DATA.root}; this happens once")
+            advance(done, total)
+
         make_demo_shards(
             Path(cfg.DATA.root),
             num_sample,
             seed=demo.seed,
             img_size=demo.img_size,
             free_rotation=demo.free_rotation,
-            progress=advance,
+            progress=tell,
         )
 
 
