@@ -48,7 +48,8 @@ class Run:
         optimizer = build_optimizer(self.net, cfg)
         self.state = TrainState(config_name=config_name)
         if checkpoint is not None:
-            self.state = load_checkpoint(checkpoint, model=self.net, optimizer=optimizer)
+            scaler = self.accelerator.scaler
+            self.state = load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler)
         elif cfg.MODEL.init_from is not None:
             logger.info(str(load_weights(self.net, find_checkpoint(cfg.MODEL.init_from))))
         self.trainer = Trainer(cfg, self.accelerator, *self.accelerator.prepare(self.net, optimizer))
