@@ -115,7 +115,8 @@ def augment_pixels(patch: np.ndarray, pixel: PixelAugmentation) -> np.ndarray:
     if pixel.occluder is not None:
         patch = _occlude(patch, pixel.occluder)
     if pixel.blur_sigma > 0.25:  # below that the kernel's neighbours weigh less than a grey level
-        patch = cv2.GaussianBlur(patch, (0, 0), pixel.blur_sigma)
+        kernel = cv2.getGaussianKernel(2 * math.ceil(2.5 * pixel.blur_sigma) + 1, pixel.blur_sigma)
+        patch = cv2.sepFilter2D(patch, -1, kernel, kernel)
     if (pixel.brightness, pixel.contrast, pixel.saturation) != (1.0, 1.0, 1.0):
         patch = cv2.transform(patch, _color_matrix(pixel))
     if pixel.noise_std > 0.0:

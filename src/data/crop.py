@@ -23,6 +23,7 @@ from src.batch import NUM_JOINT, NUM_POSE, NUM_SHAPE, Sample
 from src.data.augment import Augmentation, augment_pixels
 
 _BORDER = (124, 116, 104)  # ImageNet's mean colour: close to zero after normalisation
+_MIRROR, _MIRROR_AXIS = np.array([-1.0, 1.0, 1.0]), np.array([1.0, -1.0, -1.0])  # of points, of rotation vectors
 _MIN_COS = 0.35  # a perspective turn that shows the hand at more than 70 degrees off the axis is not carried out
 _SHRINK_FROM = 0.5  # below this scale the source is averaged before it is sampled, against aliasing
 
@@ -159,21 +160,21 @@ def _shown_part(
     """(x, y) of the first pixel of the part of the image that the patch shows, and of the first one behind it."""
     x, y, depth = patch_to_image @ _corners(img_size)
     corner = np.stack([x, y]) / depth
-    begin = np.floor(corner.min(axis=1)).astype(int) - margin
-    end = np.ceil(corner.max(axis=1)).astype(int) + margin + 1
-    limit = image.shape[1::-1]
-    return np.clip(begin, 0, limit), np.clip(end, 0, limit)
+    limit = np.array(image.shape[1::-1])
+    begin, end = np.floor(corner.min(axis=1)) - margin, np.ceil(corner.max(axis=1)) + margin + 1
+    return tuple(np.minimum(np.maximum(edge, 0.0), limit).astype(int) for edge in (begin, end))
 
 
 def mirror_pose(pose: np.ndarray) -> np.ndarray:
     """Axis-angle [..., 3k] of a left hand as that of the mirrored (right) hand: y and z change sign."""
-    return (pose.reshape(-1, 3) * (1.0, -1.0, -1.0)).reshape(pose.shape)
+    return (pose.reshape(-1, 3) * _MIRROR_AXIS).reshape(pose.shape)
 
 
 def turn_root(pose: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     """MANO pose [48] seen from a camera turned by `rotation`: only the root is not relative to a parent."""
-    root = cv2.Rodrigues(rotation @ cv2.Rodrigues(pose[:3])[0])[0]
-    return np.concatenate([root[:, 0], pose[3:]])
+    turned = pose.astype(np.float64)
+    turned[:3] = cv2.Rodrigues(rotation @ cv2.Rodrigues(turned[:3])[0])[0][:, 0]
+    return turned
 
 
 def crop_sample(
@@ -193,12 +194,12 @@ def crop_sample(
     planes = np.empty((3, img_size, img_size), np.uint8)
     cv2.split(patch, list(planes))
     valid_2d, valid_3d = sample.joint_2d_valid[:, None], sample.joint_3d_valid[:, None]
-    joint = sample.joint_img.astype(np.float64) @ view.image_to_patch[:, :2].T + view.image_to_patch[:, 2]
+    joint = sample.joint_img @ view.image_to_patch[:, :2].T + view.image_to_patch[:, 2]
     # Only a joint annotated as visible and yet behind the turned camera could divide by zero; it is kept finite.
     joint_patch = joint[:, :2] / np.maximum(joint[:, 2:], 1e-3)
-    joint_cam, pose = sample.joint_cam.astype(np.float64), sample.mano_pose.astype(np.float64)
+    joint_cam, pose = sample.joint_cam, sample.mano_pose
     if not sample.is_right:
-        joint_cam, pose = joint_cam * (-1.0, 1.0, 1.0), mirror_pose(pose)
+        joint_cam, pose = joint_cam * _MIRROR, mirror_pose(pose)
     if sample.has_mano:
         pose = turn_root(pose, view.cam_rot)
     return PatchSample(
@@ -207,14 +208,14 @@ def crop_sample(
         position=position,
         is_right=sample.is_right,
         patch=planes,
-        patch_focal=np.full(2, view.focal, np.float32),
+        patch_focal=np.array((view.focal, view.focal), np.float32),
         patch_princpt=view.princpt.astype(np.float32),
         cam_rot=view.cam_rot.astype(np.float32),
         image_to_patch=view.image_to_patch.astype(np.float32),
         joint_patch=(joint_patch * valid_2d).astype(np.float32),
-        joint_2d_valid=sample.joint_2d_valid.astype(np.float32),
+        joint_2d_valid=sample.joint_2d_valid.astype(np.float32, copy=False),
         joint_cam=((joint_cam @ view.cam_rot.T) * valid_3d).astype(np.float32),
-        joint_3d_valid=sample.joint_3d_valid.astype(np.float32),
+        joint_3d_valid=sample.joint_3d_valid.astype(np.float32, copy=False),
         mano_pose=(pose * sample.has_mano).astype(np.float32),
         mano_shape=(sample.mano_shape * sample.has_mano).astype(np.float32),
         has_mano=float(sample.has_mano),

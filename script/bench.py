@@ -1,0 +1,55 @@
+"""Measure what this project promises, one sub-command a subject.
+
+python script/bench.py data
+python script/bench.py data --quick --json data.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
+
+from src.engine.bench.figure import figure_json, figure_table, machine
+
+# sub-command -> (what it measures, module with add_arguments(parser) and run(args, say) -> list[Figure])
+SUBJECTS = {
+    "data": ("reading, decoding and augmenting shards", "src.engine.bench.data"),
+}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line: the sub-command's own options, and `--json`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    subjects = parser.add_subparsers(dest="subject", required=True)
+    for name, (what, module) in SUBJECTS.items():
+        subject = subjects.add_parser(name, help=what)
+        subject.add_argument("--json", type=Path, help="also write the figures to this file")
+        importlib.import_module(module).add_arguments(subject)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    console, start = Console(highlight=False), time.monotonic()
+    with console.status("starting") as status:
+        module = importlib.import_module(SUBJECTS[args.subject][1])
+        figures = module.run(args, lambda text: status.update(text))
+    console.print(figure_table(f"bench {args.subject}: {machine()}", figures))
+    console.print(f"{time.monotonic() - start:.0f} s")
+    if args.json is not None:
+        args.json.write_text(json.dumps(figure_json(args.subject, figures), indent=1) + "\n", encoding="utf-8")
+        console.print(f"written to {args.json}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
