@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from src.batch import Batch
-from src.data.health import BadDataError
+from src.data.health import BadDataError, merge_states
 from src.data.index_build import open_indexes
 from src.data.loader import build_train_loader, build_val_loader
 from src.data.plan import EpochOrder, MixedPlan, SourcePlan, validation_plan
@@ -197,6 +197,8 @@ def test_damage_is_counted_in_the_main_process(tmp_path: Path) -> None:
         state = loader.health.state_dict()
         loader.health.load_state_dict(state)
         assert loader.health.state_dict() == state
+        both = merge_states([state, state])
+        assert both == {"num_read": 80, "read": {"undecodable_image": 2 * loader.health.read.total()}}
 
 
 @pytest.mark.parametrize("worker", [0, 2])

@@ -75,3 +75,9 @@ class DataHealth:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_read, self.read = int(state["num_read"]), Counter(state["read"])
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The `state_dict` of all ranks together, from those of each. Only one rank may load it again."""
+    read = sum((Counter(state["read"]) for state in states), Counter())
+    return {"num_read": sum(state["num_read"] for state in states), "read": dict(sorted(read.items()))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import BinaryIO
 
 BLOCK = 512
@@ -54,6 +55,7 @@ def padded(size: int) -> int:
     return (size + BLOCK - 1) // BLOCK * BLOCK
 
 
+@lru_cache(maxsize=1024)  # the same few names are asked for again and again while a sample is taken in
 def split_name(name: str) -> tuple[str, str] | None:
     """(sample key, suffix) of a member by webdataset's rule: the key ends at the basename's first dot.
 
