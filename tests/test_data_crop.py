@@ -85,7 +85,7 @@ def make_sample(hand: ManoLayer, seed: int, is_right: bool) -> Sample:
     )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=1000, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), is_right=st.booleans(), augment=st.booleans())
 def test_everything_moves_together(hand: ManoLayer, seed: int, is_right: bool, augment: bool) -> None:
     sample = make_sample(hand, seed, is_right)

@@ -12,10 +12,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from rich.progress import Progress
 
 from src.batch import Batch
 from src.config import Config
+from src.data.health import merge_states
 from src.data.loader import HandLoader, build_train_loader, build_val_loader
 from src.data.mean_hand import mean_hand
 from src.engine import parts
@@ -122,9 +124,9 @@ class Run:
 
     def save(self, is_best: bool) -> None:
         """Write a checkpoint; the other processes wait until it is whole."""
+        self.state.extra["health"] = merge_states(gather_object([self.train_loader.health.state_dict()]))
         if self.is_main:
             self.state.tracker = self.tracker.state()
-            self.state.extra["health"] = self.train_loader.health.state_dict()
             save_checkpoint(
                 self.folder,
                 model=self.net,
@@ -175,8 +177,8 @@ class Run:
         return folder
 
     def _report_damage(self) -> None:
-        """Go on with the counts of damaged frames; name what the shards' indexes found."""
-        if "health" in self.state.extra:
+        """Go on with the counts of damaged frames (the main process holds the sum); name what the indexes found."""
+        if self.is_main and "health" in self.state.extra:
             self.train_loader.health.load_state_dict(self.state.extra["health"])
         for name, loader in (("training", self.train_loader), ("validation", self.val_loader)):
             if loader.health.counts():
