@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batches(root: Path, done: int, num_worker: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
     cfg = data_config(root, num_worker=num_worker, sample_per_device=8 // world)
-    yield from build_train_loader(cfg, "mano", batches_done=done, num_batch=NUM_BATCH, rank=rank, world_size=world)
+    yield from build_train_loader(cfg, "mano", start=8 * done, num_batch=NUM_BATCH - done, rank=rank, world_size=world)
 
 
 def line_of(batch: Batch) -> str:

@@ -35,10 +35,9 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def train(root: Path, num_batch: int = 8, done: int = 0, rank: int = 0, world: int = 1, **knob) -> list[Batch]:
-    loader = build_train_loader(
-        data_config(root, **knob), "mano", batches_done=done, num_batch=num_batch, rank=rank, world_size=world
-    )
-    return list(loader)
+    cfg = data_config(root, **knob)
+    start, rest = done * world * cfg.TRAIN.sample_per_device, num_batch - done
+    return list(build_train_loader(cfg, "mano", start=start, num_batch=rest, rank=rank, world_size=world))
 
 
 def test_order_and_pixels_do_not_depend_on_workers_ranks_or_resumes(root: Path) -> None:

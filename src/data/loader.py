@@ -1,12 +1,13 @@
 """Batches in the order of the plan: any number of workers and ranks, resumable at any batch.
 
-Micro-batch k of rank r of W holds positions [(k W + r) B, (k W + r + 1) B), so the global micro-batch is the same
-stretch of the order for 1 x 8, 2 x 4 and 4 x 2 samples, and a run resumes by its count of micro-batches alone.
+Micro-batch k of rank r of W holds the B positions from start + (k W + r) B on, so the global micro-batch is the same
+stretch of the order for 1 x 8, 2 x 4 and 4 x 2 samples, and a run resumes by one integer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import cv2
@@ -60,24 +61,22 @@ def collate(fetched: Fetched) -> tuple[Batch, list[BadFrame]]:
 
 
 class TrainBatchSampler:
-    """Positions of this rank's micro-batches, from number `batches_done` up to `num_batch` (None: endless)."""
+    """This rank's micro-batches from position `start` of the order on: `num_batch` of them, or without end (None)."""
 
-    def __init__(self, batch_size: int, batches_done: int, num_batch: int | None, rank: int, world_size: int) -> None:
+    def __init__(self, batch_size: int, start: int, num_batch: int | None, rank: int, world_size: int) -> None:
         assert 0 <= rank < world_size
-        self.batch_size, self.batches_done, self.num_batch = batch_size, batches_done, num_batch
+        self.batch_size, self.start, self.num_batch = batch_size, start, num_batch
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        batch = self.batches_done
-        while self.num_batch is None or batch < self.num_batch:
-            begin = (batch * self.world_size + self.rank) * self.batch_size
+        for batch in count() if self.num_batch is None else range(self.num_batch):
+            begin = self.start + (batch * self.world_size + self.rank) * self.batch_size
             yield list(range(begin, begin + self.batch_size))
-            batch += 1
 
     def __len__(self) -> int:
         if self.num_batch is None:
             raise TypeError("an endless order has no length")
-        return max(0, self.num_batch - self.batches_done)
+        return self.num_batch
 
 
 class ValBatchSampler:
@@ -154,7 +153,7 @@ def build_train_loader(
     cfg: Config,
     hand_model: str,
     *,
-    batches_done: int = 0,
+    start: int = 0,
     num_batch: int | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -166,8 +165,8 @@ def build_train_loader(
     Args:
         cfg: the whole configuration (GENERAL, TRAIN, DATA, MODEL are read).
         hand_model: name of the run's hand model; parameters of another one are no target.
-        batches_done: micro-batches that this run has consumed already on each rank (optimizer steps x grad_accum_step).
-        num_batch: micro-batches of the whole run on each rank; None: endless.
+        start: position to go on from: how many samples all ranks together have consumed. Any batch size may follow.
+        num_batch: micro-batches to give on each rank; None: endless.
         rank, world_size: of this process; the order is the same as long as sample_per_device x world_size is.
         progress: told about shards that have to be indexed first.
 
@@ -185,7 +184,7 @@ def build_train_loader(
         seed,
     )
     dataset = _dataset(cfg, sources, plan, hand_model, augment=cfg.TRAIN)
-    sampler = TrainBatchSampler(cfg.TRAIN.sample_per_device, batches_done, num_batch, rank, world_size)
+    sampler = TrainBatchSampler(cfg.TRAIN.sample_per_device, start, num_batch, rank, world_size)
     return HandLoader(_data_loader(dataset, sampler, cfg, pin_memory, persistent=False), health)
 
 

@@ -157,8 +157,8 @@ class Run:
         where = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         how = {"pin_memory": self.accelerator.device.type == "cuda"}
         with self.accelerator.main_process_first(), task_bar(self.progress, "indexing shards") as advance:
-            done = self.state.step * self.cfg.TRAIN.grad_accum_step
-            train = build_train_loader(self.cfg, hand_model, batches_done=done, progress=advance, **where, **how)
+            start = self.state.data_position
+            train = build_train_loader(self.cfg, hand_model, start=start, progress=advance, **where, **how)
             return train, build_val_loader(self.cfg, hand_model, progress=advance, **where, **how)
 
     def _claim_folder(self, config_name: str, newest: Path | None) -> Path:
