@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,6 +26,8 @@ from src.config import Config, ConfigError
 from src.config_parse import check_overrides, parse_config
 from src.engine.launch import start_missing_processes
 from src.engine.preflight import check_files
+
+T = TypeVar("T")
 
 
 @hydra.main(version_base="1.3", config_path="../config", config_name="stage1-dino_large")
@@ -46,12 +49,10 @@ def train(cfg: Config, config_name: str) -> None:
     from src.engine.run import Run
 
     set_up_logging()
+    run = None
     with progress_bar() as progress:
         try:
-            run = Run(cfg, config_name, progress)
-        except ValueError as error:
-            refuse(error)
-        try:
+            run = build(Run, cfg, config_name, progress)
             if run.state.step == 0:
                 run.validate()
             for micro_batches in run.micro_batches():
@@ -63,14 +64,23 @@ def train(cfg: Config, config_name: str) -> None:
                 if run.is_due(cfg.GENERAL.checkpoint_step, at_end=True):
                     run.save(is_best=run.validate())
             run.report()
-        except (BadDataError, CheckpointError) as error:
-            logger.error(f"stopped at step {run.state.step}: {error}")
+        except (BadDataError, CheckpointError, FloatingPointError) as error:
+            logger.error(f"stopped at step {run.state.step}: {error}\n{run.how_to_go_on()}")
             sys.exit(1)
         except KeyboardInterrupt:
-            logger.warning(f"interrupted at step {run.state.step}; go on with GENERAL.resume_path={run.folder}")
+            logger.warning(f"interrupted at step {run.state.step}; {run.how_to_go_on()}" if run else "interrupted")
             sys.exit(130)
         finally:
-            run.close()
+            if run is not None:
+                run.close()
+
+
+def build(kind: Callable[..., T], *parts: object) -> T:
+    """The run, or a word to the user about what it cannot be built from."""
+    try:
+        return kind(*parts)
+    except ValueError as error:
+        refuse(error)
 
 
 def refuse(error: ValueError) -> NoReturn:

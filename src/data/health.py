@@ -53,7 +53,7 @@ class DataHealth:
         if shards_bad or num_read > self.max_bad_fraction * max(self.num_read, _MIN_READ):
             raise BadDataError(
                 f"DATA.max_bad_fraction={self.max_bad_fraction}: {self.summary()}\n{self.table()}\n"
-                "Repair or leave out these shards, or allow more, e.g. DATA.max_bad_fraction=0.1"
+                "Look closer with script/check_shards.py; repair or leave out the shards, or raise DATA.max_bad_fraction"
             )
 
     def summary(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +29,11 @@ def build_accelerator(cfg: Config) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[ddp])
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = world_size > 1 and not torch.cuda.is_available()  # torchrun alone does not make Accelerate use gloo
+    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[ddp])
+    assert accelerator.num_processes == world_size, "processes that do not know of each other would train twice"
+    return accelerator
 
 
 def load_hand(hand_model: str) -> HandArrays:
@@ -47,9 +52,14 @@ def make_run_folder(cfg: Config, config_name: str, accelerator: Accelerator) -> 
     answer: list[str | None] = [None]
     if accelerator.is_main_process:
         folder = create_run_folder(Path(cfg.GENERAL.output_root), config_name)
-        write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
+        write_config(cfg, folder / "config.yaml")
         answer = [str(folder)]
     return Path(broadcast_object_list(answer)[0])
+
+
+def write_config(cfg: Config, path: Path) -> None:
+    """The resolved configuration, as it is in force."""
+    write_text_atomic(path, OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
 
 
 def make_demo_data(cfg: Config, progress: Progress) -> None:

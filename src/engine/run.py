@@ -5,6 +5,7 @@ Every process holds a Run; the main one writes. Shapes are those of src/batch.py
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -29,6 +30,7 @@ from src.engine.run_folder import lock_run_folder
 from src.engine.step import StepResult, Trainer, build_optimizer, log_line
 from src.engine.tracker import Tracker
 from src.engine.weights import load_weights
+from src.loss import LOSS_TERMS
 from src.model.net import PoseNet
 from src.utils.vis import overlay_sheet
 
@@ -50,10 +52,17 @@ class Run:
         optimizer = build_optimizer(self.net, cfg)
         self.state = TrainState(config_name=config_name)
         if checkpoint is not None:
+            logger.info(f"going on from {checkpoint}")
             scaler = self.accelerator.scaler
             self.state = load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler)
+            self.state.extra["saved_step"] = self.state.step
         elif cfg.MODEL.init_from is not None:
             logger.info(str(load_weights(self.net, find_checkpoint(cfg.MODEL.init_from))))
+        if self.state.step >= cfg.GENERAL.total_step:
+            raise ValueError(
+                f"GENERAL.total_step={cfg.GENERAL.total_step}: {checkpoint} is at step {self.state.step} already, "
+                f"nothing is left to do; ask for more steps"
+            )
         self.trainer = Trainer(cfg, self.accelerator, *self.accelerator.prepare(self.net, optimizer))
 
         self.train_loader, self.val_loader = self._build_loaders(hand.name)
@@ -95,6 +104,9 @@ class Run:
             logger.info(log_line(self.state.step, self.cfg.GENERAL.total_step, metrics))
             bad = {f"bad_{reason}": count for reason, count in self.train_loader.health.counts().items()}
             self.tracker.log(self.state.step, "train", metrics | bad)
+            if not math.isfinite(metrics["loss_total"]):
+                wrong = [name for name in LOSS_TERMS if not math.isfinite(metrics[name])]
+                raise FloatingPointError(f"the loss is not finite ({', '.join(wrong)}); try a lower TRAIN.lr")
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> None:
@@ -115,8 +127,11 @@ class Run:
             self.tracker.image(self.state.step, "val", "overlay", result.sheet)
         value = key_metric(result.metrics)
         if self.is_main:
-            shown = " ".join(f"{k}={v:.2f}" for k, v in result.metrics.items() if not k.startswith("loss"))
+            in_mm = {k: v for k, v in result.metrics.items() if not k.startswith("loss")}
+            shown = " ".join(f"{k}={v:.2f}" for k, v in (in_mm or result.metrics).items())
             logger.info(f"validation at step {self.state.step}: {shown}")
+        if self.state.step == 0:
+            return False  # nothing is saved of it
         is_best = self.state.best_metric is None or value < self.state.best_metric
         if is_best:
             self.state.best_metric, self.state.best_step = value, self.state.step
@@ -136,7 +151,15 @@ class Run:
                 keep=self.cfg.GENERAL.keep_checkpoint,
                 is_best=is_best,
             )
+        self.state.extra["saved_step"] = self.state.step
         self.accelerator.wait_for_everyone()
+
+    def how_to_go_on(self) -> str:
+        """What to tell a user whose run ended early."""
+        saved = self.state.extra.get("saved_step")
+        if saved is None:
+            return "no checkpoint has been written yet"
+        return f"go on from the checkpoint at step {saved} with GENERAL.resume_path={self.folder}"
 
     def report(self) -> None:
         """The closing table."""
@@ -168,6 +191,8 @@ class Run:
         """
         if newest is not None:
             folder = newest.parent.parent
+            if self.is_main:
+                parts.write_config(self.cfg, folder / f"config.resumed-{self.state.step}.yaml")
         else:
             folder = parts.make_run_folder(self.cfg, config_name, self.accelerator)
         if self.is_main:

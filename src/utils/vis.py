@@ -14,7 +14,7 @@ SUBPIXEL_BITS = 4
 
 
 def _fixed_point(point: np.ndarray) -> tuple[int, int]:
-    x, y = np.clip(np.round(point * (1 << SUBPIXEL_BITS)), -(2**30), 2**30)
+    x, y = np.clip(np.round(np.nan_to_num(point) * (1 << SUBPIXEL_BITS)), -(2**30), 2**30)
     return int(x), int(y)
 
 
