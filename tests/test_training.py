@@ -160,6 +160,21 @@ def test_asked_processes(launcher: list[str], number: int) -> None:
     assert asked_processes(launcher) == number
 
 
+def test_torchrun_is_one_run_too(place: Path, finished: Path) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    both = stage1(place, "torchrun", "TRAIN.sample_per_device=4", "GENERAL.total_step=5", launcher=launcher)
+    assert len(list((place / "torchrun").glob("*/*_stage1-demo*"))) == 1
+    assert "2 x cpu" in (both / "log.txt").read_text()
+    assert rows(both, "train")[0]["loss_total"] == pytest.approx(rows(finished, "train")[0]["loss_total"], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(place: Path) -> None:
+    with pytest.raises(AssertionError) as error:
+        stage1(place, "nan", "TRAIN.lr=1e12", "TRAIN.backbone_lr=1e12")
+    assert "the loss is not finite (loss_" in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
 def test_accumulation_is_the_same_step(place: Path, finished: Path) -> None:
     parts = stage1(place, "parts", "TRAIN.sample_per_device=4", "TRAIN.grad_accum_step=2", "GENERAL.num_worker=0")
     for one, two in zip(rows(finished, "train")[:20], rows(parts, "train")[:20], strict=True):

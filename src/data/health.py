@@ -53,7 +53,7 @@ class DataHealth:
         if shards_bad or num_read > self.max_bad_fraction * max(self.num_read, _MIN_READ):
             raise BadDataError(
                 f"DATA.max_bad_fraction={self.max_bad_fraction}: {self.summary()}\n{self.table()}\n"
-                "Look closer with script/check_shards.py; repair or leave out the shards, or raise DATA.max_bad_fraction"
+                "Look closer with script/check_shards.py; repair or leave them out, or raise DATA.max_bad_fraction"
             )
 
     def summary(self) -> str:

@@ -47,7 +47,7 @@ def _resolve_pattern(root: Path, pattern: str, key: str) -> set[Path]:
             what = f"{piece!r} of it" if len(pieces) > 1 else "it"
             raise ValueError(
                 f"{key}={pattern!r}: {what} matches no *.tar file below DATA.root={str(root)!r}; correct the pattern, "
-                "or set DATA.root (check_shards.py: --root; default of both: HAND_DATA_ROOT) to the folder of the shards"
+                "or set DATA.root (check_shards.py: --root; default of both HAND_DATA_ROOT) to the shards' folder"
             )
         shards |= found
     return shards
