@@ -191,12 +191,12 @@ class Run:
         """
         if newest is not None:
             folder = newest.parent.parent
-            if self.is_main:
-                parts.write_config(self.cfg, folder / f"config.resumed-{self.state.step}.yaml")
         else:
             folder = parts.make_run_folder(self.cfg, config_name, self.accelerator)
         if self.is_main:
             self._lock = lock_run_folder(folder)
+            if newest is not None:
+                parts.write_config(self.cfg, folder / f"config.resumed-{self.state.step}.yaml")
             add_log_file(folder / "log.txt")
             logger.info(f"run folder: {folder}")
         return folder
