@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from src.config import HandDecoderConfig
+from src.model.dropout import Dropout
 from src.model.grid import CAMERA_FEATURES
 
 
 class Attention(nn.Module):
     """Multi-head attention through `scaled_dot_product_attention`.
 
-    Both dropouts are `nn.Dropout` modules, the one on the attention weights too, so that whoever walks the network's
-    modules to set a rate meets every place that drops.
+    Both dropouts are modules, the one on the attention weights too, so that whoever walks the network's modules to set
+    a rate meets every place that drops.
     """
 
     def __init__(self, dim: int, num_head: int, dim_head: int, dropout: float) -> None:
@@ -26,17 +27,24 @@ class Attention(nn.Module):
         self.num_head = num_head
         self.to_query = nn.Linear(dim, inner, bias=False)
         self.to_key_value = nn.Linear(dim, 2 * inner, bias=False)
-        self.weight_dropout = nn.Dropout(dropout)
+        self.weight_dropout = Dropout(dropout)
         self.to_out = nn.Linear(inner, dim)
-        self.out_dropout = nn.Dropout(dropout)
+        self.out_dropout = Dropout(dropout)
 
     def forward(self, query: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """query [B, Q, D] attends to context [B, N, D] -> [B, Q, D]."""
         q = self._split_heads(self.to_query(query))
         k, v = (self._split_heads(t) for t in self.to_key_value(context).chunk(2, dim=-1))
-        rate = self.weight_dropout.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)  # [B, H, Q, E]
-        return self.out_dropout(self.to_out(out.transpose(1, 2).flatten(2)))
+        out = (
+            self._attend_dropping(q, k, v) if self.weight_dropout.is_active else F.scaled_dot_product_attention(q, k, v)
+        )
+        return self.out_dropout(self.to_out(out.transpose(1, 2).flatten(2)))  # out: [B, H, Q, E]
+
+    def _attend_dropping(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention with dropped weights. The fused kernels take the rate as a number, which a compiled graph would
+        keep; the weights are few, as the queries are."""
+        weight = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        return self.weight_dropout(weight.to(v.dtype)) @ v
 
     def _split_heads(self, token: torch.Tensor) -> torch.Tensor:
         return token.unflatten(-1, (self.num_head, -1)).transpose(1, 2)
@@ -54,9 +62,9 @@ class DecoderLayer(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(cfg.dim, cfg.dim_mlp),
             nn.GELU(),
-            nn.Dropout(cfg.dropout),
+            Dropout(cfg.dropout),
             nn.Linear(cfg.dim_mlp, cfg.dim),
-            nn.Dropout(cfg.dropout),
+            Dropout(cfg.dropout),
         )
 
     def forward(self, query: torch.Tensor, context: torch.Tensor) -> torch.Tensor:

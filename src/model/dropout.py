@@ -1,0 +1,40 @@
+"""Dropout whose rate may change every step under `torch.compile`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that keeps its rate in a tensor.
+
+    `torch.compile` builds the number `nn.Dropout.p` into the graph: each new value compiles anew, and after eight it
+    gives up without a word. Here the graph knows only whether anything is dropped at all, hence two graphs at most.
+    """
+
+    @property
+    def p(self) -> float:
+        """The rate, 0 <= p < 1. Setting it sets the tensor, on whatever device that is."""
+        return self._p
+
+    @p.setter
+    def p(self, rate: float) -> None:
+        self._p, self.drops = rate, rate > 0.0
+        if "rate" in self._buffers:
+            self.rate.fill_(rate)
+        else:
+            self.register_buffer("rate", torch.tensor(float(rate)), persistent=False)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the forward pass drops anything."""
+        return self.training and self.drops
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero a random share of x, of any shape, and scale the rest by 1 / (1 - rate)."""
+        if not self.is_active:
+            return x
+        # drawn in float32: bfloat16 knows 256 values between 0 and 1 and would round the rate
+        kept = torch.rand(x.shape, device=x.device) >= self.rate
+        return torch.where(kept, x / (1.0 - self.rate), 0.0)

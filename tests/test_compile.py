@@ -1,0 +1,76 @@
+"""The network under torch.compile: one graph, two compilations over any schedule, the rate really dropped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from src.hand.standin import build_standin_hand
+from src.model.dropout import Dropout
+from src.model.net import PoseNet
+from src.utils.train_utils import get_progressive_dropout
+from tests.helpers import random_batch, small_config
+
+
+@pytest.fixture
+def net() -> PoseNet:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    return PoseNet(small_config().MODEL, build_standin_hand()).train()
+
+
+@pytest.mark.parametrize("schedule", ["gate", "linear", "cosine"])
+def test_two_compilations_over_a_run(net: PoseNet, schedule: str) -> None:
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    batch = random_batch(2, 56)
+    rates = [get_progressive_dropout(step, 40, 10, 0.2, schedule) for step in range(0, 40, 2)]
+    assert len(set(rates)) == 2 or schedule != "gate"
+    assert len(set(rates)) > 8 or schedule == "gate"
+    for rate in rates:
+        net.set_dropout_rate(rate)
+        compiled(batch).joint_cam.sum().backward()
+    assert counter.frame_count == 2
+
+
+def test_compiled_agrees_with_eager(net: PoseNet) -> None:
+    """Without dropout to rounding; with dropout the same masks from the same seed (aot_eager keeps torch's kernels)."""
+    compiled, batch = torch.compile(net, backend="aot_eager", fullgraph=True), random_batch(2, 56)
+    for rate in (0.0, 0.3):
+        net.set_dropout_rate(rate)
+        outputs, gradients = [], []
+        for forward in (net, compiled):
+            torch.manual_seed(3)
+            net.zero_grad()
+            output = forward(batch)
+            (output.joint_cam.mean() + output.joint_seen.mean()).backward()
+            outputs.append(output.joint_cam.detach())
+            gradients.append(net.decoder.query.grad.clone())
+        torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
+def test_the_rate_that_is_dropped(rate: float) -> None:
+    """Share of zeros and the mean that is kept, eager and compiled, while the rate changes every call."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    dropout = Dropout(0.3)
+    ones = torch.ones(400, 1000)
+    for forward in (dropout, torch.compile(dropout, backend="aot_eager", fullgraph=True)):
+        for value in (0.2, rate):
+            dropout.p = value
+            out = forward(ones)
+            assert (out == 0).float().mean().item() == pytest.approx(value, abs=0.005)
+            assert out.mean().item() == pytest.approx(1.0, abs=0.01)
+            assert forward(ones.bfloat16()).dtype == torch.bfloat16
+        dropout.eval()
+        torch.testing.assert_close(forward(ones), ones)
+        dropout.train()
+
+
+def test_rate_zero_is_the_identity() -> None:
+    dropout = Dropout(0.0)
+    x = torch.randn(3, 4)
+    assert dropout(x) is x
