@@ -2,6 +2,7 @@
 
 python script/bench.py data
 python script/bench.py data --quick --json data.json
+python script/bench.py step backbone=dinov2_base TRAIN.sample_per_device=2
 """
 
 from __future__ import annotations
@@ -14,31 +15,46 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
+from src.config import Config
+from src.config_parse import check_overrides, parse_config
 from src.engine.bench.figure import figure_json, figure_table, machine
 
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 # sub-command -> (what it measures, module with add_arguments(parser) and run(args, say) -> list[Figure])
 SUBJECTS = {
     "data": ("reading, decoding and augmenting shards", "src.engine.bench.data"),
+    "step": ("the training loop against the bare network and the machine", "src.engine.bench.step"),
 }
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line: the sub-command's own options, and `--json`."""
+    """The command line: the sub-command's own options, and `--json`. Only the module that is asked for is imported."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     subjects = parser.add_subparsers(dest="subject", required=True)
     for name, (what, module) in SUBJECTS.items():
         subject = subjects.add_parser(name, help=what)
         subject.add_argument("--json", type=Path, help="also write the figures to this file")
-        importlib.import_module(module).add_arguments(subject)
+        if name in argv[:1]:
+            importlib.import_module(module).add_arguments(subject)
     return parser.parse_args(argv)
+
+
+def compose_config(name: str, overrides: list[str]) -> Config:
+    """The shipped configuration `name` with overrides, typed and checked: for subjects that train."""
+    check_overrides(overrides)
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return parse_config(compose(name, overrides=overrides))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    args.compose = compose_config
     console, start = Console(highlight=False), time.monotonic()
     with console.status("starting") as status:
         module = importlib.import_module(SUBJECTS[args.subject][1])
