@@ -23,13 +23,13 @@ from torch import nn
 from src.engine.checkpoint import (
     CheckpointError,
     TrainState,
-    find_checkpoint,
     find_newest,
     load_checkpoint,
     save_checkpoint,
 )
 from src.engine.run_folder import create_run_folder, lock_run_folder
 from src.engine.weights import load_weights
+from src.utils.checkpoint_read import find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

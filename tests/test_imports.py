@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "geometry": {"batch", "config"},
     "hand": {"geometry", "batch", "config"},
     "data": {"utils", "hand", "geometry", "batch", "config"},
-    "model": {"hand", "geometry", "batch", "config"},
+    "model": {"utils", "hand", "geometry", "batch", "config"},
     "loss": {"hand", "geometry", "batch", "config"},
     "metric": {"hand", "geometry", "batch", "config"},
     "utils": {"hand", "geometry", "batch", "config"},

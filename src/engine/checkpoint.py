@@ -1,6 +1,7 @@
 """Checkpoints: everything a resume needs, written beside and renamed, so that a crash never costs an older one.
 
     <run folder>/checkpoints/checkpoint-<step>/   model.safetensors  optimizer.pt  state.json  manifest.json
+                                                  config.yaml  backbone.json
     <run folder>/checkpoints/best/                the same files (hard links) of the best checkpoint so far
 
 A checkpoint's step is read from `state.json`, never from a folder's name. Nothing here runs code from a file: weights
@@ -14,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,19 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from src.engine.checkpoint_files import (
-    MANIFEST,
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    fsync,
-    swap_in,
-    torch_load,
-    torch_save,
-    verify,
-    write_manifest,
-)
+from src.engine.checkpoint_files import fsync, swap_in, torch_load, torch_save, write_manifest
 from src.engine.run_folder import find_run
+from src.utils.checkpoint_read import MODEL, OPTIMIZER, STATE, by_step, find_checkpoint, verify
 
 logger = logging.getLogger("stage1.checkpoint")  # below the logger of src/engine/console.py
 
@@ -71,12 +62,14 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     scaler: Any = None,
+    texts: Mapping[str, str] | None = None,
     keep: int = 3,
     is_best: bool = False,
 ) -> Path:
     """Write `checkpoints/checkpoint-<step>` of `run_folder`, make it `best` if asked, keep the newest `keep`.
 
-    Give the bare model (no DDP or compile wrapper). An older checkpoint is removed only after this one is complete; one
+    Give the bare model (no DDP or compile wrapper). `texts` (file name -> content) are sealed with the rest: what tells
+    how to build the network. An older checkpoint is removed only after this one is complete; one
     of a later step is never touched.
     Raises CheckpointError where the disk refuses; then nothing of the new checkpoint remains and all older ones do.
     """
@@ -92,6 +85,8 @@ def save_checkpoint(
         scaler_state = None if scaler is None else scaler.state_dict()
         torch_save({"optimizer": optimizer.state_dict(), "scaler": scaler_state}, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         write_manifest(temporary)
         swap_in(temporary, final)
         if is_best:
@@ -140,36 +135,11 @@ def read_state(path: Path) -> TrainState:
     return state
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The newest complete checkpoint at `path`: a run folder, its `checkpoints`, one `checkpoint-<step>`, or `best`.
-
-    Newest is the highest step in `state.json`. A folder that is incomplete or damaged is named in a warning and
-    skipped for the one before it. Raises ValueError where none is left; a single checkpoint that was asked for by
-    its own path is not replaced by another.
-    """
-    path = Path(path)
-    if path.name == "best" and not path.exists():
-        path = path.with_name("best.old")  # a crash between the two renames of `swap_in`
-    if (path / MANIFEST).exists() or (path / STATE).exists():
-        verify(path)
-        return path
-    parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if not parent.is_dir():
-        raise ValueError(f"no checkpoint at {path}: give a run folder, its checkpoints folder, or one checkpoint in it")
-    for _, folder in _by_step(parent):
-        try:
-            verify(folder)
-            return folder
-        except ValueError as error:
-            logger.warning("skipping checkpoint %s: %s", folder, error)
-    raise ValueError(f"no complete checkpoint in {parent}")
-
-
 def is_newest(checkpoint: Path) -> bool:
     """Whether `checkpoint` lies in a run folder and no complete checkpoint there is of a later step."""
     if checkpoint.parent.name != "checkpoints":
         return False
-    return read_state(checkpoint).step >= max(step for step, _ in _by_step(checkpoint.parent))
+    return read_state(checkpoint).step >= max(step for step, _ in by_step(checkpoint.parent))
 
 
 def find_newest(root: Path, config_name: str) -> Path | None:
@@ -227,21 +197,10 @@ def _remove_leftovers(parent: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _by_step(parent: Path) -> list[tuple[int, Path]]:
-    """Checkpoint folders in `parent` with the step of their `state.json`, newest first; unreadable ones are named."""
-    found = []
-    for folder in sorted(p for p in parent.iterdir() if p.is_dir()):
-        try:
-            found.append((read_state(folder).step, folder))
-        except ValueError as error:
-            logger.warning("skipping checkpoint %s: %s", folder, error)
-    return sorted(found, key=lambda item: (item[0], item[1].name.startswith("checkpoint-")), reverse=True)
-
-
 def _prune(parent: Path, newest: Path, step: int, keep: int) -> None:
     """Remove all but `newest` and the `keep - 1` before it; never `best`, never what cannot be read."""
     kept = 1
-    for other_step, folder in _by_step(parent):
+    for other_step, folder in by_step(parent):
         if folder == newest or not folder.name.startswith("checkpoint-"):
             continue
         if other_step > step or kept < keep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +18,9 @@ from src.config import Config
 from src.data.demo import make_demo_shards
 from src.engine.console import logger, task_bar
 from src.engine.run_folder import create_run_folder, write_text_atomic
-from src.hand.mano import load_hand_arrays
 from src.hand.skeleton import HandArrays
-from src.hand.standin import build_standin_hand
 from src.model.net import PoseNet
+from src.utils.checkpoint_read import BACKBONE, CONFIG
 
 
 def build_accelerator(cfg: Config) -> Accelerator:
@@ -34,11 +34,6 @@ def build_accelerator(cfg: Config) -> Accelerator:
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[ddp])
     assert accelerator.num_processes == world_size, "processes that do not know of each other would train twice"
     return accelerator
-
-
-def load_hand(hand_model: str) -> HandArrays:
-    """The hand that `MODEL.hand_model` names: a file with MANO's arrays, or `standin`."""
-    return build_standin_hand() if hand_model == "standin" else load_hand_arrays(Path(hand_model))
 
 
 def describe_hand(hand: HandArrays) -> str:
@@ -59,7 +54,16 @@ def make_run_folder(cfg: Config, config_name: str, accelerator: Accelerator) -> 
 
 def write_config(cfg: Config, path: Path) -> None:
     """The resolved configuration, as it is in force."""
-    write_text_atomic(path, OmegaConf.to_yaml(OmegaConf.create(asdict(cfg))))
+    write_text_atomic(path, _config_yaml(cfg))
+
+
+def _config_yaml(cfg: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
+
+
+def network_texts(cfg: Config, net: PoseNet) -> dict[str, str]:
+    """File name -> content of what a checkpoint tells about how to build its network."""
+    return {CONFIG: _config_yaml(cfg), BACKBONE: json.dumps(net.backbone.shape(), indent=1)}
 
 
 def make_demo_data(cfg: Config, progress: Progress) -> None:

@@ -22,7 +22,7 @@ from src.data.health import merge_states
 from src.data.loader import HandLoader, build_train_loader, build_val_loader
 from src.data.mean_hand import mean_hand
 from src.engine import parts
-from src.engine.checkpoint import TrainState, find_checkpoint, is_newest, load_checkpoint, save_checkpoint
+from src.engine.checkpoint import TrainState, is_newest, load_checkpoint, save_checkpoint
 from src.engine.console import add_log_file, console, logger, task_bar, track
 from src.engine.evaluate import evaluate, key_metric
 from src.engine.report import closing_table, where_to_look
@@ -30,8 +30,10 @@ from src.engine.run_folder import lock_run_folder
 from src.engine.step import StepResult, Trainer, build_optimizer, log_line
 from src.engine.tracker import Tracker
 from src.engine.weights import load_weights
+from src.hand.load import load_hand
 from src.loss import LOSS_TERMS
 from src.model.net import PoseNet
+from src.utils.checkpoint_read import find_checkpoint
 from src.utils.vis import overlay_sheet
 
 
@@ -47,7 +49,7 @@ class Run:
             parts.make_demo_data(cfg, progress)
 
         torch.manual_seed(cfg.GENERAL.seed)
-        hand = parts.load_hand(cfg.MODEL.hand_model)
+        hand = load_hand(cfg.MODEL.hand_model)
         self.net = PoseNet(cfg.MODEL, hand).to(self.accelerator.device)
         optimizer = build_optimizer(self.net, cfg)
         self.state = TrainState(config_name=config_name)
@@ -148,6 +150,7 @@ class Run:
                 optimizer=self.trainer.optimizer,
                 scaler=self.accelerator.scaler,
                 state=self.state,
+                texts=parts.network_texts(self.cfg, self.net),
                 keep=self.cfg.GENERAL.keep_checkpoint,
                 is_best=is_best,
             )

@@ -5,7 +5,9 @@ Shapes: B batch, S patch side in px, N = (S / patch_size)^2 image tokens, D hidd
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +17,12 @@ from transformers.utils import logging
 from src.config import BackboneConfig
 from src.model.grid import sincos_position
 
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
+_SHAPE_KEYS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
+    *("patch_size", "num_channels", "qkv_bias", "layerscale_value", "use_swiglu_ffn", "use_mask_token"),
+)
+
 
 class Backbone(nn.Module):
     """DINOv2 that turns a normalised patch into image tokens.
@@ -23,9 +31,11 @@ class Backbone(nn.Module):
     would make "rate 0" a lie. The position embedding is resampled once to the run's patch size, not at every forward.
     """
 
-    def __init__(self, cfg: BackboneConfig, img_size: int) -> None:
+    def __init__(self, cfg: BackboneConfig, img_size: int, shape: Mapping[str, Any] | None = None) -> None:
+        """`shape`: what `shape()` of the saved network gave; the weights are then left to be filled in and neither
+        read nor drawn."""
         super().__init__()
-        self.model = _build_dinov2(cfg, img_size)
+        self.model = _build_dinov2(cfg, img_size) if shape is None else _build_empty(shape, img_size)
         self.patch_size: int = self.model.config.patch_size
         self.hidden_size: int = self.model.config.hidden_size
         if img_size % self.patch_size:
@@ -35,20 +45,23 @@ class Backbone(nn.Module):
         _remove_dropout(self.model)
         self.model.embeddings.mask_token.requires_grad_(False)  # unused here; DDP would wait for its gradient
 
+    def shape(self) -> dict[str, Any]:
+        """All that it takes to build this backbone again without its folder, in DINOv2's own names."""
+        return {name: getattr(self.model.config, name) for name in _SHAPE_KEYS}
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Normalised image [B, 3, S, S] -> image tokens [B, N, D], row by row, after the final layer norm."""
         return self.model(pixel_values=image).last_hidden_state[:, 1:]
 
 
 def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
     if not cfg.random_init:
         folder = Path(cfg.backbone_str)
         if not (folder / "config.json").is_file():
             raise ValueError(f"MODEL.backbone.backbone_str={cfg.backbone_str}: there is no config.json in this folder")
         logging.disable_progress_bar()  # a bar over a second's work, on every process
         return Dinov2Model.from_pretrained(
-            folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **no_dropout
+            folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **_NO_DROPOUT
         )
     shape = Dinov2Config(
         hidden_size=cfg.hidden_size,
@@ -57,12 +70,22 @@ def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
         patch_size=cfg.patch_size,
         use_swiglu_ffn=cfg.swiglu,
         image_size=img_size,
-        **no_dropout,
+        **_NO_DROPOUT,
     )
     shape._attn_implementation = "sdpa"
     model = Dinov2Model(shape)
     _init_for_width(model, img_size // cfg.patch_size)
     return model
+
+
+def _build_empty(shape: Mapping[str, Any], img_size: int) -> Dinov2Model:
+    """A DINOv2 whose weights hold whatever was in memory."""
+    known = {name: shape[name] for name in _SHAPE_KEYS if name in shape}
+    config = Dinov2Config(**known, image_size=img_size, **_NO_DROPOUT)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = Dinov2Model(config)
+    return model.to_empty(device="cpu")
 
 
 @torch.no_grad()

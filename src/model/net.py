@@ -5,6 +5,10 @@ Shapes: B batch, S patch side in px, N image tokens, Q = 18 queries (16 joints, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,6 +22,7 @@ from src.model.backbone import Backbone
 from src.model.decoder import HandDecoder
 from src.model.grid import camera_features, log_zoom, token_centres
 from src.model.heads import KeypointHead, PoseHead, RootHead, ShapeHead
+from src.model.restore import SavedNetwork, choose_hand, load_weights_into, read_checkpoint
 
 EVIDENCE_GAIN = 4.0  # brings the spread of a hand's joints in the patch to about one
 
@@ -28,10 +33,10 @@ class PoseNet(nn.Module):
     Of a Batch it reads `patch`, `patch_focal` and `patch_princpt` alone: nothing of the target can reach a prediction.
     """
 
-    def __init__(self, cfg: ModelConfig, hand: HandArrays) -> None:
+    def __init__(self, cfg: ModelConfig, hand: HandArrays, backbone_shape: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.img_size = cfg.img_size
-        self.backbone = Backbone(cfg.backbone, cfg.img_size)
+        self.backbone = Backbone(cfg.backbone, cfg.img_size, backbone_shape)
         grid_size, patch_size, width = self.backbone.grid_size, self.backbone.patch_size, self.backbone.hidden_size
         self.keypoint_head = KeypointHead(width, grid_size, patch_size)
         self.decoder = HandDecoder(cfg.handec, width, num_query=NUM_MANO_JOINT + 2, dim_evidence=2 * NUM_JOINT + 3)
@@ -42,8 +47,31 @@ class PoseNet(nn.Module):
         self.register_buffer("centre", token_centres(grid_size, patch_size), persistent=False)
         self.register_buffer("img_mean", torch.tensor(cfg.img_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("img_std", torch.tensor(cfg.img_std).view(1, 3, 1, 1), persistent=False)
+        self.saved: SavedNetwork | None = None  # the checkpoint it came from
         self.dropout_rate = -1.0  # none pushed yet
         self.set_dropout_rate(cfg.handec.dropout)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        hand_model: str | Path | HandArrays | None = None,
+        device: torch.device | str = "cpu",
+    ) -> PoseNet:
+        """A trained network, in eval mode. Needs no weights of the backbone: the checkpoint holds them all.
+
+        Args:
+            path: a run folder (its newest whole checkpoint), one checkpoint in it, or `<run folder>/checkpoints/best`.
+            hand_model: a file with MANO's arrays, `standin`, or the arrays; absent: what the configuration names.
+
+        Raises:
+            ValueError: naming the file that is missing or damaged, or the hand model that is not there.
+        """
+        saved = read_checkpoint(path)
+        net = cls(saved.model, choose_hand(saved, hand_model), saved.backbone_shape)
+        load_weights_into(net, saved)
+        net.saved = saved
+        return net.to(device).eval()
 
     def set_dropout_rate(self, rate: float) -> None:
         """Give every `nn.Dropout` of the network this rate, before each training step; an unchanged rate is free.
