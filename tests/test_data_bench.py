@@ -14,6 +14,7 @@ import pytest
 
 from src.engine.bench import data
 from src.engine.bench.figure import Figure, figure_json, figure_table, seconds_per_call
+from src.engine.bench.shards import picture
 from tests.helpers import ROOT
 
 
@@ -55,8 +56,8 @@ def test_every_figure_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_pictures_are_as_heavy_as_photographs() -> None:
-    image = data.picture(3)
-    assert (image == data.picture(3)).all()
+    image = picture(3)
+    assert (image == picture(3)).all()
     jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
     assert 60_000 < len(jpeg) < 120_000
 
