@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -167,7 +168,9 @@ def _run(shards: list[_Shard], num_process: int | None) -> Iterator[int]:
         yield from map(_write_shard, shards)
         return
     # spawn: a fork of a process whose torch threads already run can hang
-    with ProcessPoolExecutor(num_process, mp_context=multiprocessing.get_context("spawn")) as pool:
+    how = {"mp_context": multiprocessing.get_context("spawn")}
+    deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for the trainer
+    with ProcessPoolExecutor(num_process, **how, **deaf) as pool:
         futures = [pool.submit(_write_shard, shard) for shard in shards]
         try:
             for future in as_completed(futures):

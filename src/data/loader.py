@@ -6,6 +6,7 @@ stretch of the order for 1 x 8, 2 x 4 and 4 x 2 samples, and a run resumes by on
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -116,6 +117,8 @@ class HandLoader:
 
 
 def _init_worker(_: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group, meant for the trainer, who ends its workers
     cv2.setNumThreads(0)  # a pool of threads in every worker would fight for the cores, and may hang after a fork
 
 

@@ -51,6 +51,9 @@ class TrainState:
     best_metric: float | None = None  # lowest validation value so far, in the metric's unit
     best_step: int | None = None
     config_name: str = ""  # the run's --config-name; `auto` looks for it
+    validation_due: bool = False  # a stop came between this step and the validation that belongs to it
+    skipped_step: int = 0  # steps left out so far because the loss or gradient was not finite
+    skipped_in_row: int = 0  # of them, those in a row up to this step
     tracker: dict[str, int] = field(default_factory=dict)  # Tracker.state(): journal offsets in bytes
     extra: dict[str, Any] = field(default_factory=dict)  # whatever else can be written as JSON
 
@@ -96,13 +99,19 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, scaler: Any = None
+    path: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: Any = None,
+    verified: bool = False,
 ) -> TrainState:
-    """Verify the checkpoint folder `path` and fill model, optimizer and scaler from it.
+    """Verify the checkpoint folder `path` (unless `find_checkpoint` just has) and fill model, optimizer and scaler.
 
     Raises ValueError naming the file that is damaged, or what of the model or optimizer does not fit.
     """
-    verify(path)
+    if not verified:
+        verify(path)
     state = read_state(path)
     try:
         load_model(model, str(path / MODEL))
