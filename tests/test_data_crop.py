@@ -21,8 +21,9 @@ from src.data.augment import (
     draw_augmentation,
     identity_augmentation,
 )
-from src.data.crop import crop_sample, mirror_pose, padding_patch, view_of_patch, warp_image
+from src.data.crop import crop_sample, padding_patch, view_of_sample
 from src.data.rng import uniforms
+from src.geometry.patch import mirror_pose, warp_image
 from src.geometry.rotation import axis_angle_to_matrix
 from src.hand.mano import ManoLayer
 from src.hand.standin import build_standin_hand
@@ -92,7 +93,7 @@ def test_everything_moves_together(hand: ManoLayer, seed: int, is_right: bool, a
     augmentation = (
         draw_augmentation(uniforms("test", seed, num=NUM_UNIFORM), KNOBS) if augment else identity_augmentation()
     )
-    view = view_of_patch(sample, augmentation, 64, 2.0)
+    view = view_of_sample(sample, augmentation, 64, 2.0)
     row = crop_sample(sample, augmentation, 64, 2.0)
     projected = row.joint_cam[:, :2] / row.joint_cam[:, 2:] * row.patch_focal + row.patch_princpt
     inside = np.abs(row.joint_patch).max(axis=-1) < 640  # float32 is not meant for joints far outside of the patch
@@ -127,7 +128,7 @@ def test_the_picture_moves_with_the_joints(hand: ManoLayer, is_right: bool, expa
         geometry = dataclasses.replace(
             draw_augmentation(uniforms("test", seed, num=NUM_UNIFORM), KNOBS), pixel=PixelAugmentation()
         )
-        view = view_of_patch(sample, geometry, 128, expansion)
+        view = view_of_sample(sample, geometry, 128, expansion)
         row = crop_sample(sample, geometry, 128, expansion)
         if not ((row.joint_patch[5] > 25) & (row.joint_patch[5] < 103)).all():
             continue
@@ -206,6 +207,6 @@ def test_pixel_augmentation_does_what_it_says() -> None:
 
 def test_a_turn_that_leaves_the_scene_is_not_carried_out(hand: ManoLayer) -> None:
     sample = make_sample(hand, 3, True)
-    view = view_of_patch(sample, Augmentation(roll=0.3, tilt=(1.4, 0.0)), 64, 2.0)
+    view = view_of_sample(sample, Augmentation(roll=0.3, tilt=(1.4, 0.0)), 64, 2.0)
     assert view.cam_rot[2, 2] == 1.0
     assert cv2.Rodrigues(view.cam_rot)[0][2, 0] == pytest.approx(0.3)

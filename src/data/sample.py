@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import cv2
 import numpy as np
 
 from src.batch import Sample
 from src.data.blob import SampleError
 from src.data.schema import Clip
+from src.geometry.camera import guess_intrinsics
 
 # An EXIF orientation is ignored: annotations refer to the stored pixels.
 _DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -28,12 +27,6 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
     if image is None:
         raise SampleError("undecodable_image", f"{len(data)} bytes do not decode")
     return image
-
-
-def guess_intrinsics(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """(focal [2], princpt [2]) where nothing is known: the image's diagonal (a view of 53 degrees), and its centre."""
-    focal = np.full(2, math.hypot(width, height), np.float32)
-    return focal, np.array([0.5 * (width - 1), 0.5 * (height - 1)], np.float32)
 
 
 def make_sample(clip: Clip, frame: int, image: np.ndarray, key: str, hand_model: str) -> Sample:

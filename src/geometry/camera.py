@@ -9,6 +9,7 @@ centre lies at integer coordinates. Camera frame: x right, y down, z forward.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -62,3 +63,9 @@ def transform_points(homography: Array, point: Array) -> Array:
     """
     image = (homography[..., None, :, :2] * point[..., None, :]).sum(-1) + homography[..., None, :, 2]
     return image[..., :2] / image[..., 2:].clip(MIN_HOMOGENEOUS, None)
+
+
+def guess_intrinsics(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """(focal [2], princpt [2]) where nothing is known: the image's diagonal (a view of 53 degrees), and its centre."""
+    focal = np.full(2, math.hypot(width, height), np.float32)
+    return focal, np.array([0.5 * (width - 1), 0.5 * (height - 1)], np.float32)
