@@ -28,6 +28,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 # sub-command -> (what it measures, module with add_arguments(parser) and run(args, say) -> list[Figure])
 SUBJECTS = {
     "data": ("reading, decoding and augmenting shards", "src.engine.bench.data"),
+    "scale": ("how cost grows with data, workers, processes and sizes", "src.engine.bench.scale"),
     "step": ("the training loop against the bare network and the machine", "src.engine.bench.step"),
 }
 
