@@ -35,11 +35,22 @@ def draw(every: Sequence[Drawable], path: Path) -> None:
         axis.set_title(f"{series.name}\nexponent {series.exponent:.2f}", fontsize=10)
         axis.set_xlabel(series.of)
         axis.set_ylabel(series.unit or "share")
-        axis.grid(True, which="both", alpha=0.25)
+        axis.set_xticks(series.size, [_short(size) for size in series.size])
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.grid(True, alpha=0.25)
         low, high = min(series.value), max(series.value)
-        if high < 10 * low:  # less than a decade would show no label, or look like a cliff
-            axis.set_ylim(low / 3, high * 3)
+        if high < 10 * low:  # less than a decade would look like a cliff, and show no label
+            axis.set_ylim(low / 5, high * 5)
     for axis in axes.flat[len(every) :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _short(size: float) -> str:
+    """20000000 -> 20M."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.3g}{unit}"
+    return f"{size:g}"
