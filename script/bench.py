@@ -28,7 +28,9 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 # sub-command -> (what it measures, module with add_arguments(parser) and run(args, say) -> list[Figure])
 SUBJECTS = {
     "data": ("reading, decoding and augmenting shards", "src.engine.bench.data"),
+    "gpu": ("DINOv2-large on a GPU: step, compiled step, data, profile", "src.engine.bench.gpu"),
     "scale": ("how cost grows with data, workers, processes and sizes", "src.engine.bench.scale"),
+    "mano": ("the hand layer, forward and backward", "src.engine.bench.mano"),
     "step": ("the training loop against the bare network and the machine", "src.engine.bench.step"),
 }
 

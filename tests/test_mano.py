@@ -62,16 +62,20 @@ def reference_hand(hand: HandArrays, pose: np.ndarray, shape: np.ndarray) -> tup
     return vert - joints[0], joints - joints[0]
 
 
+@pytest.mark.parametrize("flat_hand_mean", [True, False])
 @pytest.mark.parametrize(("num_vertex", "batch"), [(60, 12), (778, 2)])
-def test_layer_follows_the_papers_formulas(num_vertex, batch):
+def test_layer_follows_the_papers_formulas(num_vertex, batch, flat_hand_mean):
     hand = random_hand(num_vertex)
     rng = np.random.default_rng(1)
     pose, shape = rng.normal(0, 0.8, (batch, 48)), rng.normal(0, 1.5, (batch, 10))
+    pose[0], shape[0] = 0, 0  # the hand at rest; its neighbour is turned by nearly half a turn in every joint
+    pose[1] *= np.repeat(3.1 / np.linalg.norm(pose[1].reshape(16, 3), axis=1), 3)
     layer = ManoLayer(hand)
-    out = layer(layer.pose_to_rotmat(torch.tensor(pose), True), torch.tensor(shape))
+    out = layer(layer.pose_to_rotmat(torch.tensor(pose), flat_hand_mean), torch.tensor(shape))
     assert out.vert.dtype == out.joint.dtype == torch.float32
+    added = np.zeros(48) if flat_hand_mean else np.concatenate((np.zeros(3), hand.mean_pose))
     for b in range(batch):
-        vert, joint = reference_hand(hand, pose[b], shape[b])
+        vert, joint = reference_hand(hand, pose[b] + added, shape[b])
         np.testing.assert_allclose(out.vert[b].numpy() / 1000, vert, atol=1e-6)
         np.testing.assert_allclose(out.joint[b].numpy() / 1000, joint, atol=1e-6)
     assert (out.joint[:, 0] == 0).all()

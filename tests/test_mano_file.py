@@ -11,11 +11,12 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from scipy.sparse import csc_matrix, csr_matrix
 
 from src.hand.mano import ManoLayer, load_hand_arrays
 from src.hand.skeleton import MANO_JOINT_NAMES, MANO_PARENTS, MANO_TIP_VERTEX_IDS, HandArrays
-from tests.test_mano import random_hand
+from tests.test_mano import random_hand, reference_hand
 
 
 class Ch:
@@ -110,6 +111,27 @@ def assert_is_content(hand: HandArrays, content: dict[str, np.ndarray]) -> None:
     np.testing.assert_array_equal(hand.mean_pose, content["hands_mean"])
 
 
+def assert_layer_poses(layer: ManoLayer, content: dict[str, np.ndarray]) -> None:
+    """The layer made of the file, against the paper's formulas on what was written into it; both flat_hand_mean."""
+    rng = np.random.default_rng(8)
+    pose, shape = rng.normal(0, 0.6, 48), rng.normal(0, 1.5, 10)
+    content = {**content, "shapedirs": content["shapedirs"][..., :10]}
+    names = {"v_template": "v_template", "shapedirs": "shapedirs", "posedirs": "posedirs", "weights": "skin_weights"}
+    plain = types.SimpleNamespace(
+        **{field: content[key] for key, field in names.items()},
+        joint_regressor=content["J_regressor"],
+        parents=MANO_PARENTS,
+        tip_vertex_ids=MANO_TIP_VERTEX_IDS,
+    )
+    for flat_hand_mean in (True, False):
+        full = pose + (0 if flat_hand_mean else np.concatenate((np.zeros(3), content["hands_mean"])))
+        rotmat = layer.pose_to_rotmat(torch.tensor(pose)[None], flat_hand_mean)
+        vert, joint = layer(rotmat, torch.tensor(shape)[None])
+        expected_vert, expected_joint = reference_hand(plain, full, shape)
+        np.testing.assert_allclose(vert[0].numpy() / 1000, expected_vert, atol=1e-5)
+        np.testing.assert_allclose(joint[0].numpy() / 1000, expected_joint, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("pickler", "protocol"), [(Python2Pickler, 0), (Python2Pickler, 2), *((pickle._Pickler, p) for p in (2, 4, 5))]
 )
@@ -127,7 +149,7 @@ def test_official_pickle_is_read_without_chumpy(tmp_path, chumpy, monkeypatch, p
     path.write_bytes(raw)
     hand = load_hand_arrays(path)
     assert_is_content(hand, content)
-    assert ManoLayer(hand).num_vertex == 778
+    assert_layer_poses(ManoLayer(hand), content)
 
 
 def test_npz_round_trip(tmp_path):
