@@ -6,14 +6,19 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from src.batch import Batch
+from src.batch import Batch, Sample
 from src.config import Config
+from src.data.augment import identity_augmentation
+from src.data.crop import crop_sample
 from src.engine.checkpoint import TrainState, save_checkpoint
 from src.engine.parts import network_texts, write_config
+from src.geometry.patch import BORDER, MIRROR
 from src.hand.standin import build_standin_hand
 from src.model.net import PoseNet
 from tests.helpers import random_batch, small_config
@@ -75,7 +80,7 @@ def test_older_checkpoint_takes_the_configuration_of_its_run(tmp_path: Path) -> 
     save_checkpoint(tmp_path, model=net, optimizer=optimizer, state=TrainState(step=8))
     assert not (checkpoint / "config.yaml").exists()
     assert_same(PoseNet.from_checkpoint(checkpoint), net, random_batch(2, 56))
-    assert cfg.MODEL == PoseNet.from_checkpoint(checkpoint).saved.model
+    assert PoseNet.from_checkpoint(checkpoint).saved.model == cfg.MODEL
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-8 holds no config\.yaml"):
         PoseNet.from_checkpoint(checkpoint)
@@ -103,3 +108,134 @@ def test_hand_model_is_asked_for(tmp_path: Path) -> None:
         PoseNet.from_checkpoint(tmp_path, hand_model="standin")
     with pytest.raises(ValueError, match="no checkpoint at"):
         PoseNet.from_checkpoint(tmp_path / "nothing")
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> PoseNet:
+    """A network whose random weights make different hands of different pictures."""
+    folder = tmp_path_factory.mktemp("net")
+    make_run(folder)
+    net = PoseNet.from_checkpoint(folder)
+    with torch.no_grad():
+        net.pose_head.weight.mul_(50)
+        net.root_head.linear.weight.mul_(20)
+        net.shape_head.linear.weight.mul_(100)
+    return net
+
+
+def photograph(seed: int = 0, height: int = 150, width: int = 201) -> np.ndarray:
+    """A smooth random picture [height, width, 3] uint8."""
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+BOX, FOCAL, PRINCPT = np.array([40.0, 30.0, 110.0, 90.0]), np.array([260.0, 240.0]), np.array([107.0, 70.0])
+
+
+def test_left_is_the_mirror_of_right(net: PoseNet) -> None:
+    image = photograph()
+    last = image.shape[1] - 1
+    mirrored_box = [last - BOX[2], BOX[1], last - BOX[0], BOX[3]]
+    right = net.predict([image], [BOX], FOCAL, PRINCPT)
+    left = net.predict([image[:, ::-1]], [mirrored_box], FOCAL, [last - PRINCPT[0], PRINCPT[1]], is_right=False)
+    assert right.is_right.tolist() == [True]
+    assert left.is_right.tolist() == [False]
+    for name in ("joint_cam", "vert_cam", "root_cam"):
+        assert np.allclose(getattr(left, name) * (-1, 1, 1), getattr(right, name), atol=0.02), name
+    assert np.allclose(last - left.joint_img[..., 0], right.joint_img[..., 0], atol=0.01)
+    assert np.allclose(left.joint_img[..., 1], right.joint_img[..., 1], atol=0.01)
+    assert np.allclose(left.mano_shape, right.mano_shape, atol=1e-4)
+    signs = np.tile([1, -1, -1], 16)
+    assert np.allclose(left.mano_pose * signs, right.mano_pose, atol=1e-4)
+    assert np.abs(right.mano_pose[0, :3]).max() > 0.1, "a pose of zero would be its own mirror image"
+
+
+def test_a_left_box_is_not_a_right_one(net: PoseNet) -> None:
+    right, left = (net.predict([photograph()], [BOX], FOCAL, PRINCPT, is_right=side) for side in (True, False))
+    assert np.abs(right.joint_cam - left.joint_cam).max() > 5
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_hands_agree_with_themselves(net: PoseNet, is_right: bool) -> None:
+    """Pose, shape and translation make the vertices; the camera makes the pixels; the faces look outward."""
+    hands = net.predict([photograph()], [BOX], FOCAL, PRINCPT, is_right=is_right)
+    mirror, signs = (np.ones(3), np.ones(48)) if is_right else (np.array([-1, 1, 1]), np.tile([1, -1, -1], 16))
+    rotmat = net.hand.pose_to_rotmat(torch.from_numpy(hands.mano_pose * signs).float(), True)
+    posed = net.hand(rotmat, torch.from_numpy(hands.mano_shape))
+    assert np.allclose(posed.vert.numpy() * mirror + hands.root_cam[:, None], hands.vert_cam, atol=1e-2)
+    assert np.allclose(posed.joint.numpy() * mirror + hands.root_cam[:, None], hands.joint_cam, atol=1e-2)
+    expected = hands.joint_cam[0, :, :2] / hands.joint_cam[0, :, 2:] * FOCAL + PRINCPT
+    assert np.allclose(hands.joint_img[0], expected, atol=1e-2)
+    corner = hands.vert_cam[0][hands.faces_of(0)]
+    volume = np.einsum("fc,fc->f", corner[:, 0], np.cross(corner[:, 1], corner[:, 2])).sum() / 6
+    assert volume > 1e4, "a mesh wound inwards has a negative volume"
+
+
+def test_it_sees_the_patch_of_training(net: PoseNet) -> None:
+    """The network gets, to the last bit, what the data layer makes of the same hand in validation."""
+    zero = np.zeros((21, 3))
+    for is_right in (True, False):
+        sample = Sample(
+            *("key", "source", photograph(), is_right, BOX, zero[:, :2], zero[:, 0], zero, zero[:, 0]),
+            *(np.zeros(48), np.zeros(10), False, True, FOCAL, PRINCPT, True),
+        )
+        row = crop_sample(sample, identity_augmentation(), net.img_size, net.saved.expansion_ratio)
+        inputs = (row.patch, row.patch_focal, row.patch_princpt)
+        with torch.no_grad():
+            expected = net.predict_patch(*(torch.from_numpy(value)[None] for value in inputs))
+        hands = net.predict([sample.image], [BOX], FOCAL, PRINCPT, is_right=is_right)
+        assert np.array_equal(hands.joint_cam * (1 if is_right else MIRROR), expected.joint_cam.numpy())
+
+
+def test_many_images_many_boxes(net: PoseNet) -> None:
+    """Several hands an image, sizes mixed, in batches of another size: each as if it were alone."""
+    images = [photograph(1), photograph(2, 90, 80), photograph(3, 200, 120)]
+    boxes = [[BOX, BOX + 20], np.zeros((0, 4)), [10, 20, 60, 90]]
+    focal, princpt = np.array([[200, 210], [90, 90], [300, 300]]), np.array([[100, 75], [40, 45], [60, 99]])
+    hands = net.predict(images, boxes, focal, princpt, is_right=[[True, False], True, False], batch_size=2)
+    assert hands.image_index.tolist() == [0, 0, 2]
+    assert hands.is_right.tolist() == [True, False, False]
+    alone = net.predict([images[0]], [BOX + 20], focal[0], princpt[0], is_right=False)
+    assert np.allclose(hands.vert_cam[1], alone.vert_cam[0], atol=1e-2)
+    last = net.predict([images[2]], [boxes[2]], 300, princpt[2], is_right=False)
+    assert np.allclose(hands.vert_cam[2], last.vert_cam[0], atol=1e-2)
+    assert len(net.predict([], [])) == 0
+    assert net.predict([images[0]], [[]]).vert_cam.shape == (0, net.hand.num_vertex, 3)
+
+
+def test_boxes_at_the_border(net: PoseNet) -> None:
+    """A box that hangs over the edge sees grey there; no box is the box whose patch shows all of the picture."""
+    image = photograph()
+    padded = cv2.copyMakeBorder(image, 60, 60, 60, 60, cv2.BORDER_CONSTANT, value=BORDER)
+    for box in ([-25.0, -20, 40, 45], [150.0, 100, 215, 165]):
+        hands = net.predict([image], [box], FOCAL, PRINCPT)
+        shifted = net.predict([padded], [np.add(box, 60)], FOCAL, PRINCPT + 60)
+        assert np.isfinite(hands.vert_cam).all()
+        assert np.allclose(hands.joint_cam, shifted.joint_cam, atol=0.5)
+    whole, (height, width) = net.predict([image]), image.shape[:2]
+    assert np.allclose(whole.focal, np.hypot(width, height))
+    side = width / net.saved.expansion_ratio
+    assert np.allclose(whole.box[0, 2:] - whole.box[0, :2], side)
+    assert np.allclose(whole.box[0, 2:] + whole.box[0, :2], [width - 1, height - 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": [[300, 10, 340, 60]]}, r"image 0: the box .* lies outside of its 201 x 150 px"),
+        ({"boxes": [[90, 10, 30, 60]]}, r"image 0: the box .* x0 < x1"),
+        ({"boxes": [BOX, BOX]}, "boxes has 2 entries for 1 images"),
+        ({"is_right": [True, True]}, "is_right has 2 entries for 1 images"),
+        ({"focal": -3}, "image 0: focal .* is no camera"),
+        ({"princpt": 3}, "princpt must be"),
+        ({"images": [np.zeros((4, 4))]}, r"image 0 must be a uint8 array \[H, W, 3\] in RGB, not float64 \[4, 4\]"),
+    ],
+)
+def test_what_cannot_be_used_is_named(net: PoseNet, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        net.predict(**({"images": [photograph()], "boxes": [BOX]} | change))
+
+
+def test_a_network_without_a_checkpoint_does_not_guess() -> None:
+    with pytest.raises(ValueError, match="did not come from a checkpoint"):
+        PoseNet(small_config().MODEL, build_standin_hand()).predict([photograph()])

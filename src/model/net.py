@@ -5,9 +5,9 @@ Shapes: B batch, S patch side in px, N image tokens, Q = 18 queries (16 joints, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,12 @@ from src.model.backbone import Backbone
 from src.model.decoder import HandDecoder
 from src.model.grid import camera_features, log_zoom, token_centres
 from src.model.heads import KeypointHead, PoseHead, RootHead, ShapeHead
+from src.model.predict import Hands, aims_at_hands, predict_hands
 from src.model.restore import SavedNetwork, choose_hand, load_weights_into, read_checkpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike
 
 EVIDENCE_GAIN = 4.0  # brings the spread of a hand's joints in the patch to about one
 
@@ -73,6 +78,36 @@ class PoseNet(nn.Module):
         net.saved = saved
         return net.to(device).eval()
 
+    def predict(
+        self,
+        images: Sequence[np.ndarray],
+        boxes: Sequence[ArrayLike] | None = None,
+        focal: ArrayLike | None = None,
+        princpt: ArrayLike | None = None,
+        is_right: bool | Sequence[ArrayLike] = True,
+        batch_size: int = 16,
+    ) -> Hands:
+        """The hands in photographs, each in its photograph's camera; only for a network from `from_checkpoint`.
+
+        Args:
+            images: M arrays [H, W, 3] uint8 RGB, of any sizes.
+            boxes: for each image [4] or [n, 4], xyxy px around a hand's joints; None: each image is a crop of one hand.
+            focal: px; a number or [2] for all images, or [M, 2]; None guesses the image's diagonal.
+            princpt: px; [2] for all images, or [M, 2]; None is the image's centre.
+            is_right: a bool for all hands, or for each image a bool or [n].
+            batch_size: hands that go through the network at once.
+
+        Returns:
+            Hands, in the order of the boxes; `image_index` says which image each is in.
+
+        Raises:
+            ValueError: naming the image that, or whose box or camera, cannot be used.
+        """
+        if self.saved is None:
+            raise ValueError("this network did not come from a checkpoint, which knows how wide to cut the patches")
+        aims, owner = aims_at_hands(images, boxes, focal, princpt, is_right, self.saved.expansion_ratio)
+        return predict_hands(self, images, aims, owner, batch_size)
+
     def set_dropout_rate(self, rate: float) -> None:
         """Give every `nn.Dropout` of the network this rate, before each training step; an unchanged rate is free.
 
@@ -99,8 +134,11 @@ class PoseNet(nn.Module):
             `mano_shape` [B, 10], `root_cam` [B, 3] mm, `joint_cam` [B, 21, 3] mm, `vert_cam` [B, V, 3] mm,
             `joint_patch` and `joint_seen` [B, 21, 2] px.
         """
-        focal, princpt = batch.patch_focal, batch.patch_princpt
-        token = self.backbone((batch.patch.float() / 255.0 - self.img_mean) / self.img_std)
+        return self.predict_patch(batch.patch, batch.patch_focal, batch.patch_princpt)
+
+    def predict_patch(self, patch: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> Prediction:
+        """`forward` without a Batch: patch [B, 3, S, S] uint8, focal and princpt [B, 2] px of the patch camera."""
+        token = self.backbone((patch.float() / 255.0 - self.img_mean) / self.img_std)
         seen = self.keypoint_head(token)
         camera = camera_features(self.centre, focal, princpt, self.img_size)
         query = self.decoder(token, camera, self._evidence(seen, focal, princpt))
