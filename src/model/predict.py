@@ -167,8 +167,8 @@ def _to_source(prediction: Prediction, aims: Sequence[Aim], views: Sequence[Patc
         return (point.float().cpu() @ back.transpose(1, 2)).numpy() * mirror
 
     joint_cam = turned(prediction.joint_cam)
-    focal, princpt = (
-        np.stack([getattr(aim, name) for aim in aims]).astype(np.float32) for name in ("focal", "princpt")
+    focal, princpt, box = (
+        np.stack([getattr(a, n) for a in aims]).astype(np.float32) for n in ("focal", "princpt", "box")
     )
     return {
         "is_right": is_right,
