@@ -11,15 +11,16 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich.progress import Progress
 from torch.utils.flop_counter import FlopCounterMode
 
+from src.config import Config
 from src.engine.bench.figure import Figure
-from src.engine.console import progress_bar
 from src.engine.run import Run
 from src.loss import loss_counts, loss_sums, mean_terms
 
@@ -38,16 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
     """Measure everything; `say` is told what is going on."""
-    with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
-        say("rendering hands, building the network")
-        cfg = args.compose("stage1-dino_large", bench_overrides(Path(folder), args.block) + args.overrides)
-        with progress_bar() as progress:
-            progress.disable = True
-            bench = StepBench(Run(cfg, "bench", progress))
-            try:
-                return bench.measure(args.repeat, args.block, say)
-            finally:
-                bench.run.close()
+    say("rendering hands, building the network")
+    with open_bench(args.compose, args.block, args.overrides) as bench:
+        return bench.measure(args.repeat, args.block, say)
+
+
+@contextmanager
+def open_bench(compose: Callable[[str, list[str]], Config], log_step: int, overrides: list[str]) -> Iterator[StepBench]:
+    """A run in a temporary folder to measure with; closed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as folder, Progress(disable=True) as progress:
+        cfg = compose("stage1-dino_large", bench_overrides(Path(folder), log_step) + overrides)
+        bench = StepBench(Run(cfg, "bench", progress))
+        try:
+            yield bench
+        finally:
+            bench.run.close()
 
 
 def bench_overrides(folder: Path, log_step: int) -> list[str]:
@@ -74,7 +80,8 @@ class StepBench:
         self.device = run.accelerator.device
         self.trainer = run.trainer
         self.batches = run.micro_batches()
-        (self.batch,) = next(self.batches)
+        self.batch = next(self.batches)[0]
+        self.waited: list[float] = []  # seconds that each step of the loop waited for its data
 
     def measure(self, repeat: int, block: int, say: Callable[[str], None]) -> list[Figure]:
         """Warm up, then blocks in turn; every figure is the median of its repetitions."""
@@ -82,11 +89,12 @@ class StepBench:
         for kind in kinds.values():
             say("warming up")
             kind(2)
+        self.waited.clear()
         seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "product")}
         for number in range(repeat):
             say(f"repetition {number + 1} of {repeat}")
             for name, kind in kinds.items():
-                seconds[name].append(self._time(kind, block) / block)
+                seconds[name].append(self.seconds(kind, block) / block)
             seconds["product"].append(1.0 / self.product_rate())
         return self._figures(seconds, self.flops())
 
@@ -94,7 +102,10 @@ class StepBench:
 
     def loop_block(self, num: int) -> None:
         """Steps as script/stage1.py takes them: data, schedules, step, clip, log line, journal."""
-        for micro_batches in islice(self.batches, num):
+        for _ in range(num):
+            start = time.perf_counter()
+            micro_batches = next(self.batches)
+            self.waited.append(time.perf_counter() - start)
             result = self.run.step(micro_batches)
             if self.run.is_due(self.cfg.GENERAL.log_step):
                 self.run.log(result)
@@ -124,9 +135,9 @@ class StepBench:
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = precision.get(self.run.accelerator.mixed_precision, torch.float32)
         left, right = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
-        self._time(lambda _: left @ right, 1)
-        num = max(1, int(seconds / self._time(lambda _: left @ right, 1)))
-        return 2 * size**3 * num / self._time(lambda n: [left @ right for _ in range(n)], num)
+        self.seconds(lambda _: left @ right, 1)
+        num = max(1, int(seconds / self.seconds(lambda _: left @ right, 1)))
+        return 2 * size**3 * num / self.seconds(lambda n: [left @ right for _ in range(n)], num)
 
     def flops(self) -> float:
         """Floating-point operations of a bare step, counted by torch from its matrix products and convolutions."""
@@ -150,7 +161,8 @@ class StepBench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _time(self, func: Callable[[int], object], num: int) -> float:
+    def seconds(self, func: Callable[[int], object], num: int) -> float:
+        """Of `func(num)`, the device's work included."""
         self._wait()
         start = time.perf_counter()
         func(num)
@@ -180,6 +192,7 @@ class StepBench:
                 "us",
                 note=f"{push / bare:.4%} of a step; unchanged: a comparison",
             ),
+            _figure("wait for data in a step", [1e3 * s for s in self.waited], "ms", ""),
             _figure("the loop's samples", [size / s for s in seconds["loop"]], "samples/s", ""),
             Figure("peak memory", self._peak_megabytes(), "MB", note=self.device.type),
         ]
