@@ -20,7 +20,7 @@ from src.hand.skeleton import FINGER_NAMES
 from src.hand.standin import build_standin_hand
 from src.hand.standin_design import chain, design
 from src.hand.standin_flesh import RADIUS
-from src.utils.mesh_render import render_mesh
+from src.utils.mesh_render import incident_faces, render_mesh, vertex_normals
 
 SUPER = 2  # supersampling
 ARM_RING, ARM_SIDE = 13, 14
@@ -72,30 +72,6 @@ def _faces() -> tuple[np.ndarray, np.ndarray]:
     face += [(end - ARM_SIDE + (i + 1) % ARM_SIDE, end - ARM_SIDE + i, end) for i in range(ARM_SIDE)]
     faces = np.concatenate([arrays.faces, np.array(face)])
     return faces, incident_faces(faces, end + 1)
-
-
-def incident_faces(face: np.ndarray, num: int) -> np.ndarray:
-    """[V, K] ids of the faces around each vertex, padded with F."""
-    order = np.argsort(face.ravel(), kind="stable")
-    owner = face.ravel()[order]
-    rank = np.arange(len(owner)) - np.searchsorted(owner, owner)
-    table = np.full((num, rank.max() + 1), len(face))
-    table[owner, rank] = order // 3
-    return table
-
-
-def vertex_normals(vert: np.ndarray, face: np.ndarray, table: np.ndarray | None = None) -> np.ndarray:
-    """Area-weighted unit normals [N, V, 3] of meshes that share their faces."""
-    table = incident_faces(face, vert.shape[1]) if table is None else table
-    a, b, c = vert[:, face[:, 0]], vert[:, face[:, 1]], vert[:, face[:, 2]]
-    u, v = b - a, c - a
-    normal = np.zeros((len(vert), len(face) + 1, 3), np.float32)
-    for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
-        normal[:, :-1, i] = u[..., j] * v[..., k] - u[..., k] * v[..., j]
-    total = normal[:, table[:, 0]]
-    for column in table.T[1:]:
-        total += normal[:, column]
-    return total / np.maximum(np.sqrt((total * total).sum(-1, keepdims=True)), 1e-9)
 
 
 def _arm(draw: HandDraw, sleeve: np.ndarray, girth: np.ndarray) -> np.ndarray:

@@ -97,3 +97,27 @@ def _slopes(tri: np.ndarray, value: np.ndarray, area: np.ndarray) -> tuple[np.nd
     e1, e2 = (tri[:, 1] - tri[:, 0]) / area[:, None], (tri[:, 2] - tri[:, 0]) / area[:, None]
     d1, d2 = value[:, 1] - value[:, 0], value[:, 2] - value[:, 0]
     return d1 * e2[:, 1:] - d2 * e1[:, 1:], d2 * e1[:, :1] - d1 * e2[:, :1]
+
+
+def incident_faces(face: np.ndarray, num: int) -> np.ndarray:
+    """[V, K] ids of the faces around each vertex, padded with F."""
+    order = np.argsort(face.ravel(), kind="stable")
+    owner = face.ravel()[order]
+    rank = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    table = np.full((num, rank.max() + 1), len(face))
+    table[owner, rank] = order // 3
+    return table
+
+
+def vertex_normals(vert: np.ndarray, face: np.ndarray, table: np.ndarray | None = None) -> np.ndarray:
+    """Area-weighted unit normals [N, V, 3] of meshes that share their faces."""
+    table = incident_faces(face, vert.shape[1]) if table is None else table
+    a, b, c = vert[:, face[:, 0]], vert[:, face[:, 1]], vert[:, face[:, 2]]
+    u, v = b - a, c - a
+    normal = np.zeros((len(vert), len(face) + 1, 3), np.float32)
+    for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
+        normal[:, :-1, i] = u[..., j] * v[..., k] - u[..., k] * v[..., j]
+    total = normal[:, table[:, 0]]
+    for column in table.T[1:]:
+        total += normal[:, column]
+    return total / np.maximum(np.sqrt((total * total).sum(-1, keepdims=True)), 1e-9)
