@@ -88,6 +88,12 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._map(lambda t: t.pin_memory())
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until `stream` has read it, though another stream filled it."""
+        for f in fields(self):
+            if hasattr(value := getattr(self, f.name), "record_stream"):
+                value.record_stream(stream)
+
 
 @dataclass
 class Prediction:
