@@ -20,6 +20,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
+from script.peers import load_peer
 from src.config import Config
 from src.config_parse import check_overrides, parse_config
 from src.engine.bench.figure import figure_json, figure_table, machine
@@ -27,6 +28,7 @@ from src.engine.bench.figure import figure_json, figure_table, machine
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 # sub-command -> (what it measures, module with add_arguments(parser) and run(args, say) -> list[Figure])
 SUBJECTS = {
+    "accuracy": ("our decoder and losses against HaMeR's and CS-ViT2's", "src.engine.bench.accuracy"),
     "data": ("reading, decoding and augmenting shards", "src.engine.bench.data"),
     "gpu": ("DINOv2-large on a GPU: step, compiled step, data, profile", "src.engine.bench.gpu"),
     "scale": ("how cost grows with data, workers, processes and sizes", "src.engine.bench.scale"),
@@ -57,7 +59,7 @@ def compose_config(name: str, overrides: list[str]) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    args.compose = compose_config
+    args.compose, args.peer = compose_config, load_peer
     console, start = Console(highlight=False), time.monotonic()
     with console.status("starting") as status:
         module = importlib.import_module(SUBJECTS[args.subject][1])
