@@ -89,7 +89,8 @@ def aims_at_hands(
         side = np.broadcast_to(np.asarray(is_right if one_side else is_right[index], bool).reshape(-1), len(of_image))
         camera = _camera(index, image, len(images), focal, princpt)
         for box, right in zip(of_image, side, strict=True):
-            _check_box(index, image, box)
+            if problem := box_problem(box, *image.shape[1::-1]):
+                raise ValueError(f"image {index}: {problem}")
             aims.append(Aim(box, *camera, bool(right), expansion_ratio))
             owner.append(index)
     return aims, owner
@@ -101,13 +102,14 @@ def _check_image(index: int, image: Any) -> None:
         raise ValueError(f"image {index} must be a uint8 array [H, W, 3] in RGB, not {what}")
 
 
-def _check_box(index: int, image: np.ndarray, box: np.ndarray) -> None:
-    height, width = image.shape[:2]
+def box_problem(box: np.ndarray, width: int, height: int) -> str | None:
+    """Why a box [4] px cannot be used in a picture of this size; None where it can. It may hang over the edge."""
     x0, y0, x1, y1 = box.tolist()
     if not np.isfinite(box).all() or x1 <= x0 or y1 <= y0:
-        raise ValueError(f"image {index}: the box {box.tolist()} must be [x0, y0, x1, y1] px with x0 < x1 and y0 < y1")
+        return f"the box {box.tolist()} must be [x0, y0, x1, y1] px with x0 < x1 and y0 < y1"
     if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
-        raise ValueError(f"image {index}: the box {box.tolist()} lies outside of its {width} x {height} px")
+        return f"the box {box.tolist()} lies outside of its {width} x {height} px"
+    return None
 
 
 def _camera(

@@ -1,0 +1,56 @@
+"""How the files of a prediction are called, and which of them exist already. Standard library only.
+
+<name>.json  <name>.npz  <name>_<hand>_<side>.obj  <name>_overlay.jpg
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+KINDS = ("json", "npz", "mesh", "overlay")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The names of one photograph's files; nothing exists yet."""
+
+    folder: Path
+    name: str
+
+    @property
+    def json(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def npz(self) -> Path:
+        return self.folder / f"{self.name}.npz"
+
+    @property
+    def overlay(self) -> Path:
+        return self.folder / f"{self.name}_overlay.jpg"
+
+    def mesh(self, hand: int, is_right: bool) -> Path:
+        return self.folder / f"{self.name}_{hand}_{'right' if is_right else 'left'}.obj"
+
+    def existing(self) -> list[Path]:
+        """Those of an earlier prediction of a photograph of this name."""
+        pattern = re.compile(rf"{re.escape(self.name)}_\d+_(left|right)\.obj")
+        meshes = [p for p in sorted(self.folder.glob("*.obj")) if pattern.fullmatch(p.name)]
+        return [p for p in (self.json, self.npz, self.overlay, *meshes) if p.exists()]
+
+    def is_finished(self, kinds: Collection[str]) -> bool:
+        """Whether an earlier prediction wrote these kinds of files; the JSON comes last."""
+        if "json" in kinds:
+            return self.json.exists()
+        found = self.existing()
+        return self.npz in found if "npz" in kinds else bool(found)
+
+
+def name_outputs(photos: Sequence[Path], folder: Path) -> dict[Path, Outputs]:
+    """Output names after the photographs' own; with the suffix where two differ in nothing else."""
+    count = Counter(photo.stem for photo in photos)
+    return {p: Outputs(folder, p.stem if count[p.stem] == 1 else p.name.replace(".", "_")) for p in photos}
