@@ -74,3 +74,18 @@ def test_rate_zero_is_the_identity() -> None:
     dropout = Dropout(0.0)
     x = torch.randn(3, 4)
     assert dropout(x) is x
+
+
+def test_checkpointed_activations_change_no_gradient(net: PoseNet) -> None:
+    """Every layer of the backbone runs twice, and the gradients stay what they are."""
+    batch, calls = random_batch(2, 56), []
+    net.backbone.model.encoder.layer[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    gradients = []
+    for expected in (1, 2):
+        net.zero_grad()
+        net(batch).joint_cam.mean().backward()
+        gradients.append([p.grad.clone() for p in net.backbone.parameters() if p.grad is not None])
+        assert len(calls) == expected
+        calls.clear()
+        net.backbone.checkpoint_activations()
+    torch.testing.assert_close(*gradients)

@@ -6,11 +6,13 @@ Shapes: B batch, S patch side in px, N = (S / patch_size)^2 image tokens, D hidd
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Dinov2Config, Dinov2Model
 from transformers.utils import logging
 
@@ -48,6 +50,11 @@ class Backbone(nn.Module):
     def shape(self) -> dict[str, Any]:
         """All that it takes to build this backbone again without its folder, in DINOv2's own names."""
         return {name: getattr(self.model.config, name) for name in _SHAPE_KEYS}
+
+    def checkpoint_activations(self) -> None:
+        """From now on compute each layer again in the backward pass instead of keeping it: less memory, more time."""
+        for layer in self.model.encoder.layer:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Normalised image [B, 3, S, S] -> image tokens [B, N, D], row by row, after the final layer norm."""
