@@ -77,8 +77,9 @@ def test_rate_zero_is_the_identity() -> None:
 
 
 def test_checkpointed_activations_change_no_gradient(net: PoseNet) -> None:
-    """Every layer of the backbone runs twice, and the gradients stay what they are."""
+    """Every layer of the backbone runs twice, and the gradients are the same to the last bit."""
     batch, calls = random_batch(2, 56), []
+    net.set_dropout_rate(0.0)
     net.backbone.model.encoder.layer[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     gradients = []
     for expected in (1, 2):
@@ -88,4 +89,4 @@ def test_checkpointed_activations_change_no_gradient(net: PoseNet) -> None:
         assert len(calls) == expected
         calls.clear()
         net.backbone.checkpoint_activations()
-    torch.testing.assert_close(*gradients)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
