@@ -17,7 +17,7 @@ from src.metric import (
     SampleMetric,
     align_procrustes,
     evaluate_batch,
-    f_score,
+    f_scores,
     pck_auc,
     pck_curve,
     point_distance,
@@ -104,8 +104,8 @@ def test_f_score_by_nearest_neighbours(rng):
     target = rng.uniform(0, 60, (3, 80, 3))
     pred = target[:, :70] + rng.normal(0, 4, (3, 70, 3))
     pred[2] += 1e4
-    for threshold in (5.0, 15.0):
-        score, count = f_score(pred, target, np.array([1, 0, 1]), threshold)
+    thresholds = (5.0, 15.0)
+    for threshold, (score, count) in zip(thresholds, f_scores(pred, target, np.array([1, 0, 1]), thresholds)):
         precision = (cKDTree(target[0]).query(pred[0])[0] < threshold).mean()
         recall = (cKDTree(pred[0]).query(target[0])[0] < threshold).mean()
         assert score[0] == pytest.approx(2 * precision * recall / (precision + recall))

@@ -1,0 +1,147 @@
+"""Measure a trained network on shards: metrics with bootstrap intervals, plots, sheets of hands, submission files.
+
+python script/evaluate.py checkpoint/2026-01-31/12-00-00_stage1-dino_large
+python script/evaluate.py RUN/checkpoints/best data=labs DATA.root=/data/shards DATA.val.max_sample=null
+python script/evaluate.py RUN DATA.root=data 'DATA.val.source=[realhands/*]' GENERAL.num_worker=2
+python script/evaluate.py RUN DATA.root=/data 'DATA.val.source=[FreiHAND/evaluation/*]' --submission freihand
+
+The configuration is the checkpoint's own; KEY=VALUE changes it as for script/stage1.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
+
+from src.config import Config, ConfigError
+from src.config_parse import GROUPS, check_overrides
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
+CHALLENGES = ("freihand", "ho3d")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    doc = (__doc__ or "").partition("\n\n")
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=how)
+    parser.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint), or one checkpoint in it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. data=labs DATA.val.max_sample=null")
+    parser.add_argument("--output", type=Path, help="a new folder; default: evaluation/ in the run folder")
+    parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws; default: %(default)s")
+    parser.add_argument("--resample", choices=("sample", "clip"), default="sample", help="what is drawn anew")
+    parser.add_argument("--num_overlay", type=int, default=16, help="hands on each sheet; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the random hands")
+    parser.add_argument("--submission", choices=CHALLENGES, help="also write pred.json and pred.zip of that challenge")
+    parser.add_argument("--order", type=Path, help="the challenge's list of images (HO-3D: evaluation.txt)")
+    args = parser.parse_intermixed_args(argv)
+    if args.num_bootstrap < 100 or args.num_overlay < 0:
+        parser.error("--num_bootstrap must be at least 100 and --num_overlay at least 0")
+    if args.submission == "ho3d" and args.order is None:
+        parser.error("--submission ho3d needs --order: the evaluation.txt of HO-3D, in whose order it is taken")
+    if args.order is not None and args.submission is None:
+        parser.error("--order belongs to --submission")
+    if wrong := [text for text in args.overrides if "=" not in text]:
+        parser.error(f"{wrong[0]!r} is neither an option nor KEY=VALUE")
+    return args
+
+
+def parse_overrides(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """(the data group, dotted key -> value) of KEY=VALUE texts in Hydra's grammar.
+
+    Raises:
+        ConfigError: an unknown key, a group that an evaluation does not read, or a value that does not parse.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    check_overrides(list(overrides))
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"{str(error).splitlines()[0]}; quote lists for the shell: 'KEY=[a,b]'") from error
+    data, changes = None, {}
+    for override in parsed:
+        key, value = override.key_or_group, override.value()
+        if key == "data":
+            data = value
+        elif key in GROUPS:
+            raise ConfigError(f"{key}={value}: an evaluation takes the network as it is and augments nothing")
+        else:
+            changes[key] = value
+    return data, changes
+
+
+def compose(saved: Mapping[str, Any], overrides: Sequence[str], whole: bool) -> Config:
+    """The checkpoint's configuration with the changes; `whole`: every validation frame. Raises ConfigError."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    from src.engine.evaluation.settings import check_shards_exist, evaluation_config
+
+    data, changes = parse_overrides(overrides)
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            base = hydra.compose("stage1-base", overrides=[] if data is None else [f"+data={data}"])
+    except HydraException as error:
+        known = ", ".join(sorted(path.stem for path in (CONFIG_DIR / "data").glob("*.yaml")))
+        raise ConfigError(f"data={data}: there is no such file in config/data; choose one of {known}") from error
+    defaults = OmegaConf.to_container(base, resolve=True, throw_on_missing=False)
+    if whole:
+        changes = {**changes, "DATA.val.max_sample": None}
+    cfg = evaluation_config(saved, defaults, changes, has_data_group=data is not None)
+    check_shards_exist(cfg)
+    return cfg
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        parse_overrides(args.overrides)  # a typing mistake costs no import of torch
+    except ConfigError as error:
+        return refuse(error)
+
+    from src.data.health import BadDataError
+    from src.engine.console import console, progress_bar, set_up_logging
+    from src.engine.evaluation.result import how, terminal_grids
+    from src.engine.evaluation.run import Options, run_evaluation
+    from src.engine.evaluation.submission import read_order
+    from src.engine.evaluation.summary import Bootstrap
+    from src.model.restore import read_checkpoint
+
+    set_up_logging()
+    bootstrap = Bootstrap(args.num_bootstrap, args.resample, args.seed)
+    try:
+        saved = read_checkpoint(args.checkpoint)
+        cfg = compose(saved.config, args.overrides, whole=args.submission is not None)
+        order = None if args.order is None else read_order(args.order)
+        options = Options(args.output, bootstrap, args.num_overlay, args.submission, order)
+        with progress_bar() as progress:
+            evaluation = run_evaluation(saved.folder, cfg, options, progress)
+    except (ValueError, BadDataError) as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        print("evaluate: interrupted", file=sys.stderr)
+        return 130
+    for grid in terminal_grids(evaluation.groups):
+        console.print(grid.as_rich(), "")
+    console.print(how(bootstrap), soft_wrap=True)
+    console.print(f"written to {evaluation.folder}: {', '.join(sorted(p.name for p in evaluation.folder.iterdir()))}",
+                  soft_wrap=True)  # fmt: skip
+    return 0
+
+
+def refuse(error: Exception) -> int:
+    """Tell what is wrong."""
+    print(f"evaluate: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

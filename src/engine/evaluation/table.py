@@ -1,0 +1,129 @@
+"""The numbers as tables, at most 120 columns wide on a terminal, and the same as Markdown.
+
+A row, or a column, that no sample can fill is left out: what was not measured is absent, not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from src.engine.evaluation.measure import FRAMES, PCK_MM
+from src.engine.evaluation.summary import Estimate, Group
+from src.hand.skeleton import JOINT_NAMES
+
+# label, name with the frame left open, unit; in mm, as a share in %, or as a score of 0..1
+METRICS = (
+    ("MPJPE", "mpjpe_{}", "mm"),
+    (f"PCK at {PCK_MM:.0f} mm", "pck20_{}", "%"),
+    ("AUC 0-50 mm", "auc_{}", ""),
+    ("MPVPE", "mpvpe_{}", "mm"),
+    ("AUC of vertices", "auc_vert_{}", ""),
+    ("F@5 mm", "f5_{}", ""),
+    ("F@15 mm", "f15_{}", ""),
+)
+# metrics of one frame alone: label, name, unit, the frame they stand under
+SINGLES = (
+    ("root error", "root_error", "mm", "cam"),
+    ("MPJPE, scale and translation", "mpjpe_st", "mm", "rel"),
+    ("2D error of the patch", "error_2d", "px", "cam"),
+)
+UNITS = {name.format(frame): unit for _, name, unit in METRICS for frame in FRAMES} | {n: u for _, n, u, _ in SINGLES}
+# what a line of the table of groups shows
+GROUP_COLUMNS = {
+    "MPJPE camera": "mpjpe_cam",
+    "MPJPE root-relative": "mpjpe_rel",
+    "PA-MPJPE": "mpjpe_pa",
+    "PA-MPVPE": "mpvpe_pa",
+}
+_NAME_WIDTH = 20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def as_rich(self) -> Table:
+        """For a terminal; empty columns left out."""
+        table = Table(title=self.title, title_justify="left", show_edge=False, pad_edge=False)
+        kept = self._filled()
+        for index in kept:
+            left = index == 0
+            table.add_column(self.header[index], justify="left" if left else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*(row[index] for index in kept))
+        return table
+
+    def as_markdown(self) -> str:
+        """For a file."""
+        kept = self._filled()
+        lines = ["| " + " | ".join(row[i] for i in kept) + " |" for row in (self.header, *self.rows)]
+        lines.insert(1, "|" + "|".join("---" if i == 0 else "---:" for i in kept) + "|")
+        return f"**{self.title}**\n\n" + "\n".join(lines) + "\n"
+
+    def _filled(self) -> list[int]:
+        return [i for i in range(len(self.header)) if i == 0 or any(row[i] for row in self.rows)]
+
+
+def show(estimate: Estimate | None, unit: str, with_interval: bool = True) -> str:
+    """`12.3 [11.9, 12.8]`; nothing where there is none."""
+    if estimate is None:
+        return ""
+    if estimate.low is None or estimate.high is None or not with_interval:
+        return _number(estimate.value, unit)
+    return f"{_number(estimate.value, unit)} [{_number(estimate.low, unit)}, {_number(estimate.high, unit)}]"
+
+
+def _number(value: float, unit: str) -> str:
+    if unit == "%":
+        return f"{100 * value:.1f}"
+    return f"{value:.1f}" if unit else f"{value:.3f}"
+
+
+def metric_grid(group: Group) -> Grid:
+    """Every metric of one group, one column a frame of reference."""
+    rows = []
+    for label, name, unit in METRICS:
+        cells = [show(group.metric.get(name.format(frame)), unit) for frame in FRAMES]
+        rows.append((f"{label}, {unit}" if unit else label, *cells))
+    for label, name, unit, place in SINGLES:
+        cells = [show(group.metric.get(name), unit) if frame == place else "" for frame in FRAMES]
+        rows.append((f"{label}, {unit}", *cells))
+    title = f"{_title(group)}, {group.num_sample} hands"
+    return Grid(title, ("", *FRAMES.values()), [row for row in rows if any(row[1:])])
+
+
+def group_grid(groups: Sequence[Group]) -> Grid | None:
+    """One line a group, mm; None where all samples are the only group."""
+    if len(groups) < 2:
+        return None
+    rows = []
+    for group in groups:
+        cells = [show(group.metric.get(name), "mm") for name in GROUP_COLUMNS.values()]
+        rows.append((_shorten(group.name), str(group.num_sample), *cells))
+    return Grid("by data set and side, mm", ("", "hands", *GROUP_COLUMNS), rows)
+
+
+def joint_grid(group: Group) -> Grid | None:
+    """One line a joint, mm; None where there is no 3D."""
+    if not group.joint:
+        return None
+    rows = []
+    for index, name in enumerate(JOINT_NAMES):
+        cells = [show(group.joint[frame][index], "mm") if frame in group.joint else "" for frame in FRAMES]
+        rows.append((name, *cells))
+    return Grid(f"{_title(group)}, mean error of each joint, mm", ("", *FRAMES.values()), rows)
+
+
+def _title(group: Group) -> str:
+    return "all samples" if group.kind == "all" else f"{group.kind} {group.name}"
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 3] + "..."
