@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,8 +26,14 @@ from src.config import Config, ConfigError
 from src.config_parse import check_overrides, parse_config
 from src.engine.launch import start_missing_processes
 from src.engine.preflight import check_files
+from src.engine.stop import RESUMABLE, StopRequested, StopSignals
+
+if TYPE_CHECKING:
+    from src.engine.run import Run
 
 T = TypeVar("T")
+SIGNALS = StopSignals()
+STOP_PATIENCE = 10.0  # s that AIM gets to take the last points of a run that was asked to stop
 
 
 @hydra.main(version_base="1.3", config_path="../config", config_name="stage1-dino_large")
@@ -44,17 +50,19 @@ def main(composed: DictConfig) -> None:
 def train(cfg: Config, config_name: str) -> None:
     """The training loop."""
     from src.data.health import BadDataError
+    from src.engine.bad_batch import NumbersError
     from src.engine.checkpoint import CheckpointError
     from src.engine.console import logger, progress_bar, set_up_logging
+    from src.engine.resume import RunComplete
     from src.engine.run import Run
 
     set_up_logging()
-    run = None
+    run, patience = None, 60.0
     with progress_bar() as progress:
         try:
-            run = build(Run, cfg, config_name, progress)
-            if run.state.step == 0:
-                run.validate()
+            run = build(Run, cfg, config_name, progress, SIGNALS)
+            SIGNALS.defer()
+            run.catch_up()
             for micro_batches in run.micro_batches():
                 result = run.step(micro_batches)
                 if run.is_due(cfg.GENERAL.log_step):
@@ -63,16 +71,39 @@ def train(cfg: Config, config_name: str) -> None:
                     run.draw(micro_batches[0])
                 if run.is_due(cfg.GENERAL.checkpoint_step, at_end=True):
                     run.save(is_best=run.validate())
-            run.report()
-        except (BadDataError, CheckpointError, FloatingPointError) as error:
-            logger.error(f"stopped at step {run.state.step}: {error}\n{run.how_to_go_on()}")
+                run.check_stop()
+            run.finish()
+        except RunComplete as complete:
+            logger.info(str(complete))
+        except StopRequested as stop:
+            patience = STOP_PATIENCE
+            stop_early(run, stop)
+        except (BadDataError, CheckpointError, NumbersError) as error:
+            if run.is_main or not isinstance(error, NumbersError):  # which every process raises
+                logger.error(f"stopped at step {run.state.step}: {error}\n{run.how_to_go_on()}")
             sys.exit(1)
-        except KeyboardInterrupt:
-            logger.warning(f"interrupted at step {run.state.step}; {run.how_to_go_on()}" if run else "interrupted")
-            sys.exit(130)
         finally:
             if run is not None:
-                run.close()
+                run.close(patience)
+
+
+def stop_early(run: Run | None, stop: StopRequested) -> NoReturn:
+    """Save what there is and leave with the code that says: run the same command again."""
+    from src.engine.checkpoint import CheckpointError
+    from src.engine.console import logger
+
+    if run is None or run.state.step == 0:
+        logger.warning(f"{stop}: stopped before the first step, nothing is lost; start the same command again")
+    else:
+        try:
+            run.save_now()
+        except CheckpointError as error:
+            logger.error(f"{error}\n{run.how_to_go_on()}")
+            sys.exit(1)
+        logger.warning(
+            f"{stop}: stopped after step {run.state.step}; {run.how_to_go_on()} (or =auto). Exit code {RESUMABLE}"
+        )
+    sys.exit(RESUMABLE)
 
 
 def build(kind: Callable[..., T], *parts: object) -> T:
@@ -92,9 +123,13 @@ def refuse(error: ValueError) -> NoReturn:
 
 
 if __name__ == "__main__":
+    SIGNALS.install()
     try:
         check_overrides(sys.argv[1:])
+        start_missing_processes()
+        main()
     except ConfigError as error:
         refuse(error)
-    start_missing_processes()
-    main()
+    except StopRequested as stop:  # before the parts of a run, and a place to log to, were there
+        print(f"stage1: {stop}: stopped before the first step; start the same command again", file=sys.stderr)
+        sys.exit(RESUMABLE)

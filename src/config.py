@@ -57,6 +57,7 @@ class TrainConfig:
     backbone_lr: float | None = knob(minimum=0)
     weight_decay: float = knob(minimum=0)
     max_grad: float = knob(minimum=0)
+    max_skipped_step: int = knob(minimum=1)
     grad_accum_step: int = knob(minimum=1)
     sample_per_device: int = knob(minimum=1)
     mixed_precision: str = knob(choices=("auto", "no", "bf16", "fp16"))

@@ -68,7 +68,9 @@ def task_bar(progress: Progress, description: str) -> Iterator[Callable[[int, in
 def track(progress: Progress, items: Iterable[T], total: int, description: str) -> Iterator[T]:
     """Pass items through under a bar of their own, which leaves with the last one."""
     task = progress.add_task(description, total=total)
-    for item in items:
-        yield item
-        progress.advance(task)
-    progress.remove_task(task)
+    try:
+        for item in items:
+            yield item
+            progress.advance(task)
+    finally:
+        progress.remove_task(task)

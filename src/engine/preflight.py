@@ -12,6 +12,7 @@ from pathlib import Path
 from src.config import BackboneConfig, Config, ConfigError, named_sources
 from src.data.source import resolve_source
 
+AUTO = "auto"  # GENERAL.resume_path: the newest run of this configuration
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
@@ -81,8 +82,9 @@ def _source_problems(cfg: Config) -> Iterator[str]:
 
 def _resume_problems(cfg: Config) -> Iterator[str]:
     for key, path in (("GENERAL.resume_path", cfg.GENERAL.resume_path), ("MODEL.init_from", cfg.MODEL.init_from)):
-        if path is not None and not Path(path).is_dir():
+        if path is not None and not (Path(path).is_dir() or (path == AUTO and key == "GENERAL.resume_path")):
             yield (
                 f"{key}={path}: there is no such folder; name a run folder below "
                 f"{cfg.GENERAL.output_root}/ or one of its checkpoints/checkpoint-<step>"
+                + (", or auto for the newest run of this config" if key == "GENERAL.resume_path" else "")
             )

@@ -22,16 +22,19 @@ from src.data.health import merge_states
 from src.data.loader import HandLoader, build_train_loader, build_val_loader
 from src.data.mean_hand import mean_hand
 from src.engine import parts
-from src.engine.checkpoint import TrainState, is_newest, load_checkpoint, save_checkpoint
+from src.engine.checkpoint import CheckpointError, TrainState, load_checkpoint
+from src.engine.checkpoint_writer import CheckpointWriter
 from src.engine.console import add_log_file, console, logger, task_bar, track
 from src.engine.evaluate import evaluate, key_metric
 from src.engine.report import closing_table, where_to_look
+from src.engine.resume import find_origin
 from src.engine.run_folder import lock_run_folder
 from src.engine.step import StepResult, Trainer, build_optimizer, log_line
+from src.engine.stop import StopRequested, StopSignals
 from src.engine.tracker import Tracker
+from src.engine.watch import StepWatch
 from src.engine.weights import load_weights
 from src.hand.load import load_hand
-from src.loss import LOSS_TERMS
 from src.model.net import PoseNet
 from src.utils.checkpoint_read import find_checkpoint
 from src.utils.vis import overlay_sheet
@@ -40,11 +43,11 @@ from src.utils.vis import overlay_sheet
 class Run:
     """Builds the parts, or takes them over from the checkpoint that `GENERAL.resume_path` names."""
 
-    def __init__(self, cfg: Config, config_name: str, progress: Progress) -> None:
-        self.cfg, self.progress = cfg, progress
+    def __init__(self, cfg: Config, config_name: str, progress: Progress, signals: StopSignals | None = None) -> None:
+        self.cfg, self.progress, self.signals = cfg, progress, signals or StopSignals()
         self.accelerator = parts.build_accelerator(cfg)
         self.is_main = self.accelerator.is_main_process
-        checkpoint = find_checkpoint(cfg.GENERAL.resume_path) if cfg.GENERAL.resume_path else None
+        origin = find_origin(cfg, config_name, self.accelerator)
         with self.accelerator.main_process_first():
             parts.make_demo_data(cfg, progress)
 
@@ -52,26 +55,16 @@ class Run:
         hand = load_hand(cfg.MODEL.hand_model)
         self.net = PoseNet(cfg.MODEL, hand).to(self.accelerator.device)
         optimizer = build_optimizer(self.net, cfg)
-        self.state = TrainState(config_name=config_name)
-        if checkpoint is not None:
-            logger.info(f"going on from {checkpoint}")
-            scaler = self.accelerator.scaler
-            self.state = load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler)
-            self.state.extra["saved_step"] = self.state.step
-        elif cfg.MODEL.init_from is not None:
-            logger.info(str(load_weights(self.net, find_checkpoint(cfg.MODEL.init_from))))
-        if self.state.step >= cfg.GENERAL.total_step:
-            raise ValueError(
-                f"GENERAL.total_step={cfg.GENERAL.total_step}: {checkpoint} is at step {self.state.step} already, "
-                f"nothing is left to do; ask for more steps"
-            )
+        self.state = self._start_from(origin.checkpoint, optimizer, config_name)
         self.trainer = Trainer(cfg, self.accelerator, *self.accelerator.prepare(self.net, optimizer))
 
         self.train_loader, self.val_loader = self._build_loaders(hand.name)
         self.mean_hand = mean_hand(self.train_loader.dataset)
-        goes_on = checkpoint is not None and is_newest(checkpoint)
-        self.folder = self._claim_folder(config_name, checkpoint if goes_on else None)
-        self.tracker = self._open_tracker(goes_on)
+        self.folder = self._claim_folder(config_name, origin.checkpoint if origin.in_place else None)
+        self.tracker = self._open_tracker(origin.in_place)
+        self.watch = StepWatch(self.folder, self.trainer, self.train_loader.dataset, self.state)
+        self.saved_at = self.state.step  # the newest step that a checkpoint was begun at, or that this run started from
+        self.writer = CheckpointWriter(self.state.step if origin.in_place else None)
         self.started = time.perf_counter()
         self.task = progress.add_task("training", total=cfg.GENERAL.total_step, completed=self.state.step)
         logger.info(parts.describe_hand(hand))
@@ -87,13 +80,33 @@ class Run:
             share = islice(batches, self.cfg.TRAIN.grad_accum_step)
             yield [batch.to(self.accelerator.device, non_blocking=True) for batch in share]
 
+    def catch_up(self) -> None:
+        """The validation before the first step, or one that a stop cut off."""
+        if self.state.step == 0:
+            self.validate()
+        elif self.state.validation_due:
+            self.save(is_best=self.validate())
+
     def step(self, micro_batches: list[Batch]) -> StepResult:
-        """Take one optimizer step and move on."""
-        result = self.trainer.train_step(self.state.step, micro_batches)
+        """Take one optimizer step and move on.
+
+        Raises NumbersError for too many steps in a row that were not finite, CheckpointError for one being written.
+        """
+        result = self.trainer.train_step(self.state.step, micro_batches, self.signals.requested is not None)
         self.state.step += 1
         self.state.data_position += self.accelerator.num_processes * sum(len(batch) for batch in micro_batches)
+        self.watch.push(self.state.step, micro_batches, result)
+        self.writer.poll()
+        if self.is_main:
+            self.writer.reserve(self.net, self.trainer.optimizer)
         self.progress.update(self.task, completed=self.state.step)
         return result
+
+    def check_stop(self) -> None:
+        """Raises StopRequested, at the same step on every process, once one of them has been asked to stop."""
+        alone = self.accelerator.num_processes == 1
+        if self.watch.must_stop or (alone and self.signals.requested):
+            raise StopRequested(self.signals.requested or "a signal to another process")
 
     def is_due(self, interval: int, at_end: bool = False) -> bool:
         """Whether the step just done ends an interval (or the run)."""
@@ -106,9 +119,6 @@ class Run:
             logger.info(log_line(self.state.step, self.cfg.GENERAL.total_step, metrics))
             bad = {f"bad_{reason}": count for reason, count in self.train_loader.health.counts().items()}
             self.tracker.log(self.state.step, "train", metrics | bad)
-            if not math.isfinite(metrics["loss_total"]):
-                wrong = [name for name in LOSS_TERMS if not math.isfinite(metrics[name])]
-                raise FloatingPointError(f"the loss is not finite ({', '.join(wrong)}); try a lower TRAIN.lr")
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> None:
@@ -121,8 +131,12 @@ class Run:
             self.tracker.image(self.state.step, "train", "overlay", overlay_sheet(batch, prediction))
 
     def validate(self) -> bool:
-        """Evaluate the fixed sample, log it, remember it; whether it is the best so far."""
+        """Evaluate the fixed sample, log it, remember it; whether it is the best so far.
+
+        Raises StopRequested, without a trace of this validation, when a process is asked to stop meanwhile.
+        """
         batches = track(self.progress, self.val_loader, len(self.val_loader), "validation")
+        batches = self.watch.guard(batches, lambda: self.signals.requested)
         result = evaluate(self.net, batches, self.accelerator, self.cfg.LOSS, self.mean_hand)
         self.tracker.log(self.state.step, "val", result.metrics)
         if result.sheet is not None:
@@ -134,17 +148,20 @@ class Run:
             logger.info(f"validation at step {self.state.step}: {shown}")
         if self.state.step == 0:
             return False  # nothing is saved of it
-        is_best = self.state.best_metric is None or value < self.state.best_metric
+        is_best = math.isfinite(value) and (self.state.best_metric is None or value < self.state.best_metric)
         if is_best:
             self.state.best_metric, self.state.best_step = value, self.state.step
         return is_best
 
-    def save(self, is_best: bool) -> None:
-        """Write a checkpoint; the other processes wait until it is whole."""
+    def save(self, is_best: bool, validation_due: bool = False) -> None:
+        """Begin to write a checkpoint; training goes on meanwhile."""
+        self.watch.flush()
+        self.state.validation_due = validation_due
         self.state.extra["health"] = merge_states(gather_object([self.train_loader.health.state_dict()]))
+        self.saved_at = self.state.step
         if self.is_main:
             self.state.tracker = self.tracker.state()
-            save_checkpoint(
+            self.writer.save(
                 self.folder,
                 model=self.net,
                 optimizer=self.trainer.optimizer,
@@ -154,29 +171,52 @@ class Run:
                 keep=self.cfg.GENERAL.keep_checkpoint,
                 is_best=is_best,
             )
-        self.state.extra["saved_step"] = self.state.step
+
+    def save_now(self) -> None:
+        """Write what the newest checkpoint does not hold yet, and wait for it: the run ends here."""
+        if self.state.step != self.saved_at:
+            self.save(is_best=False, validation_due=self.is_due(self.cfg.GENERAL.checkpoint_step, at_end=True))
+        self.writer.join()
         self.accelerator.wait_for_everyone()
 
     def how_to_go_on(self) -> str:
         """What to tell a user whose run ended early."""
-        saved = self.state.extra.get("saved_step")
-        if saved is None:
+        if self.writer.saved_step is None:
             return "no checkpoint has been written yet"
-        return f"go on from the checkpoint at step {saved} with GENERAL.resume_path={self.folder}"
+        return (
+            f"go on from the checkpoint at step {self.writer.saved_step} with the same command and "
+            f"GENERAL.resume_path={self.folder}"
+        )
 
-    def report(self) -> None:
-        """The closing table."""
+    def finish(self) -> None:
+        """Wait for the last checkpoint; show the closing table."""
+        self.writer.join()
+        self.accelerator.wait_for_everyone()
+        self.progress.stop()
         if self.is_main:
             seconds = time.perf_counter() - self.started
             console.print(closing_table(self.folder, seconds))
             console.print(where_to_look(self.folder, self.cfg.AIM), soft_wrap=True)
 
-    def close(self) -> None:
-        """Let the tracker finish and the processes part."""
-        self.tracker.close()
+    def close(self, patience: float = 60.0) -> None:
+        """Let the writer and the tracker finish, the latter for at most `patience` seconds, and the processes part."""
+        try:
+            self.writer.join()
+        except CheckpointError as error:
+            logger.error(str(error))
+        self.tracker.close(patience)
         self.accelerator.end_training()
 
     # ---- how the parts are made -------------------------------------------------------------------------------------
+
+    def _start_from(self, checkpoint: Path | None, optimizer: torch.optim.Optimizer, config_name: str) -> TrainState:
+        """Fill network, optimizer and scaler from a checkpoint, or the network from `MODEL.init_from`."""
+        if checkpoint is not None:
+            scaler = self.accelerator.scaler
+            return load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler, verified=True)
+        if self.cfg.MODEL.init_from is not None:
+            logger.info(str(load_weights(self.net, find_checkpoint(self.cfg.MODEL.init_from))))
+        return TrainState(config_name=config_name)
 
     def _build_loaders(self, hand_model: str) -> tuple[HandLoader, HandLoader]:
         """Training from where the state stands, and validation. The main process indexes new shards first."""

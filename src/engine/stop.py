@@ -62,4 +62,3 @@ def _leave_at_once(number: int) -> None:
         os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
     os.write(2, f"stage1: {signal.Signals(number).name} again: stopped at once\n".encode())
     os._exit(128 + number)
-

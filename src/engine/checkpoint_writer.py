@@ -1,0 +1,155 @@
+"""Writes checkpoints while training goes on: a copy of every tensor in host memory, then a thread with the files.
+
+The loop stands still for the copy alone, into buffers that are kept from one checkpoint to the next. A disk that
+refuses is told by the next call of `poll`, `save` or `join`.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from src.engine.checkpoint import TrainState, save_checkpoint
+
+
+@dataclass
+class _Frozen:
+    """Stands in for a model, an optimizer or a scaler: what it was when the copy was made."""
+
+    value: Any
+
+    def state_dict(self) -> Any:
+        return self.value
+
+
+class HostCopy:
+    """Copies trees of tensors to host memory; memory is taken once. Tensors that share storage still do in the copy."""
+
+    def __init__(self) -> None:
+        self._buffer: dict[tuple, torch.Tensor] = {}
+
+    def reserve(self, tree: Any, at: tuple = ()) -> None:
+        """Take the memory for trees like this one, so that the first copy is as quick as the others."""
+        for path, tensor in _tensors(tree, at):
+            self._host(path, tensor).zero_()
+
+    def __call__(self, tree: Any, at: tuple = ()) -> Any:
+        """A copy of dicts, lists and tensors. Valid until the next copy at the same place."""
+        seen: dict[tuple, torch.Tensor] = {}
+        on_device = False
+
+        def walk(value: Any, path: tuple) -> Any:
+            nonlocal on_device
+            if isinstance(value, torch.Tensor):
+                key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+                if not value.numel() or key not in seen:
+                    seen[key] = self._host(path, value).copy_(value.detach(), non_blocking=True)
+                    on_device |= value.is_cuda
+                return seen[key]
+            if isinstance(value, dict):
+                return {name: walk(item, (*path, name)) for name, item in value.items()}
+            if isinstance(value, (list, tuple)):
+                return type(value)(walk(item, (*path, index)) for index, item in enumerate(value))
+            return copy.deepcopy(value)
+
+        result = walk(tree, at)
+        if on_device:
+            torch.cuda.current_stream().synchronize()
+        return result
+
+    def _host(self, path: tuple, tensor: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffer.get(path)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffer[path] = buffer
+        return buffer
+
+
+def _tensors(tree: Any, path: tuple) -> Iterator[tuple[tuple, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield path, tree
+    elif isinstance(tree, dict):
+        for name, item in tree.items():
+            yield from _tensors(item, (*path, name))
+    elif isinstance(tree, (list, tuple)):
+        for index, item in enumerate(tree):
+            yield from _tensors(item, (*path, index))
+
+
+class CheckpointWriter:
+    """One checkpoint at a time, in a thread."""
+
+    def __init__(self, saved_step: int | None = None) -> None:
+        self.saved_step = saved_step  # step of the newest checkpoint that is known to be whole
+        self._copy = HostCopy()
+        self._reserved = False
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def reserve(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Take the host memory in the background, once. Call when the optimizer has its moments, after a step."""
+        if self._reserved:
+            return
+        self._reserved = True
+        trees = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        self._start(lambda: [self._copy.reserve(tree, (name,)) for name, tree in trees.items()])
+
+    def save(
+        self,
+        run_folder: Path,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: Any,
+        state: TrainState,
+        **how: Any,
+    ) -> None:
+        """Begin to write a checkpoint of this moment. Arguments as of `save_checkpoint`.
+
+        Waits for the one before. Raises CheckpointError where that one could not be written.
+        """
+        self.join()
+        parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        frozen = {
+            name: None if part is None else _Frozen(self._copy(part.state_dict(), (name,)))
+            for name, part in parts.items()
+        }
+        state = copy.deepcopy(state)
+
+        def write() -> None:
+            save_checkpoint(run_folder, state=state, **frozen, **how)
+            self.saved_step = state.step
+
+        self._start(write)
+
+    def poll(self) -> None:
+        """Raises CheckpointError where a checkpoint could not be written. Costs nothing."""
+        if self._error is not None:
+            self.join()
+
+    def join(self) -> None:
+        """Wait until nothing is being written. Raises CheckpointError where it could not be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _start(self, work: Any) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                self._error = error
+
+        assert self._thread is None
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
