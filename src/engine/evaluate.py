@@ -28,7 +28,8 @@ KEY_METRICS = ("mpjpe_cam", "mpjpe_rel", "loss_total")
 class Validation:
     """Result of one validation, equal on every process."""
 
-    metrics: dict[str, float]  # mm, and the loss terms; what the data cannot answer is absent
+    # mm, and the loss terms; what the data cannot answer is absent. With several data sets also `<metric>/<data set>`.
+    metrics: dict[str, float]
     sheet: np.ndarray | None  # [H, W, 3] uint8 overlay of the first batch, on the main process
 
 
@@ -60,7 +61,7 @@ def evaluate(
     everyone = MetricAccumulator()
     for state in gather_object([gathered.state()]):
         everyone.merge(state)
-    return Validation(_with_total(everyone.compute(), loss), sheet)
+    return Validation(_with_total(everyone.compute(), loss) | _by_source(everyone), sheet)
 
 
 def _sample_metrics(
@@ -82,6 +83,27 @@ def mean_hand_error(mean_hand: np.ndarray, batch: Batch) -> SampleMetric:
     joint = batch.joint_cam.double().cpu().numpy()
     valid = batch.joint_3d_valid.cpu().numpy()
     return point_error(mean_hand[None], joint - joint[:, :1], valid * valid[:, :1])
+
+
+def _by_source(gathered: MetricAccumulator) -> dict[str, float]:
+    """The metrics in mm of each data set, where there is more than one."""
+    sources = gathered.sources()
+    return {
+        f"{name}/{source}": value
+        for source in (sources if len(sources) > 1 else ())
+        for name, value in gathered.compute(source).items()
+        if name not in LOSS_TERMS
+    }
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """The metrics for the log: those of all samples, then a line for each data set."""
+    lines: dict[str, list[str]] = {"": []}
+    in_mm = {name: value for name, value in metrics.items() if not name.startswith("loss")}
+    for key, value in (in_mm or metrics).items():
+        name, _, source = key.partition("/")
+        lines.setdefault(source, []).append(f"{name}={value:.2f}")
+    return "\n".join(f"  {source}: {' '.join(parts)}" if source else " ".join(parts) for source, parts in lines.items())
 
 
 def _with_total(metrics: dict[str, float], loss: LossConfig) -> dict[str, float]:

@@ -25,7 +25,7 @@ from src.engine import parts
 from src.engine.checkpoint import CheckpointError, TrainState, load_checkpoint
 from src.engine.checkpoint_writer import CheckpointWriter
 from src.engine.console import add_log_file, console, logger, task_bar, track
-from src.engine.evaluate import evaluate, key_metric
+from src.engine.evaluate import describe, evaluate, key_metric
 from src.engine.report import closing_table, where_to_look
 from src.engine.resume import find_origin
 from src.engine.run_folder import lock_run_folder
@@ -143,9 +143,7 @@ class Run:
             self.tracker.image(self.state.step, "val", "overlay", result.sheet)
         value = key_metric(result.metrics)
         if self.is_main:
-            in_mm = {k: v for k, v in result.metrics.items() if not k.startswith("loss")}
-            shown = " ".join(f"{k}={v:.2f}" for k, v in (in_mm or result.metrics).items())
-            logger.info(f"validation at step {self.state.step}: {shown}")
+            logger.info(f"validation at step {self.state.step}: {describe(result.metrics)}")
         if self.state.step == 0:
             return False  # nothing is saved of it
         is_best = math.isfinite(value) and (self.state.best_metric is None or value < self.state.best_metric)
