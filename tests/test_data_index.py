@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.data.dataset import Fetched, HandDataset, ShardReader
+from src.data.dataset import Fetched, HandDataset
 from src.data.health import BadDataError, DataHealth
 from src.data.index import cache_dir, index_path, load_index
 from src.data.index_build import build_index, open_indexes
 from src.data.plan import MixedPlan, SourcePlan, validation_plan
+from src.data.reader import ShardReader
 from src.data.tar import BLOCK, TarWalk
 from tests.data_shards import native_sample, write_shard
 

@@ -15,9 +15,10 @@ import webdataset as wds
 
 from src.batch import Sample
 from src.data.blob import SampleError, parse_npy, pickled_image_spans
-from src.data.dataset import ShardReader
+from src.data.image import decode_image
 from src.data.index_build import build_index
-from src.data.sample import decode_image, make_sample
+from src.data.reader import ShardReader
+from src.data.sample import make_sample
 from src.data.schema import parse_clip
 from src.data.source import resolve_source
 from tests.data_shards import WIDTH, encode, image_of, lab_sample, native_sample, raw_members, write_shard, write_tar

@@ -1,8 +1,8 @@
 """Augmentation as a value: what to do to one sample is drawn first (a function of uniform numbers), applied later.
 
-The geometric part (`roll`, `tilt`, `zoom`, `shift`) is carried out by src/geometry/patch.py: a turn and zoom of a virtual
-camera, so image, 2D, 3D and MANO root stay consistent. The photometric part (`PixelAugmentation`) is applied here, on
-the uint8 patch: occluder, then lens (blur), then exposure (colour), then sensor (noise).
+The geometric part (`roll`, `tilt`, `zoom`, `shift`) is carried out by src/geometry/patch.py: a turn and zoom of a
+virtual camera, so image, 2D, 3D and MANO root stay consistent. The photometric part (`PixelAugmentation`) is applied
+here, on the uint8 patch: occluder, then lens (blur), then exposure (colour), then sensor (noise).
 """
 
 from __future__ import annotations

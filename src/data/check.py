@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from src.data.blob import SampleError
-from src.data.dataset import ShardReader
+from src.data.image import decode_image
 from src.data.index import MAX_NAMED, Bad, ShardIndex, load_index
 from src.data.index_build import build_index, index_places, worker_context
-from src.data.sample import decode_image, make_sample
+from src.data.reader import ShardReader
+from src.data.sample import make_sample
 
 STALE_INDEX = "stale_index"
 

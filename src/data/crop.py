@@ -12,8 +12,19 @@ import cv2
 import numpy as np
 
 from src.batch import NUM_JOINT, NUM_POSE, NUM_SHAPE, Sample
-from src.data.augment import Augmentation, augment_pixels
-from src.geometry.patch import BORDER, MIRROR, Aim, PatchView, mirror_pose, turn_root, view_of_patch, warp_image
+from src.data.augment import Augmentation, PixelAugmentation, augment_pixels
+from src.geometry.patch import (
+    BORDER,
+    MIRROR,
+    Aim,
+    PatchView,
+    Warp,
+    apply_warp,
+    mirror_pose,
+    plan_warp,
+    turn_root,
+    view_of_patch,
+)
 
 
 @dataclass
@@ -59,10 +70,23 @@ def crop_sample(
         expansion_ratio: side of the square over the longer side of `hand_bbox`.
         position: place in the data order, handed through.
     """
-    view = view_of_sample(sample, augmentation, img_size, expansion_ratio)
-    patch = augment_pixels(warp_image(sample.image, view, img_size), augmentation.pixel)
     planes = np.empty((3, img_size, img_size), np.uint8)
-    cv2.split(patch, list(planes))
+    row, view = turn_sample(sample, augmentation, planes, expansion_ratio, position)
+    fill_patch(planes, sample.image, plan_warp(sample.image.shape[1::-1], view, img_size), augmentation.pixel)
+    return row
+
+
+def fill_patch(planes: np.ndarray, image: np.ndarray, warp: Warp | None, pixel: PixelAugmentation) -> None:
+    """Paint the patch [3, S, S] uint8 from `image` [H, W, 3] uint8."""
+    cv2.split(augment_pixels(apply_warp(image, warp, planes.shape[-1]), pixel), list(planes))
+
+
+def turn_sample(
+    sample: Sample, augmentation: Augmentation, planes: np.ndarray, expansion_ratio: float, position: int = 0
+) -> tuple[PatchSample, PatchView]:
+    """The annotations of `sample` as its patch camera sees them, beside a patch `planes` [3, S, S] still to be painted;
+    and that camera. Other arguments as `crop_sample`; the image is not looked at."""
+    view = view_of_sample(sample, augmentation, planes.shape[-1], expansion_ratio)
     valid_2d, valid_3d = sample.joint_2d_valid[:, None], sample.joint_3d_valid[:, None]
     joint = sample.joint_img @ view.image_to_patch[:, :2].T + view.image_to_patch[:, 2]
     # Only a joint annotated as visible and yet behind the turned camera could divide by zero; it is kept finite.
@@ -72,7 +96,7 @@ def crop_sample(
         joint_cam, pose = joint_cam * MIRROR, mirror_pose(pose)
     if sample.has_mano:
         pose = turn_root(pose, view.cam_rot)
-    return PatchSample(
+    row = PatchSample(
         key=sample.key,
         source=sample.source,
         position=position,
@@ -92,16 +116,20 @@ def crop_sample(
         flat_hand_mean=sample.flat_hand_mean,
         has_intr=float(sample.has_intr),
     )
+    return row, view
 
 
-def padding_patch(img_size: int) -> PatchSample:
-    """The row that fills up a validation batch: position -1, grey, every flag 0, every number finite."""
+def padding_patch(img_size: int, planes: np.ndarray | None = None) -> PatchSample:
+    """The row that fills up a validation batch: position -1, grey (painted into `planes` if given), every flag 0, every
+    number finite."""
+    planes = np.empty((3, img_size, img_size), np.uint8) if planes is None else planes
+    planes[:] = np.array(BORDER, np.uint8)[:, None, None]
     return PatchSample(
         key="",
         source="",
         position=-1,
         is_right=True,
-        patch=np.broadcast_to(np.array(BORDER, np.uint8)[:, None, None], (3, img_size, img_size)).copy(),
+        patch=planes,
         patch_focal=np.full(2, img_size, np.float32),
         patch_princpt=np.full(2, 0.5 * (img_size - 1), np.float32),
         cam_rot=np.eye(3, dtype=np.float32),

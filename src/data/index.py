@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"HANDIDX\0"
 _ALIGN = 64
 MAX_NAMED = 200  # damaged samples that are listed by key; the counts are complete
@@ -32,7 +32,7 @@ SAMPLE = np.dtype(
         ("size", "<u4"),  # bytes in the archive, headers included
         ("image_begin", "<u4"),  # the members with images lie in [image_begin, image_end) behind `offset`
         ("image_end", "<u4"),
-        ("note_crc", "<u4"),  # crc32 of everything else in the sample
+        ("note_crc", "<u4"),  # crc32 of all other bytes of the sample, headers included
     ]
 )
 FRAME = np.dtype(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,7 +34,8 @@ from src.data.tar import Damage, Member, TarWalk, split_name
 class _Builder:
     """Collects rows while the archive is walked; a sample is closed when the next key or damage comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: int) -> None:
+        self.file = file  # descriptor of the archive
         self.sample_rows: list[tuple[int, ...]] = []
         self.frame_rows: list[tuple[int, ...]] = []
         self.bad: list[Bad] = []
@@ -71,9 +73,10 @@ class _Builder:
         offset, size = members[0].begin, members[-1].end - members[0].begin
         if size >= 1 << 32:
             raise SampleError("too_large", f"{size} bytes")
-        image_begin, image_end, note_crc = _image_region(members)
+        image_begin, image_end = _image_region(members)
+        note = os.pread(self.file, image_begin, offset) + os.pread(self.file, size - image_end, offset + image_end)
         row = len(self.sample_rows)
-        self.sample_rows.append((offset, key_hash(key), size, image_begin, image_end, note_crc))
+        self.sample_rows.append((offset, key_hash(key), size, image_begin, image_end, crc32(note)))
         for number, image in enumerate(images):
             if number in clip.bad_frame:
                 self.bad.append(Bad(f"{key}/{number}", clip.bad_frame[number]))
@@ -90,34 +93,23 @@ def _suffix(member: Member) -> str:
     return parts[1]
 
 
-def _image_region(members: list[Member]) -> tuple[int, int, int]:
-    """(begin, end) behind the sample's offset of its first run of image members, and the crc32 of all other members.
-
-    The checksum runs over the names, sizes and data of those members, in order.
-    """
-    offset, crc = members[0].begin, 0
+def _image_region(members: list[Member]) -> tuple[int, int]:
+    """(begin, end) behind the sample's offset of its first run of image members."""
+    offset = members[0].begin
     image = [is_image(_suffix(m)) for m in members]
-    first = image.index(True)
-    last = first
+    first = last = image.index(True)
     while last + 1 < len(members) and image[last + 1]:
         last += 1
-    for i, member in enumerate(members):
-        if not first <= i <= last:
-            crc = note_crc(crc, _suffix(member), member.data)
-    return members[first].begin - offset, members[last].end - offset, crc
-
-
-def note_crc(crc: int, suffix: str, data: bytes | memoryview) -> int:
-    """Continue the checksum over a sample's members without images."""
-    return crc32(data, crc32(suffix.encode("utf-8", "surrogateescape"), crc))
+    return members[first].begin - offset, members[last].end - offset
 
 
 def build_index(shard: Path) -> ShardIndex:
     """Read a shard from end to end. Damage is counted in the result; only an unreadable file raises (OSError)."""
-    stat, builder = shard.stat(), _Builder()
+    stat = shard.stat()
     with shard.open("rb", buffering=1 << 22) as file:
+        builder = _Builder(file.fileno())
         _fill(builder, TarWalk(file, stat.st_size))
-    builder.finish()
+        builder.finish()
     if not builder.sample_rows and not builder.bad:
         builder.bad.append(Bad("", "empty_shard"))
     tables = Tables(np.array(sorted(builder.sample_rows), SAMPLE), _sorted_frames(builder))

@@ -6,7 +6,9 @@ stretch of the order for 1 x 8, 2 x 4 and 4 x 2 samples, and a run resumes by on
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -43,7 +45,7 @@ def collate(fetched: Fetched) -> tuple[Batch, list[BadFrame]]:
         source=[row.source for row in rows],
         position=flag("position", torch.int64),
         is_right=flag("is_right", torch.bool),
-        patch=stack("patch"),
+        patch=stack("patch") if fetched.patches is None else torch.from_numpy(fetched.patches),
         patch_focal=stack("patch_focal"),
         patch_princpt=stack("patch_princpt"),
         cam_rot=stack("cam_rot"),
@@ -116,9 +118,21 @@ class HandLoader:
             yield batch
 
 
+def _obey_parent_alone() -> None:
+    """Signals to the whole process group (Ctrl-C, Slurm) are meant for the trainer, who ends its workers by SIGTERM."""
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _init_worker(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # sent to the whole group, meant for the trainer, who ends its workers
+    _obey_parent_alone()
     cv2.setNumThreads(0)  # a pool of threads in every worker would fight for the cores, and may hang after a fork
 
 

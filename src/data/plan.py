@@ -3,13 +3,13 @@
 Nothing is shuffled on the fly, so nothing has to be remembered: any worker of any rank computes which frame stands at
 any position, and a resumed run goes on at its integer. One epoch of a source of N frames is laid out like this:
 
-    frames in archive order, cut into blocks of L neighbours (grid shifted by the epoch)
+    frames in archive order, cut into blocks of L neighbours (about 8 MB of the shards)
     blocks permuted (seed, epoch), then dealt into groups
-    a group is read in L rounds; round r takes the frame of one and the same place p(r) from each of its blocks
+    a group is read in L rounds; each takes the frame of one and the same place from each of its blocks
 
-So reads stay inside a few hundred blocks at a time, and p(r) = (a + r m) mod L keeps places of nearby rounds far apart:
-neighbouring frames of a clip, whose places differ by 1, never meet in a batch, and clips shorter than L / 3 hardly
-ever. Memory: one permutation of N / L blocks per epoch, one table of a group.
+So reads stay inside a few hundred blocks at a time, which src/data/ahead.py has read by then from end to end, and
+src/data/rounds.py keeps neighbouring frames of a clip out of each other's batches. Memory: one permutation of N / L
+blocks per epoch, one table of a group.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from src.data.index import ShardIndex
 from src.data.rng import hash_int, stream
+from src.data.rounds import distance, largest_prime, rounds_of_epoch
 
-_GROUP_BLOCK = 256  # blocks that are open at once, at least; more than a common global batch has samples
-_BLOCK_MIN, _BLOCK_MAX = 16, 128
+_GROUP_BLOCK = 256  # blocks that are open at once, at least, in a source that has so many
+_BLOCK_SIZE = 8 << 20  # bytes of the shards that a block should span
+_BLOCK_MIN, _BLOCK_MAX = 17, 251  # frames
+_APART = 1024  # positions between neighbouring frames, at least, in a source that is large enough
 _WEIGHT_BIT = 40  # weights are exact to 2^-40
 
 
@@ -39,61 +41,69 @@ class Place(NamedTuple):
     row: int
 
 
-@lru_cache(maxsize=256)
-def round_step(block: int) -> int:
-    """The step m of the places p(r) = r m mod `block`: coprime to it, and for few rounds k, k m is far from 0."""
+def block_length(num_frame: int, frame_size: float) -> int:
+    """Frames of a block: a prime, so that no length of clips keeps step with it."""
+    most = min(_BLOCK_MAX, max(_BLOCK_MIN, int(_BLOCK_SIZE / max(1.0, frame_size))))
+    return largest_prime(min(num_frame, most, max(5, num_frame // 8)))
 
-    def spread(m: int) -> int:
-        return min(min(k * m % block, -k * m % block) * k for k in range(1, 9) if k < block)
 
-    steps = [m for m in range(1, block) if math.gcd(m, block) == 1]
-    return max(steps, key=spread, default=1) if block > 2 else 1
+def group_count(num_frame: int, block: int) -> int:
+    """Groups of an epoch, each of `_GROUP_BLOCK` blocks or some more."""
+    return max(1, -(-num_frame // block) // _GROUP_BLOCK)
 
 
 class EpochOrder:
-    """The order of one epoch of one source of `num_frame` frames."""
+    """The order of one epoch of one source of `num_frame` frames, of `frame_size` bytes on the average."""
 
-    def __init__(self, num_frame: int, seed: int, epoch: int, tag: int = 0) -> None:
+    def __init__(self, num_frame: int, seed: int, epoch: int, tag: int = 0, frame_size: float = 0.0) -> None:
         assert num_frame > 0
         self.num_frame, self.key = num_frame, (seed, epoch, tag)
-        block = min(num_frame, max(_BLOCK_MIN, min(_BLOCK_MAX, num_frame // _GROUP_BLOCK)))
-        rng = stream("epoch order", *self.key)
-        # Another block length and grid in every epoch: frames that could not meet in one can meet in the next.
-        self.block = block = max(1, block - int(rng.integers(0, 1 + block // 8)))
-        self.start = int(rng.integers(0, block))
-        self.shift = int(rng.integers(0, block))
-        num_block = -(-(num_frame + self.shift) // block)
-        self.block_order = rng.permutation(num_block).astype(np.int32)
-        num_group = max(1, num_block // _GROUP_BLOCK)
+        self.block = block_length(num_frame, frame_size)
+        num_block = -(-num_frame // self.block)
+        self.block_order = stream("epoch order", *self.key).permutation(num_block).astype(np.int32)
+        num_group = group_count(num_frame, self.block)
         self.group_block = np.linspace(0, num_block, num_group + 1).astype(np.int64)
         self.group_end = np.cumsum([self._block_sizes(g).sum() for g in range(num_group)])
         assert self.group_end[-1] == num_frame
+        self._round_size = max(1, int(np.diff(self.group_block).min()) - 1)  # the last block may be cut short
+        apart = -(-(_APART - 1) // self._round_size) + 1
+        self.rounds = rounds_of_epoch(self.block, apart, *self.key)
         self._group: tuple[int, np.ndarray] | None = None
 
-    def _bounds(self, group: int) -> tuple[np.ndarray, np.ndarray]:
-        """First frame of the group's blocks on the shifted grid (may be negative), and the blocks themselves."""
-        blocks = self.block_order[self.group_block[group] : self.group_block[group + 1]].astype(np.int64)
-        return blocks * self.block - self.shift, blocks
+    @property
+    def window(self) -> int:
+        """Any so many successive positions hold no two neighbouring frames, over the borders of epochs, too."""
+        apart = distance(self.block, self.rounds.step)
+        return min(_APART, max(0, apart - 1) * self._round_size + 1)
+
+    def blocks(self, group: int) -> np.ndarray:
+        """[n, 2] first frame of each block of a group, and the first one behind it; in the order they are dealt."""
+        begin = self.block_order[self.group_block[group] : self.group_block[group + 1]].astype(np.int64) * self.block
+        return np.stack([begin, np.minimum(begin + self.block, self.num_frame)], axis=1)
 
     def _block_sizes(self, group: int) -> np.ndarray:
-        begin, _ = self._bounds(group)
-        return np.minimum(begin + self.block, self.num_frame) - np.maximum(begin, 0)
+        return np.diff(self.blocks(group), axis=1)[:, 0]
 
     def _group_table(self, group: int) -> np.ndarray:
         """Frames of a group in order: rounds x blocks, each round's blocks in an order of its own."""
         if self._group is None or self._group[0] != group:
-            begin, _ = self._bounds(group)
-            rounds = (self.start + np.arange(self.block) * round_step(self.block)) % self.block
+            begin = self.blocks(group)[:, 0]
+            places = np.array([self.rounds.place(number) for number in range(self.block)])
             shuffle = np.argsort(stream("round order", *self.key, group).random((self.block, len(begin))), axis=1)
-            frames = begin[shuffle] + rounds[:, None]
-            self._group = (group, frames[(frames >= 0) & (frames < self.num_frame)])
+            frames = begin[shuffle] + places[:, None]
+            self._group = (group, frames[frames < self.num_frame])
         return self._group[1]
+
+    def find(self, place: int) -> tuple[int, int, int]:
+        """(group, place in it, size of it) of a place of this epoch."""
+        group = int(np.searchsorted(self.group_end, place, side="right"))
+        first = int(self.group_end[group - 1]) if group else 0
+        return group, place - first, int(self.group_end[group]) - first
 
     def frame(self, place: int) -> int:
         """The frame (0 .. num_frame - 1, in archive order) at a place of this epoch."""
-        group = int(np.searchsorted(self.group_end, place, side="right"))
-        first = int(self.group_end[group - 1]) if group else 0
-        return int(self._group_table(group)[place - first])
+        group, place, _ = self.find(place)
+        return int(self._group_table(group)[place])
 
 
 class SourcePlan:
@@ -101,19 +111,33 @@ class SourcePlan:
 
     def __init__(self, shards: Sequence[ShardIndex], stride: int, seed: int, tag: int = 0) -> None:
         """`tag` keeps apart the orders of several sources with one seed."""
-        self.seed, self.tag = seed, tag
+        self.stride, self.seed, self.tag = stride, seed, tag
         self.ends = np.cumsum([shard.num_frame(stride) for shard in shards]).tolist()
         self.num_frame = self.ends[-1] if self.ends else 0
+        self.frame_size = sum(shard.shard_size for shard in shards) / max(1, self.num_frame)
         self._epochs: dict[int, EpochOrder] = {}
+
+    @property
+    def group_size(self) -> float:
+        """Bytes of the shards that a group spans."""
+        return (
+            self.frame_size
+            * self.num_frame
+            / group_count(self.num_frame, block_length(self.num_frame, self.frame_size))
+        )
+
+    def epoch(self, epoch: int) -> EpochOrder:
+        """The order of an epoch; the last two are kept."""
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = EpochOrder(self.num_frame, self.seed, epoch, self.tag, self.frame_size)
+        return self._epochs[epoch]
 
     def locate(self, place: int) -> tuple[int, int]:
         """(shard, row) at a place of the endless order."""
         epoch, place = divmod(place, self.num_frame)
-        if epoch not in self._epochs:
-            if len(self._epochs) > 1:
-                del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = EpochOrder(self.num_frame, self.seed, epoch, self.tag)
-        return self.split(self._epochs[epoch].frame(place))
+        return self.split(self.epoch(epoch).frame(place))
 
     def split(self, frame: int) -> tuple[int, int]:
         """(shard, row) of a frame counted over all shards."""

@@ -1,8 +1,7 @@
-"""From one frame of a Clip and its encoded image to a Sample: decoding, and the guess where no intrinsics are known."""
+"""From one frame of a Clip to a Sample, with the guess where no intrinsics are known."""
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 
 from src.batch import Sample
@@ -10,30 +9,21 @@ from src.data.blob import SampleError
 from src.data.schema import Clip
 from src.geometry.camera import guess_intrinsics
 
-# An EXIF orientation is ignored: annotations refer to the stored pixels.
-_DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-
-
-def decode_image(data: bytes | memoryview) -> np.ndarray:
-    """[H, W, 3] uint8 RGB as stored.
-
-    Raises:
-        SampleError: undecodable_image.
-    """
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise SampleError("undecodable_image", f"{len(data)} bytes do not decode")
-    return image
+_NO_IMAGE = np.empty((0, 0, 3), np.uint8)
 
 
 def make_sample(clip: Clip, frame: int, image: np.ndarray, key: str, hand_model: str) -> Sample:
-    """One frame as a Sample.
+    """One frame as a Sample; `image` is [H, W, 3] uint8 RGB. The rest as in `annotated_sample`."""
+    sample = annotated_sample(clip, frame, image.shape[1::-1], key, hand_model)
+    sample.image = image
+    return sample
+
+
+def annotated_sample(clip: Clip, frame: int, size: tuple[int, int], key: str, hand_model: str) -> Sample:
+    """One frame as a Sample whose image is still to come.
 
     Args:
-        clip: annotations of the clip; image: [H, W, 3] uint8 RGB of the frame; key: of the tar sample.
+        clip: annotations of the clip; size: (width, height) of the frame's image; key: of the tar sample.
         hand_model: the one the run uses; parameters of another model are no target (has_mano 0).
 
     Raises:
@@ -41,7 +31,7 @@ def make_sample(clip: Clip, frame: int, image: np.ndarray, key: str, hand_model:
     """
     if frame in clip.bad_frame:
         raise SampleError(clip.bad_frame[frame], f"frame {frame}")
-    height, width = image.shape[:2]
+    width, height = size
     box = clip.hand_bbox[frame]
     if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
         raise SampleError("bad_bbox", f"{box.tolist()} lies outside of the {width}x{height} image")
@@ -50,7 +40,7 @@ def make_sample(clip: Clip, frame: int, image: np.ndarray, key: str, hand_model:
     return Sample(
         key=f"{key}/{frame}",
         source=clip.source,
-        image=image,
+        image=_NO_IMAGE,
         is_right=clip.is_right,
         hand_bbox=box,
         joint_img=clip.joint_img[frame],

@@ -180,6 +180,8 @@ def _meta_flags(value: Any, name: str) -> np.ndarray:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(v, (bool, int, float)) for v in values):
         raise SampleError("bad_value", f"{name} must be a list of 0 and 1")
+    if len(values) == 1:
+        return _constant(float(values[0] > 0), 1)
     return (np.array(values, np.float32) > 0).astype(np.float32)
 
 
@@ -191,10 +193,10 @@ def _array(data: memoryview | bytes, name: str) -> np.ndarray:
         raise SampleError(error.reason, f"{name}.npy: {error.detail}") from None
     if array.ndim == 0 or array.shape[1:] != FIELDS[name]:
         raise SampleError("wrong_shape", f"{name}.npy is {array.shape}, not (T, {str(FIELDS[name])[1:]}")
+    if array.dtype == np.float32 and name not in _FLAGS:
+        return array
     if name in _FLAGS:
         return (array > 0).astype(np.float32)
-    if array.dtype == np.float32:
-        return array
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is found as such
         return array.astype(np.float32)
 
@@ -220,7 +222,9 @@ def _known(arrays: dict[str, np.ndarray], name: str, flag: np.ndarray) -> np.nda
     """The array with 0 wherever its flag is 0, whatever stands there."""
     if name not in arrays:
         return _constant(0.0, len(flag), *FIELDS[name])
-    return arrays[name] if flag.all() else np.where(flag[..., None] > 0, arrays[name], np.float32(0))
+    if flag is _constant(1.0, *flag.shape) or flag.all():
+        return arrays[name]
+    return np.where(flag[..., None] > 0, arrays[name], np.float32(0))
 
 
 def _complete(
@@ -231,7 +235,7 @@ def _complete(
     valid_3d = _flag(num_frame, arrays, ("joint_cam",), ("joint_3d_valid", "joint_valid"))
     has_mano = _flag(num_frame, arrays, ("mano_pose", "mano_shape"), ("has_mano", "mano_valid"))
     has_intr = _flag(num_frame, arrays, ("focal", "princpt"), ("has_intr",))
-    if "has_intr" not in arrays and has_intr.any():
+    if "has_intr" not in arrays and "focal" in arrays and "princpt" in arrays:
         has_intr = (arrays["focal"] != 0).all(axis=-1).astype(np.float32)
     joint_img = _known(arrays, "joint_img", valid_2d)
     values = {

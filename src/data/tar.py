@@ -104,33 +104,46 @@ def _pax_fields(data: bytes) -> dict[str, str]:
     return fields
 
 
-def span_members(span: bytes) -> tuple[str, dict[str, memoryview]]:
-    """(key, members by suffix) of one sample, from whole members as they lie in the archive. Raises TarError.
+def span_layout(span: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
+    """(key, where each member's data begins and ends, by suffix) of one sample, from whole members as they lie in the
+    archive. Raises TarError.
 
-    The headers' checksums are not looked at: the index has a checksum over names and data.
+    The headers' checksums are not looked at: the index has a checksum over all of it.
     """
-    view, members, at, key, prefix, long_name = memoryview(span), {}, 0, "", b"", ""
+    members, at, key, prefix, long_name = {}, 0, "", b"", ""
     while at + BLOCK <= len(span):
         # Nearly all members continue the first one's name, which spares them the full look at their header.
-        if prefix and span.startswith(prefix, at) and span[at + 156] in _REGULAR and not span[at + 345]:
+        if prefix and span.startswith(prefix, at) and is_plain(span, at):
             suffix, size = span[at + len(prefix) : span.index(b"\0", at)], _plain_size(span[at + 124 : at + 136])
             if size >= 0 and len(prefix) + len(suffix) < 100 and b"/" not in suffix and not long_name:
-                members[suffix.decode("utf-8", "surrogateescape").lower()] = view[at + BLOCK : at + BLOCK + size]
+                members[_text(suffix).lower()] = (at + BLOCK, at + BLOCK + size)
                 at += BLOCK + padded(size)
                 continue
         name, size, flag = read_header(span[at : at + BLOCK], check=False)
-        data = view[at + BLOCK : at + BLOCK + size]
-        at += BLOCK + padded(size)
+        begin, end = at + BLOCK, at + BLOCK + size
+        at = begin + padded(size)
         if flag in b"L":
-            long_name = _text(bytes(data))
+            long_name = _text(span[begin:end])
         elif flag in b"x":
-            long_name = _pax_fields(bytes(data)).get("path", "")
+            long_name = _pax_fields(span[begin:end]).get("path", "")
         elif flag in _REGULAR:
             parts, is_long, long_name = split_name(long_name or name), bool(long_name), ""
             if parts:
-                key, members[parts[1]] = parts[0], data
+                key, members[parts[1]] = parts[0], (begin, end)
                 prefix = b"" if is_long or len(key) > 90 else key.encode("utf-8", "surrogateescape") + b"."
     return key, members
+
+
+def is_plain(span: bytes, at: int) -> bool:
+    """Whether the header at `at` is that of a regular file whose whole name stands in it."""
+    return span[at + 156] in _REGULAR and not span[at + 345]
+
+
+def plain_key(span: bytes, tail: bytes) -> bytes | None:
+    """The sample's key if the first header's name is plainly the key and then `tail` (".<suffix>" and a zero)."""
+    end = span.find(tail, 0, 100)
+    key = span[:end] if end > 0 else b""
+    return None if not key or b"." in key.rpartition(b"/")[2] or b"__" in key or b"\0" in key else key
 
 
 def _plain_size(field: bytes) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -51,6 +50,16 @@ class PatchView:
     image_to_patch: np.ndarray  # [3, 3]
     patch_to_image: np.ndarray  # [3, 3]
     scale: float  # patch px per source px at the centre of the hand's box
+
+
+@dataclass(frozen=True)
+class Warp:
+    """How the pixels of a patch come from those of an image: the part that is read, shrunk, and where it lies."""
+
+    begin: tuple[int, int]  # (x, y) of the part's first pixel
+    end: tuple[int, int]  # (x, y) of the first one behind it
+    factor: int  # the part is first shrunk by it, averaging
+    matrix: np.ndarray  # [3, 3] homography from patch px to px of the shrunk part
 
 
 def rotation_of_camera(roll: float, tilt: tuple[float, float]) -> np.ndarray:
@@ -95,41 +104,53 @@ def _view(aim: Aim, rotation: np.ndarray, img_size: int) -> PatchView | None:
     to_patch = np.array([[scale, 0.0, princpt[0]], [0.0, scale, princpt[1]], [0.0, 0.0, 1.0]])
     image_to_patch = to_patch @ to_plane
     patch_to_image = np.linalg.inv(image_to_patch)
-    if is_tilted and not _in_front(patch_to_image, img_size):
-        return None
+    if is_tilted and min(depth for _, _, depth in _corners(patch_to_image, img_size)) <= 0.1:
+        return None  # a corner of the patch looks at what lies behind the source camera
     return PatchView(scale * focal, princpt, rotation, image_to_patch, patch_to_image, scale * magnification)
 
 
-@lru_cache(maxsize=16)
-def _corners(img_size: int) -> np.ndarray:
-    """[3, 4] homogeneous outer corners of the patch."""
+def _corners(patch_to_image: np.ndarray, img_size: int) -> list[list[float]]:
+    """Homogeneous image coordinates of the patch's four outer corners."""
     low, high = -0.5, img_size - 0.5
-    return np.array([[low, high, high, low], [low, low, high, high], [1.0, 1.0, 1.0, 1.0]])
+    rows = patch_to_image.tolist()
+    return [[a * x + b * y + c for a, b, c in rows] for x, y in ((low, low), (high, low), (high, high), (low, high))]
 
 
-def _in_front(patch_to_image: np.ndarray, img_size: int) -> bool:
-    """Whether every corner of the patch looks at something in front of the source camera."""
-    return min((patch_to_image[2] @ _corners(img_size)).tolist()) > 0.1
+def plan_warp(size: tuple[int, int], view: PatchView, img_size: int) -> Warp | None:
+    """What of an image of `size` (width, height) the patch shows, and how; None where that is next to nothing."""
+    factor = int(1.0 / view.scale) if view.scale <= _SHRINK_FROM else 1
+    corners = [(x / depth, y / depth) for x, y, depth in _corners(view.patch_to_image, img_size)]
+    edges = []
+    for values, limit in zip(zip(*corners), size):
+        begin = min(max(math.floor(min(values)) - 1 - factor, 0), limit)
+        count = (min(max(math.ceil(max(values)) + 2 + factor, 0), limit) - begin) // factor
+        if count < 1:
+            return None
+        edges.append((begin, begin + count * factor))
+    (left, right), (top, bottom) = edges
+    middle = 0.5 * (factor - 1)
+    to_part = np.array([[1.0, 0.0, -left - middle], [0.0, 1.0, -top - middle], [0.0, 0.0, factor]])
+    return Warp((left, top), (right, bottom), factor, to_part @ view.patch_to_image)
 
 
 def warp_image(image: np.ndarray, view: PatchView, img_size: int) -> np.ndarray:
-    """The patch [S, S, 3] uint8 of `image` [H, W, 3] uint8; the source is sampled once, outside of it lies grey.
+    """The patch [S, S, 3] uint8 of `image` [H, W, 3] uint8; the source is sampled once, outside of it lies grey."""
+    return apply_warp(image, plan_warp(image.shape[1::-1], view, img_size), img_size)
+
+
+def apply_warp(image: np.ndarray, warp: Warp | None, img_size: int) -> np.ndarray:
+    """As `warp_image`, for a warp that was planned for images of this size.
 
     Only the part that the patch shows is touched. It is sampled with a fourth channel, which OpenCV does at more than
     twice the speed of three.
     """
-    factor = int(1.0 / view.scale) if view.scale <= _SHRINK_FROM else 1
-    begin, end = _shown_part(image, view.patch_to_image, img_size, 1 + factor)
-    count = (end - begin) // factor
-    if (count < 1).any():  # the patch shows next to nothing of the image
+    if warp is None:
         return np.full((img_size, img_size, 3), BORDER, np.uint8)
-    end = begin + count * factor
-    part = image[begin[1] : end[1], begin[0] : end[0]]
-    if factor > 1:
-        part = cv2.resize(part, tuple(count.tolist()), interpolation=cv2.INTER_AREA)
-    middle = 0.5 * (factor - 1)
-    to_part = np.array([[1.0, 0.0, -begin[0] - middle], [0.0, 1.0, -begin[1] - middle], [0.0, 0.0, factor]])
-    matrix = to_part @ view.patch_to_image
+    (left, top), (right, bottom), matrix = warp.begin, warp.end, warp.matrix
+    part = image[top:bottom, left:right]
+    if warp.factor > 1:
+        size = ((right - left) // warp.factor, (bottom - top) // warp.factor)
+        part = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
     part = cv2.cvtColor(part, cv2.COLOR_RGB2RGBA)
     size, how = (img_size, img_size), {"flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, "borderValue": BORDER}
     if abs(matrix[2, 0]) < 1e-12 and abs(matrix[2, 1]) < 1e-12:
@@ -137,17 +158,6 @@ def warp_image(image: np.ndarray, view: PatchView, img_size: int) -> np.ndarray:
     else:
         patch = cv2.warpPerspective(part, matrix, size, **how)
     return cv2.cvtColor(patch, cv2.COLOR_RGBA2RGB)
-
-
-def _shown_part(
-    image: np.ndarray, patch_to_image: np.ndarray, img_size: int, margin: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y) of the first pixel of the part of the image that the patch shows, and of the first one behind it."""
-    x, y, depth = patch_to_image @ _corners(img_size)
-    corner = np.stack([x, y]) / depth
-    limit = np.array(image.shape[1::-1])
-    begin, end = np.floor(corner.min(axis=1)) - margin, np.ceil(corner.max(axis=1)) + margin + 1
-    return tuple(np.minimum(np.maximum(edge, 0.0), limit).astype(int) for edge in (begin, end))
 
 
 def mirror_pose(pose: np.ndarray) -> np.ndarray:

@@ -12,16 +12,13 @@ import cv2
 import numpy as np
 
 from src.data.blob import SampleError
+from src.data.image import image_info
 from src.hand.skeleton import MANO_TO_OPENPOSE
 
 MM_PER_M = 1000.0
 MIN_BOX_PX = 1.0  # a hand whose seen joints lie closer together than this cannot be cropped
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0])  # x right, y up, z backward -> x right, y down, z forward
 MANO_21 = np.array(MANO_TO_OPENPOSE)  # 16 MANO joints and 5 tips (thumb to pinky) -> OpenPose order
-
-_PNG = b"\x89PNG\r\n\x1a\n"
-_NO_SIZE = frozenset({0x01, *range(0xD0, 0xD9)})  # jpeg markers that stand alone
-_FRAME = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
 
 
 def read_image(path: Path) -> tuple[bytes, str, tuple[int, int]]:
@@ -36,23 +33,6 @@ def read_image(path: Path) -> tuple[bytes, str, tuple[int, int]]:
         raise SampleError("missing_image", str(path)) from None
     kind, size = image_info(data)
     return data, kind, size
-
-
-def image_info(data: bytes) -> tuple[str, tuple[int, int]]:
-    """(jpg or png, (width, height)) from the header of encoded bytes; the pixels are not decoded.
-
-    Raises:
-        SampleError: undecodable_image.
-    """
-    if data[:8] == _PNG and len(data) >= 24:
-        return "png", (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"))
-    at = 2 if data[:2] == b"\xff\xd8" else len(data)
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker in _FRAME:
-            return "jpg", (int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big"))
-        at += 1 if marker == 0xFF else 2 if marker in _NO_SIZE else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    raise SampleError("undecodable_image", "neither a jpeg nor a png header")
 
 
 def project_mm(joint_cam: np.ndarray, focal: np.ndarray, princpt: np.ndarray) -> np.ndarray:

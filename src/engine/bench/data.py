@@ -18,8 +18,10 @@ import cv2
 import numpy as np
 
 from src.data.convert.native import write_shards
+from src.data.image import decode_image
 from src.data.index_build import build_index, open_indexes
-from src.data.sample import decode_image
+from src.data.loader import collate
+from src.data.reader import ShardReader
 from src.engine.bench.figure import Figure, seconds_per_call
 from src.engine.bench.shards import (
     HEIGHT,
@@ -42,11 +44,12 @@ class Effort:
     """How much is measured."""
 
     seconds: float  # of each measurement
-    num_picture: int  # samples in the shard with pictures
-    num_window: int  # in the shard for annotations; more than a reader keeps
+    num_picture: int  # samples in the shard with pictures, a multiple of the batch
+    num_window: int  # in the shard for annotations
 
 
 EFFORT = {"quick": Effort(1.5, 64, 2000), "full": Effort(10.0, 256, 8000)}
+_BATCH = 32
 _LEAST_RATIO = {"jpg": 0.65, "webp": 0.85}
 
 
@@ -76,19 +79,23 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
 def _pixel_figures(folder: Path, kind: str, effort: Effort, seed: int) -> list[Figure]:
     """Decode-only rate, full sample rate and their ratio."""
     write_shards(records(effort.num_picture, kind, seed), folder, num_per_shard=effort.num_picture)
-    dataset = bench_dataset(open_indexes(shards_of(folder)), seed)
-    reader = dataset._reader(dataset.plan.locate(0))
-    encoded = [reader.read(row)[3] for row in range(16)]
+    (index,) = open_indexes(shards_of(folder))
+    dataset, reader = bench_dataset([index], seed), ShardReader(index, stride=1)
+    encoded = [reader.read(row)[3] for row in range(_BATCH)]
 
-    def sample(position: int) -> None:
-        reader.clips.clear()  # as in a large data set, where no sample is met twice
-        dataset.__getitems__([position])
+    def only_decode(_: int) -> None:
+        for image in encoded:
+            decode_image(image)
 
-    decode, full = seconds_per_call((lambda i: decode_image(encoded[i % 16]), sample), effort.seconds, num=64)
+    def load(batch: int) -> None:
+        collate(dataset.__getitems__(range(_BATCH * batch, _BATCH * (batch + 1))))
+
+    num = effort.num_picture // _BATCH
+    decode, full = (s / _BATCH for s in seconds_per_call((only_decode, load), effort.seconds, num, time.thread_time))
     size = f"{WIDTH}x{HEIGHT}, {np.mean([len(e) for e in encoded]) / 1000:.0f} kB"
     return [
         Figure(f"decode only, {kind}", 1 / decode, "images/s", note=size),
-        Figure(f"full sample, {kind}", 1 / full, "samples/s", note=f"to {PATCH} px, all augmentation"),
+        Figure(f"full sample, {kind}", 1 / full, "samples/s", note=f"to {PATCH} px, all augmentation, batches"),
         Figure(f"full over decode, {kind}", decode / full, "", at_least=_LEAST_RATIO[kind]),
     ]
 
@@ -98,7 +105,9 @@ def _annotation_figures(folder: Path, effort: Effort, seed: int) -> list[Figure]
     num = effort.num_window
     write_shards(records(num, "jpg", seed, num_picture=1), folder, num_per_shard=num)
     dataset = bench_dataset(open_indexes(shards_of(folder)), seed)
-    (per_call,) = seconds_per_call([lambda i: dataset.annotation(dataset.plan.locate(i))], effort.seconds / 3, num)
+    (per_call,) = seconds_per_call(
+        [lambda i: dataset.annotation(dataset.plan.locate(i))], effort.seconds / 3, num, time.thread_time
+    )
     return [Figure("annotations", 1 / per_call, "windows/s", at_least=10_000, note="order, read, checksum, parse")]
 
 

@@ -1,0 +1,89 @@
+"""In which round of an epoch a frame's turn comes, so that neighbouring frames of a clip never meet in one batch.
+
+The frames of a source, in archive order, are cut into blocks of L (a prime) neighbours. A group of blocks is read in L
+rounds; round r takes from each block the frame at place p(r) = (a + r m) mod L. Neighbouring frames f and f + 1 stand
+at places that differ by 1, also where a block ends and the next begins. So their rounds lie d = |1/m mod L| apart,
+counted around the circle of L rounds, and between them at least d - 1 whole rounds are read.
+
+One epoch's last rounds meet the first ones of the next. With the same a and m in both, the circle just goes on. With
+others, some starts and steps would bring neighbours together and are not taken: those of even epochs are drawn freely,
+those of odd epochs so that they fit the epochs before and behind them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from src.data.rng import stream
+
+_MAX_TRY = 1000
+_ROOM = 12  # starts and steps vary where the circle has this many places for each round that has to be kept apart
+
+
+class Rounds(NamedTuple):
+    """Round r of an epoch takes place (start + r step) mod block of each block."""
+
+    block: int  # L, a prime (or 1)
+    start: int
+    step: int
+
+    def place(self, number: int) -> int:
+        """The place that round `number` takes; negative numbers count from the epoch's end."""
+        return (self.start + number * self.step) % self.block
+
+
+def largest_prime(limit: int) -> int:
+    """The largest prime up to `limit`; 1 where there is none."""
+    return next((n for n in range(limit, 1, -1) if all(n % d for d in range(2, int(n**0.5) + 1))), 1)
+
+
+def distance(block: int, step: int) -> int:
+    """How many rounds lie between the turns of neighbouring frames, around the circle."""
+    if block < 3:
+        return block - 1
+    inverse = pow(step, -1, block)
+    return min(inverse, block - inverse)
+
+
+@lru_cache(maxsize=256)
+def _steps(block: int, apart: int) -> tuple[int, ...]:
+    """Steps that keep neighbouring frames `apart` rounds apart (or as far as possible), the best first.
+
+    The best ones keep frames of nearby rounds far apart in their clip, too: not just neighbours look alike.
+    """
+
+    def spread(step: int) -> int:
+        return min(min(k * step % block, -k * step % block) * k for k in range(1, 9) if k < block)
+
+    if block < 3:
+        return (1,)
+    steps = sorted(range(1, block), key=lambda step: (spread(step), step), reverse=True)
+    good = [step for step in steps if distance(block, step) >= apart]
+    return tuple(good) or (max(steps, key=lambda step: distance(block, step)),)
+
+
+def _fit(first: Rounds, second: Rounds, apart: int) -> bool:
+    """Whether neighbours stay `apart` rounds apart where the epoch `second` follows `first`."""
+    block = first.block
+    return all(
+        1 < (second.place(i) - first.place(-j)) % block < block - 1 for j in range(1, apart) for i in range(apart - j)
+    )
+
+
+@lru_cache(maxsize=64)
+def rounds_of_epoch(block: int, apart: int, seed: int, epoch: int, tag: int) -> Rounds:
+    """The rounds of an epoch: neighbouring frames are `apart` rounds apart, within it and over its borders.
+
+    Where `apart` is more than the block has room for, they are as far apart as possible.
+    """
+    steps = _steps(block, apart)
+    if block < _ROOM * apart:  # the circle is too narrow for changes: all epochs have the same rounds
+        return Rounds(block, int(stream("rounds", seed, tag).integers(block)), steps[0])
+    rng, choice = stream("rounds of epoch", seed, epoch, tag), steps[: max(1, len(steps) // 4)]
+    beside = [rounds_of_epoch(block, apart, seed, e, tag) for e in (epoch - 1, epoch + 1)] if epoch % 2 else []
+    for _ in range(_MAX_TRY):
+        rounds = Rounds(block, int(rng.integers(block)), choice[int(rng.integers(len(choice)))])
+        if not beside or (_fit(beside[0], rounds, apart) and _fit(rounds, beside[1], apart)):
+            return rounds
+    raise AssertionError(f"no rounds of {block} fit between two epochs")
