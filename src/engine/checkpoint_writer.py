@@ -116,6 +116,7 @@ class CheckpointWriter:
         Waits for the one before. Raises CheckpointError where that one could not be written.
         """
         self.join()
+        self._reserved = True
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         frozen = {
             name: None if part is None else _Frozen(self._copy(part.state_dict(), (name,)))

@@ -1,0 +1,261 @@
+"""Kill and resume a small demo run again and again, and compare it with one that was left alone, bit by bit.
+
+    python script/torture.py                     20 kills, minutes on two cores
+    python script/torture.py --kills 3 --seed 1 --markdown table.md
+
+Each life of the run is started by the same command with GENERAL.resume_path=auto and ended by a signal at a seeded
+random moment: while starting, in a step, in validation, in a checkpoint write. After each kill metrics.jsonl must be a
+prefix of the undisturbed run's, and the checkpoint gone on from must equal the undisturbed run's of that step; at the
+end metrics, pictures' journal, weights, optimizer and state must be equal. Exit code 1 where anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT_STEP = 8
+STEP_PER_LIFE = 9  # of the whole run, per kill
+PATIENCE = 240.0  # s for anything to happen
+GRACE = 30.0  # s that a stop on request may take
+SMALL = (
+    "--config-name=stage1-demo",
+    "DATA.demo={train_sample: 96, val_sample: 40, img_size: 96}",
+    "MODEL.img_size=56",
+    "MODEL.backbone={hidden_size: 32, num_layer: 2, num_head: 2}",
+    "MODEL.handec={dim: 32, num_layer: 1, num_head: 2, dim_head: 16, dim_mlp: 64, dropout: 0.1}",
+    "TRAIN.sample_per_device=8",
+    "augmentation=light",
+    "GENERAL.log_step=1",
+    "GENERAL.vis_step=5",
+    "GENERAL.warmup_step=5",
+    "GENERAL.dropout_warmup_step=10",
+    "GENERAL.num_worker=1",
+    f"GENERAL.checkpoint_step={CHECKPOINT_STEP}",
+)
+PLACES = ("start-up", "step", "validation", "checkpoint write")
+
+
+@dataclass
+class Life:
+    """One start of the run and how it ended."""
+
+    signal: str = ""
+    aim: str = ""  # the place that was aimed at
+    where: str = ""  # the place that was hit
+    resumed: str = "-"  # what this life went on from
+    seconds: float = 0.0  # from the signal to the end
+    faults: str = ""  # empty: all is well
+
+
+class Torture:
+    """A reference run and one that is killed, below the folder `work`."""
+
+    def __init__(self, work: Path, kills: int, seed: int) -> None:
+        self.work, self.kills, self.rng = work, kills, random.Random(seed)
+        self.total = STEP_PER_LIFE * (kills + 1)
+        self.reference = self.run_to_end("reference", "GENERAL.keep_checkpoint=1000")
+        self.journal = (self.reference / "metrics.jsonl").read_bytes()
+
+    # ---- processes --------------------------------------------------------------------------------------------------
+
+    def start(self, name: str, *overrides: str) -> tuple[subprocess.Popen, Path]:
+        """A run with its folders below `work/name`; its output goes to the file that is returned."""
+        places = (f"DATA.root={self.work}/data", f"GENERAL.output_root={self.work}/{name}", f"AIM.repo={self.work}")
+        command = [sys.executable, str(ROOT / "script/stage1.py"), *SMALL, *places, *overrides]
+        output = self.work / f"{name}.log"
+        with open(output, "w") as file:
+            process = subprocess.Popen(
+                [*command, f"GENERAL.total_step={self.total}"],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=self.work,
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        return process, output
+
+    def run_to_end(self, name: str, *overrides: str) -> Path:
+        """The folder of a run that is left alone."""
+        process, output = self.start(name, *overrides)
+        if process.wait(PATIENCE * 2) != 0:
+            raise SystemExit(f"the run {name} failed:\n{output.read_text()[-3000:]}")
+        return self.folder(name)
+
+    def folder(self, name: str) -> Path | None:
+        """The newest run folder below `work/name`."""
+        return max((self.work / name).glob("*/*_stage1-demo*"), key=lambda p: p.stat().st_mtime_ns, default=None)
+
+    # ---- one life ---------------------------------------------------------------------------------------------------
+
+    def live(self, number: int) -> Life:
+        """Start, wait for the moment, send the signal, look at what is left."""
+        place = self.rng.choice(PLACES[1:] if number == 0 else PLACES)
+        life = Life(self.rng.choice(("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1")), place)
+        before = self.steps_done()
+        process, output = self.start("tortured", "GENERAL.resume_path=auto")
+        try:
+            self.await_moment(process, place, before)
+        finally:
+            sent = time.monotonic()
+            if process.poll() is None:
+                process.send_signal(signal.Signals[life.signal])
+            code = process.wait(PATIENCE)
+        life.seconds = time.monotonic() - sent
+        text = output.read_text()
+        life.where = self.where(text)
+        found = re.search(r"going on from .*checkpoint-(\d+)", text)
+        life.resumed = f"step {found[1]}" if found else "anew"
+        life.faults = "; ".join(self.faults(life, code, text, found and int(found[1])))
+        return life
+
+    def await_moment(self, process: subprocess.Popen, place: str, before: int) -> None:
+        """Return at the moment to strike, or when the run has ended."""
+        deadline = time.monotonic() + PATIENCE
+        if place == "start-up":
+            time.sleep(self.rng.uniform(0.05, 4.0))
+            return
+        due = (before // CHECKPOINT_STEP + 1) * CHECKPOINT_STEP
+        target = before + self.rng.randint(1, STEP_PER_LIFE) if place == "step" else due
+        delay = self.rng.uniform(0.0, 0.02 if place == "step" else 0.003)
+
+        def reached() -> bool:
+            run = self.folder("tortured")
+            if place == "checkpoint write":
+                return run is not None and any((run / "checkpoints").glob(".tmp-checkpoint-*"))
+            return self.steps_done() >= target
+
+        while process.poll() is None and not reached():
+            if time.monotonic() > deadline:
+                raise SystemExit(f"nothing happened for {PATIENCE:.0f} s; see {self.work}/tortured.log")
+            time.sleep(0.0005)
+        time.sleep(delay)
+
+    def rows(self) -> list[dict]:
+        run = self.folder("tortured")
+        path = run / "metrics.jsonl" if run else None
+        lines = path.read_bytes().split(b"\n")[:-1] if path and path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def steps_done(self) -> int:
+        """Steps that the journal of the tortured run tells of."""
+        return max((row["step"] for row in self.rows()), default=0)
+
+    def where(self, text: str) -> str:
+        """What the run was doing when it ended, from what it left behind."""
+        run, rows = self.folder("tortured"), self.rows()
+        if "network:" not in text or not rows:
+            return "start-up"
+        step = rows[-1]["step"]
+        if writing := next((run / "checkpoints").glob(".tmp-*"), None):
+            return f"write of {writing.name.removeprefix('.tmp-')}, step {step + 1}"
+        if rows[-1]["subset"] == "train" and step % CHECKPOINT_STEP == 0 and f"{step}/" in text:
+            return f"validation at step {step}"
+        return f"step {step + 1}"
+
+    # ---- comparisons ------------------------------------------------------------------------------------------------
+
+    def faults(self, life: Life, code: int, text: str, resumed: int | None) -> list[str]:
+        """What is not as it should be after a kill."""
+        faults = []
+        run = self.folder("tortured")
+        if run is not None and (run / "metrics.jsonl").exists():
+            journal = (run / "metrics.jsonl").read_bytes()
+            if not self.journal.startswith(journal):
+                faults.append("metrics.jsonl differs")
+        if life.signal != "SIGKILL" and (life.seconds > GRACE or code not in (0, 75)):
+            early = life.where == "start-up" and code in (-signal.SIGTERM, -signal.SIGUSR1)  # Python itself was starting
+            faults += [] if early else [f"ended with {code} after {life.seconds:.0f} s"]
+        if "Traceback" in text:
+            faults.append("a traceback was printed")
+        mine = run / "checkpoints" / f"checkpoint-{resumed}" if resumed else None
+        theirs = self.reference / "checkpoints" / f"checkpoint-{resumed}"
+        if mine and mine.exists() and theirs.exists():
+            faults += self.differences(mine, theirs)
+        return faults
+
+    def differences(self, mine: Path, theirs: Path) -> list[str]:
+        """Names of what differs between two checkpoints: weights, optimizer, position, best metric."""
+        import torch
+
+        names = []
+        if (mine / "model.safetensors").read_bytes() != (theirs / "model.safetensors").read_bytes():
+            names.append("weights differ")
+        first, second = (torch.load(each / "optimizer.pt", weights_only=True) for each in (mine, theirs))
+        if not _equal(first, second):
+            names.append("optimizer differs")
+        first, second = (json.loads((each / "state.json").read_text()) for each in (mine, theirs))
+        if first != second:
+            names.append(f"state differs: {first} {second}")
+        return names
+
+    def final_faults(self) -> list[str]:
+        """What differs between the two finished runs."""
+        run = self.run_to_end("tortured", "GENERAL.resume_path=auto")
+        names = ("metrics.jsonl", "images.jsonl")
+        faults = [f"{n} differs" for n in names if (run / n).read_bytes() != (self.reference / n).read_bytes()]
+        last = f"checkpoints/checkpoint-{self.total}"
+        return faults + self.differences(run / last, self.reference / last)
+
+
+def _equal(first: object, second: object) -> bool:
+    import torch
+
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+
+def table(lives: list[Life]) -> str:
+    """The lives as Markdown."""
+    lines = ["| kill | signal | where it struck | this life had gone on from | ended in | ok |", "|---|---|---|---|---|---|"]
+    for number, life in enumerate(lives, 1):
+        verdict = life.faults or "yes"
+        lines.append(
+            f"| {number} | {life.signal} | {life.where} | {life.resumed} | {life.seconds:.1f} s | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how often (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of moments and signals (default 0)")
+    parser.add_argument("--work", type=Path, help="folder for the runs; default: a temporary one, removed at the end")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
+        work = (args.work or Path(temporary)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        torture = Torture(work, args.kills, args.seed)
+        print(f"undisturbed run: {torture.total} steps, {time.monotonic() - start:.0f} s", flush=True)
+        lives = []
+        for number in range(args.kills):
+            lives.append(torture.live(number))
+            print(table(lives).splitlines()[-1], flush=True)
+        faults = torture.final_faults()
+    verdict = "; ".join(faults) or "equal to the undisturbed run, bit by bit"
+    summary = f"{args.kills} kills, seed {args.seed}, {time.monotonic() - start:.0f} s: metrics, pictures' journal, "
+    summary += f"weights, optimizer and state {verdict}"
+    print(summary)
+    if args.markdown:
+        args.markdown.write_text(f"{table(lives)}\n\n{summary}\n", encoding="utf-8")
+    return 1 if faults or any(life.faults for life in lives) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
