@@ -83,7 +83,7 @@ def compose(saved: Mapping[str, Any], overrides: Sequence[str], whole: bool) -> 
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    from src.engine.evaluation.settings import check_shards_exist, evaluation_config
+    from src.engine.evaluation.settings import check_files_exist, evaluation_config
 
     data, changes = parse_overrides(overrides)
     try:
@@ -96,7 +96,7 @@ def compose(saved: Mapping[str, Any], overrides: Sequence[str], whole: bool) -> 
     if whole:
         changes = {**changes, "DATA.val.max_sample": None}
     cfg = evaluation_config(saved, defaults, changes, has_data_group=data is not None)
-    check_shards_exist(cfg)
+    check_files_exist(cfg)
     return cfg
 
 

@@ -27,7 +27,7 @@ RANKED_BY = {
     "error_2d": ("2D error", "px of the patch"),
 }
 _SIDE, _NUM_COLUMN, _TITLE, _CAPTION = 176, 4, 30, 34
-_REACH_MM = 120.0  # what half a panel shows from the side
+_REACH_MM = 160.0  # what half a panel shows from the side
 _TARGET_RGB, _INK, _PAPER = (120, 120, 120), (235, 235, 235), (24, 24, 24)
 
 
@@ -77,7 +77,7 @@ def _hand(batch: Batch, prediction: Prediction, index: int, caption: str) -> np.
     patch = cv2.resize(patch if is_right else patch[:, ::-1], (_SIDE, _SIDE), interpolation=cv2.INTER_LINEAR)
 
     def place(joint: torch.Tensor) -> np.ndarray:
-        point = (joint[index].double().cpu().numpy() + 0.5) * scale - 0.5
+        point = (joint[index].detach().double().cpu().numpy() + 0.5) * scale - 0.5
         return point if is_right else np.stack([_SIDE - 1 - point[:, 0], point[:, 1]], axis=1)
 
     target = draw_skeleton(patch, place(batch.joint_patch), batch.joint_2d_valid[index].cpu().numpy())
@@ -95,8 +95,8 @@ def _from_the_side(batch: Batch, prediction: Prediction, index: int) -> np.ndarr
     canvas = np.full((_SIDE, _SIDE, 3), _PAPER, np.uint8)
 
     def place(joint: torch.Tensor) -> np.ndarray:
-        joint = joint[index].double().cpu().numpy()
-        return (joint - joint[0])[:, [2, 1]] * (0.5 * _SIDE / _REACH_MM) + 0.5 * _SIDE
+        point = joint[index].detach().double().cpu().numpy()
+        return (point - point[0])[:, [2, 1]] * (0.5 * _SIDE / _REACH_MM) + 0.5 * _SIDE
 
     valid = batch.joint_3d_valid[index].cpu().numpy()
     if valid[0]:

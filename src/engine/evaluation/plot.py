@@ -30,7 +30,7 @@ def plot_joint_error(group: Group, path: Path) -> bool:
     for i, finger in enumerate(FINGER_NAMES):
         axis.annotate(finger, (4 * i + 2.5, 0), (0, -22), xycoords=("data", "axes fraction"),
                       textcoords="offset points", ha="center", va="top", fontsize=9)  # fmt: skip
-    figure.suptitle(f"mean error of each joint, {group.num_sample} hands, bars of 95 %", fontsize=11)
+    figure.suptitle(f"mean error of each joint, {group.num_sample} hands; lines: 95 % interval", fontsize=11)
     figure.savefig(path, dpi=_DPI)
     return True
 

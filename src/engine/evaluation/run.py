@@ -66,8 +66,7 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
         logger.warning(f"left out: {loader.health.summary()}")
     if options.submission is not None:
         _submit(folder, samples, net, options)
-    with progress:
-        groups = summarise(samples, options.bootstrap)
+    groups = summarise(samples, options.bootstrap)
     subject = _subject(net, cfg, loader)
     result.write_result(folder, subject, samples, groups, options.bootstrap)
     result.write_report(folder, subject, groups, options.bootstrap)

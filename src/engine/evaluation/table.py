@@ -27,7 +27,7 @@ METRICS = (
 # metrics of one frame alone: label, name, unit, the frame they stand under
 SINGLES = (
     ("root error", "root_error", "mm", "cam"),
-    ("MPJPE, scale and translation", "mpjpe_st", "mm", "rel"),
+    ("MPJPE scale-translation", "mpjpe_st", "mm", "rel"),
     ("2D error of the patch", "error_2d", "px", "cam"),
 )
 UNITS = {name.format(frame): unit for _, name, unit in METRICS for frame in FRAMES} | {n: u for _, n, u, _ in SINGLES}
@@ -38,7 +38,7 @@ GROUP_COLUMNS = {
     "PA-MPJPE": "mpjpe_pa",
     "PA-MPVPE": "mpvpe_pa",
 }
-_NAME_WIDTH = 20
+_NAME_WIDTH = 18
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def show(estimate: Estimate | None, unit: str, with_interval: bool = True) -> st
 def _number(value: float, unit: str) -> str:
     if unit == "%":
         return f"{100 * value:.1f}"
+    if abs(value) >= 999.95:  # of such an error nobody asks for the decimal, and the column stays narrow
+        return f"{value:.0f}"
     return f"{value:.1f}" if unit else f"{value:.3f}"
 
 
@@ -90,13 +92,21 @@ def metric_grid(group: Group) -> Grid:
     """Every metric of one group, one column a frame of reference."""
     rows = []
     for label, name, unit in METRICS:
-        cells = [show(group.metric.get(name.format(frame)), unit) for frame in FRAMES]
-        rows.append((f"{label}, {unit}" if unit else label, *cells))
+        estimates = [group.metric.get(name.format(frame)) for frame in FRAMES]
+        cells = [show(estimate, unit) for estimate in estimates]
+        rows.append((f"{label}, {unit}" if unit else label, *cells, _counts(estimates)))
     for label, name, unit, place in SINGLES:
-        cells = [show(group.metric.get(name), unit) if frame == place else "" for frame in FRAMES]
-        rows.append((f"{label}, {unit}", *cells))
+        estimate = group.metric.get(name)
+        cells = [show(estimate, unit) if frame == place else "" for frame in FRAMES]
+        rows.append((f"{label}, {unit}", *cells, _counts([estimate])))
     title = f"{_title(group)}, {group.num_sample} hands"
-    return Grid(title, ("", *FRAMES.values()), [row for row in rows if any(row[1:])])
+    return Grid(title, ("", *FRAMES.values(), "of hands"), [row for row in rows if any(row[1:])])
+
+
+def _counts(estimates: Sequence[Estimate | None]) -> str:
+    """How many samples have the metrics of a row: `153`, or `151-153` where the frames differ."""
+    counts = sorted({estimate.num_sample for estimate in estimates if estimate is not None})
+    return "-".join(str(count) for count in (counts[:1] + counts[-1:] if len(counts) > 1 else counts))
 
 
 def group_grid(groups: Sequence[Group]) -> Grid | None:

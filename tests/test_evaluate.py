@@ -1,0 +1,334 @@
+"""script/evaluate.py from checkpoint to folder, and its pieces: intervals, tables, sheets of hands, submissions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from rich.console import Console
+
+from script.evaluate import compose, main
+from src.batch import Sample
+from src.config import ConfigError
+from src.data.augment import Augmentation
+from src.data.convert.annotate import MANO_21, OPENGL_TO_OPENCV, plain_key
+from src.data.crop import crop_sample
+from src.data.dataset import Fetched
+from src.data.demo import make_demo_shards
+from src.data.loader import build_val_loader, collate
+from src.engine.evaluate import describe, evaluate
+from src.engine.evaluation import overlay
+from src.engine.evaluation.collect import Samples, to_photograph
+from src.engine.evaluation.submission import write_submission
+from src.engine.evaluation.summary import Bootstrap, Estimate, Group, summarise
+from src.engine.evaluation.table import group_grid, joint_grid, metric_grid
+from src.hand.skeleton import JOINT_NAMES
+from src.hand.standin import build_standin_hand
+from src.metric import SampleMetric
+from src.model.net import PoseNet
+from tests.helpers import ROOT, random_batch, small_config
+from tests.test_predict import make_run
+
+NUM = 12
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a network of random weights, and rendered hands."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_run(folder / "run")
+    make_demo_shards(folder / "shards", {"val": NUM}, seed=0, img_size=64, num_process=1)
+    return folder
+
+
+def overrides(place: Path) -> list[str]:
+    return [f"DATA.root={place}/shards", "DATA.val.source=[val/*]", "TRAIN.sample_per_device=5"]
+
+
+@pytest.fixture(scope="module")
+def result(place: Path) -> dict:
+    """What one evaluation wrote, read back; it lies in the run folder."""
+    assert main([str(place / "run"), *overrides(place), "--num_bootstrap=200"]) == 0
+    return json.loads((place / "run/evaluation/step-7/result.json").read_text())
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+
+def test_what_it_leaves(place: Path, result: dict) -> None:
+    folder = place / "run/evaluation/step-7"
+    names = ["joint_error.png", "pck.png", "random.png", "report.md", "result.json", "samples.csv", "worst.png"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert (result["step"], result["num_sample"], result["hand_model"]) == (7, NUM, "standin")
+    assert [g["name"] for g in result["groups"]] == ["all", "left", "right"]
+    assert sum(g["num_sample"] for g in result["groups"][1:]) == NUM
+    with (folder / "samples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["key"] for row in rows) == [f"demo_val_{i:06d}/0" for i in range(NUM)]
+    for group in result["groups"]:
+        own = [float(r["mpjpe_rel"]) for r in rows if group["name"] in ("all", r["side"])]
+        assert group["metric"]["mpjpe_rel"]["value"] == pytest.approx(np.mean(own), rel=1e-5)
+        joints = [e["value"] for e in group["joint"]["rel"].values()]
+        assert (len(joints), np.mean(joints)) == (21, pytest.approx(np.mean(own), rel=1e-5))
+    report = (folder / "report.md").read_text()
+    assert "F@15 mm" in report
+    assert "side left, mean error of each joint" in report
+
+
+def test_numbers_are_those_of_the_validation(place: Path, result: dict) -> None:
+    """What training logs, to the last bits: the same frames, the same definitions."""
+    cfg = small_config("DATA.demo=null", "MODEL.hand_model=standin", *overrides(place))
+    net = PoseNet.from_checkpoint(place / "run")
+    expected = evaluate(net, build_val_loader(cfg, "standin"), Accelerator(cpu=True), cfg.LOSS).metrics
+    got = result["groups"][0]["metric"]
+    for name in ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error"):
+        assert got[name]["value"] == pytest.approx(expected[name], rel=1e-6), name
+        assert got[name]["low"] < got[name]["value"] < got[name]["high"]
+
+
+def test_nothing_is_overwritten(place: Path, result: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (place / "run/evaluation/step-7/result.json").read_bytes()
+    again = [str(place / "run"), *overrides(place), "--num_bootstrap=100", "--num_overlay=0", "DATA.val.max_sample=6"]
+    assert main(again) == 0
+    assert json.loads((place / "run/evaluation/step-7-2/result.json").read_text())["num_sample"] == 6
+    assert (place / "run/evaluation/step-7/result.json").read_bytes() == before
+    assert main([*again, f"--output={place}/run"]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["DATA.vall.source=[a]"], r"DATA\.vall\.source: there is no such key; did you mean DATA\.val\.source"),
+        (["DATA.val.source=[nix/*]"], r"DATA\.val\.source='nix/\*': it matches no"),
+        (["data=labz"], "choose one of demo, labs"),
+        (["backbone=tiny"], "takes the network as it is"),
+        (["MODEL.hand_model=nix.pkl"], r"MODEL\.hand_model=nix\.pkl: there is no such file"),
+        (["DATA.val.source=[a"], "quote lists"),
+    ],
+)
+def test_mistakes_are_named(place: Path, arguments: list[str], message: str, capsys) -> None:
+    assert main([str(place / "run"), *overrides(place)[:1], *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys; from script.evaluate import parse_arguments; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_configuration_is_the_checkpoints_with_the_changes(tmp_path: Path) -> None:
+    saved = asdict(small_config("GENERAL.val_seed=5", "DATA.demo.val_sample=3"))
+    saved["GENERAL"]["key_of_an_older_version"] = 1
+    del saved["GENERAL"]["prefetch_factor"]  # a key that the checkpoint does not know yet
+    own = compose(saved, [], whole=False)
+    assert (own.GENERAL.val_seed, own.MODEL.img_size, own.DATA.demo.val_sample) == (5, 56, 3)
+    assert own.GENERAL.prefetch_factor == 2
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.tar").touch()
+    other = compose(saved, [f"DATA.root={tmp_path}", "DATA.val.source={a: [a/*], b: [a/x.tar]}"], whole=True)
+    assert other.DATA.demo is None, "nothing is rendered into a folder of real shards"
+    assert (list(other.DATA.val.source), other.DATA.val.max_sample) == (["a", "b"], None)
+    with pytest.raises(ConfigError, match=r"InterHand2\.6M/val"):
+        compose(saved, ["data=labs", f"DATA.root={tmp_path}"], whole=False)
+
+
+def test_training_validation_names_each_data_set() -> None:
+    cfg, batch = small_config(), random_batch(4, 56)
+    net = PoseNet(cfg.MODEL, build_standin_hand())
+    batch.source = ["a", "b", "b", "a"]
+    batch.joint_3d_valid[1:3] = 0  # b has no 3D
+    metrics = evaluate(net, [batch], Accelerator(cpu=True), cfg.LOSS).metrics
+    assert {name.partition("/")[2] for name in metrics} == {"", "a", "b"}
+    assert metrics["mpjpe_rel/a"] == metrics["mpjpe_rel"]
+    assert "mpjpe_rel/b" not in metrics
+    assert not [name for name in metrics if name.startswith("loss") and "/" in name]
+    lines = describe(metrics).splitlines()
+    assert lines[0].startswith("mpjpe_cam=")
+    assert [line.split(":")[0] for line in lines[1:]] == ["  a", "  b"]
+    batch.source = ["a"] * 4
+    assert not [name for name in evaluate(net, [batch], Accelerator(cpu=True), cfg.LOSS).metrics if "/" in name]
+
+
+# ---- intervals and tables --------------------------------------------------------------------------------------------
+
+
+def samples_of(value: np.ndarray, count: np.ndarray | None = None, clip: int = 1) -> Samples:
+    """Samples with one metric [S]; `clip` neighbours share a clip."""
+    num = len(value)
+    count = np.ones(num) if count is None else count
+    return Samples(
+        position=np.arange(num),
+        key=[f"clip{i // clip}/{i % clip}" for i in range(num)],
+        source=np.full(num, "a", dtype=object),
+        is_right=np.ones(num, dtype=bool),
+        metric={"mpjpe_rel": SampleMetric((value * count)[:, None], count[:, None])},
+    )
+
+
+def test_interval_has_the_width_that_theory_gives() -> None:
+    """Of the mean of n independent values: 1.96 s / sqrt(n) each way; copies of a value are no further evidence."""
+    rng = np.random.default_rng(0)
+    value = rng.normal(30, 6, 400)
+    once = summarise(samples_of(value), Bootstrap(4000))[0].metric["mpjpe_rel"]
+    assert once.value == pytest.approx(value.mean(), rel=1e-12)
+    half = 1.96 * value.std() / np.sqrt(len(value))
+    assert (once.high - once.value, once.value - once.low) == pytest.approx((half, half), rel=0.1)
+    clips = samples_of(np.repeat(value, 4), clip=4)
+    whole = summarise(clips, Bootstrap(4000, "clip"))[0].metric["mpjpe_rel"]
+    single = summarise(clips, Bootstrap(4000, "sample"))[0].metric["mpjpe_rel"]
+    assert whole.high - whole.low == pytest.approx(once.high - once.low, rel=0.1)
+    assert single.high - single.low == pytest.approx((once.high - once.low) / 2, rel=0.1)
+
+
+def test_a_mean_is_over_points_and_what_is_unknown_is_absent() -> None:
+    value, count = np.array([1.0, 4.0, np.nan]), np.array([1.0, 3.0, 0.0])
+    value = np.where(count > 0, value, 0.0)
+    estimate = summarise(samples_of(value, count), Bootstrap(200))[0].metric["mpjpe_rel"]
+    assert (estimate.value, estimate.num_sample) == (pytest.approx(13 / 4), 2)
+    assert summarise(samples_of(value, np.zeros(3)), Bootstrap(200))[0].metric == {}
+    alone = summarise(samples_of(value[:1]), Bootstrap(200))[0].metric["mpjpe_rel"]
+    assert (alone.value, alone.low, alone.high) == (1.0, None, None)
+
+
+def test_tables_fit_a_terminal_and_leave_out_what_is_absent() -> None:
+    wide, score = Estimate(123.45, 100.12, 140.43, 123456), Estimate(0.5, 0.4, 0.6, 123455)
+    everything = {f"{n}_{f}": wide for n in ("mpjpe", "mpvpe") for f in ("rel", "pa")}
+    everything |= {f"{n}_{f}": score for n in ("auc", "f5") for f in ("cam", "rel", "pa")}
+    everything |= {"mpjpe_st": wide, "mpjpe_cam": Estimate(1234.5, 1000.1, 1400.4, 123455)}
+    joint = {frame: [wide] * 21 for frame in ("cam", "rel", "pa")}
+    groups = [Group("all", "all", 123456, everything, joint, {})]
+    groups += [Group("source", "a data set with a long name", 7, {"mpjpe_pa": wide}, {}, {})]
+    console = Console(width=120)
+    with console.capture() as capture:
+        for grid in (metric_grid(groups[0]), group_grid(groups), joint_grid(groups[0])):
+            console.print(grid.as_rich())
+    text = capture.get()
+    assert "…" not in text, "nothing was cut"
+    assert all(name in text for name in JOINT_NAMES)
+    partial = metric_grid(groups[1]).as_markdown()
+    assert "Procrustes" in partial
+    assert not any(word in partial for word in ("camera", "root-relative", "MPVPE", "F@5", "0.0"))
+    assert joint_grid(groups[1]) is None
+
+
+# ---- left hands, sheets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_predictions_return_to_the_photograph(is_right: bool) -> None:
+    """A target, cut and turned as in training, comes back to where the shard has it."""
+    rng = np.random.default_rng(1)
+    joint = rng.normal([60, -30, 500], 40, (21, 3)).astype(np.float32)
+    focal, princpt = np.array([300.0, 320.0]), np.array([79.5, 59.5])
+    image = joint[:, :2] / joint[:, 2:] * focal + princpt
+    one = np.ones(21, np.float32)
+    sample = Sample(
+        "k/0", "a", np.zeros((120, 160, 3), np.uint8), is_right, np.concatenate((image.min(0), image.max(0))),
+        image, one, joint, one, np.zeros(48), np.zeros(10), False, True, focal, princpt, True,
+    )  # fmt: skip
+    rows = [crop_sample(sample, Augmentation(roll=0.7, tilt=(0.1, -0.2)), 56, 2.0)]
+    batch, _ = collate(Fetched(rows=rows))
+    assert not np.allclose(batch.joint_cam[0].numpy(), joint, atol=5)
+    np.testing.assert_allclose(to_photograph(batch.joint_cam, batch)[0], joint, atol=1e-3)
+
+
+def test_left_hands_are_drawn_as_the_photograph_has_them() -> None:
+    batch = random_batch(2, 64)
+    batch.is_right[1] = False
+    batch.patch[:] = 0
+    batch.patch[:, :, :, :32] = 200  # the left half of what the network sees
+    batch.joint_patch[:] = 8.0  # its corner at the top left
+    net = PoseNet(small_config("MODEL.backbone.patch_size=16", "MODEL.img_size=64").MODEL, build_standin_hand()).eval()
+    prediction = net(batch)
+    right, left = (overlay._hand(batch, prediction, i, "12.0 mm")[:176, :176] for i in range(2))
+    assert (right[100, 30], left[100, 30]) == (pytest.approx([200] * 3), pytest.approx([0] * 3))
+    assert (right[100, 150], left[100, 150]) == (pytest.approx([0] * 3), pytest.approx([200] * 3))
+    assert (np.abs(right[22:25, 22:25].astype(int) - 200) > 20).any(), "joints are drawn where the hand is"
+    assert (left[22:25, 151:155] > 20).any()
+
+
+def test_worst_are_the_worst_and_random_are_the_same_again() -> None:
+    error = np.array([3.0, np.inf, -1.0, 9.0, 5.0])
+    chosen = overlay.choose(error, 3, seed=0)
+    assert chosen["worst"].tolist() == [1, 3, 4]
+    assert 2 not in chosen["random"], "it has no error to show"
+    assert chosen["random"].tolist() == overlay.choose(error, 3, seed=0)["random"].tolist()
+
+
+# ---- submissions -----------------------------------------------------------------------------------------------------
+
+
+def submission_samples(keys: list[str]) -> Samples:
+    """Joint j of sample s lies at (s, j, 500) mm, vertex v at (s, -v, 400) mm."""
+    num = len(keys)
+    grid = np.zeros((num, 778, 3))
+    grid[:, :, 0], grid[:, :, 1] = np.arange(num)[:, None], np.arange(778)
+    joint, vert = grid[:, :21] + [0, 0, 500], grid * [1, -1, 1] + [0, 0, 400]
+    plain = samples_of(np.ones(num))
+    return Samples(**{**vars(plain), "key": keys, "joint_cam": joint, "vert_cam": vert})
+
+
+def read_submission(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["pred.json"]
+        content = json.loads(archive.read("pred.json"))
+    assert json.loads((path.parent / "pred.json").read_text()) == content
+    joint, vert = (np.array(part) for part in content)
+    return joint, vert
+
+
+def test_freihand_submission(tmp_path: Path) -> None:
+    """By image number, metres, OpenPose order, OpenCV's camera."""
+    numbers = [2, 0, 1]
+    keys = [plain_key("freihand", "evaluation", f"{n:08d}") + "/0" for n in numbers]
+    joint, vert = read_submission(write_submission("freihand", submission_samples(keys), tmp_path))
+    assert (joint.shape, vert.shape) == ((3, 21, 3), (3, 778, 3))
+    for image in range(3):
+        row = numbers.index(image)
+        np.testing.assert_allclose(joint[image], [[row / 1000, j / 1000, 0.5] for j in range(21)], atol=1e-9)
+        np.testing.assert_allclose(vert[image], [[row / 1000, -v / 1000, 0.4] for v in range(778)], atol=1e-9)
+    with pytest.raises(ValueError, match="has more than one hand"):
+        write_submission("freihand", submission_samples([keys[0], keys[1], keys[0]]), tmp_path)
+
+
+def test_ho3d_submission(tmp_path: Path) -> None:
+    """As evaluation.txt has it, metres, MANO's order with tips behind, OpenGL's camera; read back as we convert."""
+    order = ["SM1/0003", "AP10/0001", "SM1/0001"]
+    keys = [plain_key("ho3d", "evaluation", *name.split("/")) + "/0" for name in sorted(order)]
+    samples = submission_samples(keys)
+    joint, vert = read_submission(write_submission("ho3d", samples, tmp_path, order))
+    assert (joint.shape, vert.shape) == ((3, 21, 3), (3, 778, 3))
+    assert (joint[:, :, 2] < 0).all()
+    assert (vert[:, :, 2] < 0).all()
+    assert joint[0, 4].tolist() == [0.002, -0.009, -0.5], "its number 4 is the middle finger's knuckle, our number 9"
+    assert joint[0, 16].tolist() == [0.002, -0.004, -0.5], "its number 16 is the tip of the thumb, our number 4"
+    assert joint[0, 7].tolist() == [0.002, -0.017, -0.5], "its number 7 is the pinky's knuckle, our number 17"
+    for image, name in enumerate(order):
+        row = sorted(order).index(name)
+        np.testing.assert_allclose(joint[image][MANO_21] @ OPENGL_TO_OPENCV * 1000, samples.joint_cam[row], atol=1e-6)
+        np.testing.assert_allclose(vert[image] @ OPENGL_TO_OPENCV * 1000, samples.vert_cam[row], atol=1e-6)
+    with pytest.raises(ValueError, match="1 of the 4 images of --order have no prediction, the first is AP10_0009"):
+        write_submission("ho3d", samples, tmp_path, [*order, "AP10/0009"])
+
+
+def test_submission_from_the_script(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = [str(place / "run"), *overrides(place), "--num_bootstrap=100", "--num_overlay=0"]
+    assert main([*base, "--submission=freihand", "DATA.val.max_sample=5", f"--output={tmp_path}/out"]) == 0
+    joint, _ = read_submission(tmp_path / "out/pred.zip")
+    assert joint.shape == (NUM, 21, 3), "the whole split, in the order of its keys"
+    assert f"it holds {NUM} images" in capsys.readouterr().out
+    with (tmp_path / "out/samples.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == NUM
+    with pytest.raises(SystemExit):
+        main([*base, "--submission=ho3d"])
+    assert "needs --order" in capsys.readouterr().err
