@@ -60,7 +60,9 @@ class TrainConfig:
     max_skipped_step: int = knob(minimum=1)
     grad_accum_step: int = knob(minimum=1)
     sample_per_device: int = knob(minimum=1)
-    mixed_precision: str = knob(choices=("auto", "no", "bf16", "fp16"))
+    mixed_precision: str = knob(choices=("auto", "no", "tf32", "bf16", "fp16"))
+    compile: bool = knob()
+    activation_checkpointing: bool = knob()
     expansion_ratio: float = knob(minimum=0.1)
     scale_z_range: list[float] = knob(minimum=0.1)
     scale_f_range: list[float] = knob(minimum=0.1)
@@ -80,6 +82,7 @@ class TrainSourceConfig:
     """`source`: a list of patterns, or named sources `{name: {source: [...], weight: w}}`."""
 
     source: Any = knob()
+    eval_sample: int = knob(minimum=0)
 
 
 @dataclass

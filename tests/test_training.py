@@ -76,6 +76,7 @@ def test_it_learns(finished: Path) -> None:
     first, last = rows(finished, "val")[0], rows(finished, "val")[-1]
     assert last["loss_total"] < 0.85 * first["loss_total"]
     assert [row["step"] for row in rows(finished, "val")] == [0, 20, 40]
+    assert [row["step"] for row in rows(finished, "train_eval")] == [0, 20, 40]
     assert last["mpjpe_cam"] < first["mpjpe_cam"]
     expected = {"mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error", "mpjpe_rel_mean_hand", *LOSS_TERMS}
     assert expected <= last.keys()

@@ -40,12 +40,14 @@ def evaluate(
     accelerator: Accelerator,
     loss: LossConfig,
     mean_hand: np.ndarray | None = None,
+    draw: bool = True,
 ) -> Validation:
     """Run the network over this process's share of the validation sample and join the shares.
 
     Args:
         net: the bare network; left in the mode it came in.
         mean_hand: [J, 3] mm, the baseline's answer; adds `mpjpe_rel_mean_hand`.
+        draw: make an overlay sheet of the first batch.
     """
     was_training = net.training
     net.eval()
@@ -54,7 +56,7 @@ def evaluate(
         batch = batch.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             prediction = net(batch)
-        if sheet is None and accelerator.is_main_process:
+        if draw and sheet is None and accelerator.is_main_process:
             sheet = overlay_sheet(batch, prediction)
         gathered.update(batch.position.cpu().numpy(), batch.source, _sample_metrics(net, prediction, batch, mean_hand))
     net.train(was_training)

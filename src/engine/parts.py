@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,16 +24,29 @@ from src.utils.checkpoint_read import BACKBONE, CONFIG
 
 
 def build_accelerator(cfg: Config) -> Accelerator:
-    """Processes, device and precision. `auto` is bf16 on a GPU that has it, float32 anywhere else."""
+    """Processes, device and precision. `auto` is bf16 on a GPU that has it, float32 anywhere else.
+
+    Under bf16 what stays float32 (hand layer, losses) is exact float32; `tf32` rounds the factors of all its matrix
+    products, the hand layer's too, to 10 bits.
+    """
     precision = cfg.TRAIN.mixed_precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    precision = "no" if precision == "tf32" else precision
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = world_size > 1 and not torch.cuda.is_available()  # torchrun alone does not make Accelerate use gloo
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[ddp])
     assert accelerator.num_processes == world_size, "processes that do not know of each other would train twice"
     return accelerator
+
+
+def training_form(net: PoseNet, cfg: Config) -> nn.Module:
+    """The network as a training step calls it; validation calls `net` itself, which shares its weights."""
+    if cfg.TRAIN.activation_checkpointing:
+        net.backbone.checkpoint_activations()
+    return torch.compile(net, fullgraph=True) if cfg.TRAIN.compile else net
 
 
 def describe_hand(hand: HandArrays) -> str:
@@ -87,6 +100,19 @@ def make_demo_data(cfg: Config, progress: Progress) -> None:
             free_rotation=demo.free_rotation,
             progress=tell,
         )
+
+
+def training_sample(cfg: Config) -> Config | None:
+    """Under this configuration a validation loader gives the fixed `DATA.train.eval_sample` training frames.
+
+    They are cut like validation frames, without augmentation: what the network makes of them tells, beside the
+    validation, how much it has learnt by heart. One worker is enough for so few. None where no frame is asked for.
+    """
+    train = cfg.DATA.train
+    if train.eval_sample == 0:
+        return None
+    data = replace(cfg.DATA, val=replace(cfg.DATA.val, source=train.source, max_sample=train.eval_sample))
+    return replace(cfg, DATA=data, GENERAL=replace(cfg.GENERAL, num_worker=min(1, cfg.GENERAL.num_worker)))
 
 
 def describe_network(net: PoseNet, accelerator: Accelerator) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -25,7 +26,8 @@ from src.engine import parts
 from src.engine.checkpoint import CheckpointError, TrainState, load_checkpoint
 from src.engine.checkpoint_writer import CheckpointWriter
 from src.engine.console import add_log_file, console, logger, task_bar, track
-from src.engine.evaluate import describe, evaluate, key_metric
+from src.engine.evaluate import Validation, describe, evaluate, key_metric
+from src.engine.prefetch import to_device
 from src.engine.report import closing_table, where_to_look
 from src.engine.resume import find_origin
 from src.engine.run_folder import lock_run_folder
@@ -56,9 +58,9 @@ class Run:
         self.net = PoseNet(cfg.MODEL, hand).to(self.accelerator.device)
         optimizer = build_optimizer(self.net, cfg)
         self.state = self._start_from(origin.checkpoint, optimizer, config_name)
-        self.trainer = Trainer(cfg, self.accelerator, *self.accelerator.prepare(self.net, optimizer))
+        self.trainer = Trainer(cfg, self.accelerator, *self.accelerator.prepare(parts.training_form(self.net, cfg), optimizer))
 
-        self.train_loader, self.val_loader = self._build_loaders(hand.name)
+        self.train_loader, self.val_loader, self.train_eval_loader = self._build_loaders(hand.name)
         self.mean_hand = mean_hand(self.train_loader.dataset)
         self.folder = self._claim_folder(config_name, origin.checkpoint if origin.in_place else None)
         self.tracker = self._open_tracker(origin.in_place)
@@ -75,10 +77,9 @@ class Run:
 
     def micro_batches(self) -> Iterator[list[Batch]]:
         """The micro-batches of each step that is left, on the device."""
-        batches = iter(self.train_loader)
+        batches = to_device(self.train_loader, self.accelerator.device)
         while self.state.step < self.cfg.GENERAL.total_step:
-            share = islice(batches, self.cfg.TRAIN.grad_accum_step)
-            yield [batch.to(self.accelerator.device, non_blocking=True) for batch in share]
+            yield list(islice(batches, self.cfg.TRAIN.grad_accum_step))
 
     def catch_up(self) -> None:
         """The validation before the first step, or one that a stop cut off."""
@@ -131,13 +132,14 @@ class Run:
             self.tracker.image(self.state.step, "train", "overlay", overlay_sheet(batch, prediction))
 
     def validate(self) -> bool:
-        """Evaluate the fixed sample, log it, remember it; whether it is the best so far.
+        """Evaluate the fixed samples, log them, remember the validation; whether it is the best so far.
 
         Raises StopRequested, without a trace of this validation, when a process is asked to stop meanwhile.
         """
-        batches = track(self.progress, self.val_loader, len(self.val_loader), "validation")
-        batches = self.watch.guard(batches, lambda: self.signals.requested)
-        result = evaluate(self.net, batches, self.accelerator, self.cfg.LOSS, self.mean_hand)
+        result = self._evaluate(self.val_loader, "validation", mean_hand=self.mean_hand)
+        if self.train_eval_loader is not None:
+            seen = self._evaluate(self.train_eval_loader, "training sample", draw=False)
+            self.tracker.log(self.state.step, "train_eval", seen.metrics)
         self.tracker.log(self.state.step, "val", result.metrics)
         if result.sheet is not None:
             self.tracker.image(self.state.step, "val", "overlay", result.sheet)
@@ -150,6 +152,11 @@ class Run:
         if is_best:
             self.state.best_metric, self.state.best_step = value, self.state.step
         return is_best
+
+    def _evaluate(self, loader: HandLoader, name: str, **how: Any) -> Validation:
+        batches = track(self.progress, loader, len(loader), name)
+        batches = self.watch.guard(batches, lambda: self.signals.requested)
+        return evaluate(self.net, batches, self.accelerator, self.cfg.LOSS, **how)
 
     def save(self, is_best: bool, validation_due: bool = False) -> None:
         """Begin to write a checkpoint; training goes on meanwhile."""
@@ -216,14 +223,19 @@ class Run:
             logger.info(str(load_weights(self.net, find_checkpoint(self.cfg.MODEL.init_from))))
         return TrainState(config_name=config_name)
 
-    def _build_loaders(self, hand_model: str) -> tuple[HandLoader, HandLoader]:
-        """Training from where the state stands, and validation. The main process indexes new shards first."""
+    def _build_loaders(self, hand_model: str) -> tuple[HandLoader, HandLoader, HandLoader | None]:
+        """Training from where the state stands, validation, and the training frames measured beside it.
+
+        The main process indexes new shards first.
+        """
         where = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         how = {"pin_memory": self.accelerator.device.type == "cuda"}
         with self.accelerator.main_process_first(), task_bar(self.progress, "indexing shards") as advance:
             start = self.state.data_position
             train = build_train_loader(self.cfg, hand_model, start=start, progress=advance, **where, **how)
-            return train, build_val_loader(self.cfg, hand_model, progress=advance, **where, **how)
+            val = build_val_loader(self.cfg, hand_model, progress=advance, **where, **how)
+            sample = parts.training_sample(self.cfg)
+            return train, val, None if sample is None else build_val_loader(sample, hand_model, **where, **how)
 
     def _claim_folder(self, config_name: str, newest: Path | None) -> Path:
         """The run folder, locked by the main process: that of its newest checkpoint, else a new one.

@@ -1,6 +1,7 @@
 """The tracker of rank 0: metrics and pictures go to journals in the run folder; a child process takes them to AIM.
 
-    metrics.jsonl   one object a line: `step`, `subset` ("train" or "val"), then metric names as keys
+    metrics.jsonl   one object a line: `step`, `subset`, then metric names as keys; the subsets are "train" (a training
+                    step), "val" (validation) and "train_eval" (training frames measured as validation frames are)
     images.jsonl    one object a line: `step`, `subset`, `name`, `file` (relative to the run folder)
     tracker.json    what the child has to know: run name, experiment, config, target, where a resume cut the journals
     aim_state.json  the child's: per target the AIM run and the journal offsets that have arrived
@@ -101,7 +102,7 @@ class Tracker:
         return cls(run_folder, child)
 
     def log(self, step: int, subset: str, metrics: dict[str, float]) -> None:
-        """Append one row; about 7 us. `subset` is "train" or "val"; values are Python or numpy numbers."""
+        """Append one row; about 7 us. `subset` is one of those named above; values are Python or numpy numbers."""
         if self._run_folder is None:
             return
         row: dict[str, Any] = {"step": step, "subset": subset}
