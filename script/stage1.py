@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -24,7 +25,8 @@ from omegaconf import DictConfig
 
 from src.config import Config, ConfigError
 from src.config_parse import check_overrides, parse_config
-from src.engine.launch import start_missing_processes
+from src.engine.failure import is_told, leave, leave_after_peer, several
+from src.engine.launch import adopt_slurm_step, requeue_slurm_job, start_missing_processes
 from src.engine.preflight import check_files
 from src.engine.stop import RESUMABLE, StopRequested, StopSignals
 
@@ -39,6 +41,8 @@ STOP_PATIENCE = 10.0  # s that AIM gets to take the last points of a run that wa
 @hydra.main(version_base="1.3", config_path="../config", config_name="stage1-dino_large")
 def main(composed: DictConfig) -> None:
     """Check everything that can be checked, then train."""
+    SIGNALS.install()  # again where a launcher calls this function in a process of its own
+    adopt_slurm_step()
     try:
         cfg = parse_config(composed)
         check_files(cfg)
@@ -79,12 +83,15 @@ def train(cfg: Config, config_name: str) -> None:
             patience = STOP_PATIENCE
             stop_early(run, stop)
         except (BadDataError, CheckpointError, NumbersError) as error:
-            if run.is_main or not isinstance(error, NumbersError):  # which every process raises
-                logger.error(f"stopped at step {run.state.step}: {error}\n{run.how_to_go_on()}")
-            sys.exit(1)
+            patience = STOP_PATIENCE
+            give_up(run, str(error))
+        except Exception as error:
+            patience = STOP_PATIENCE
+            break_off(run, error)
         finally:
             if run is not None:
                 run.close(patience)
+            requeue_slurm_job(SIGNALS.requested)
 
 
 def stop_early(run: Run | None, stop: StopRequested) -> NoReturn:
@@ -93,17 +100,35 @@ def stop_early(run: Run | None, stop: StopRequested) -> NoReturn:
     from src.engine.console import logger
 
     if run is None or run.state.step == 0:
-        logger.warning(f"{stop}: stopped before the first step, nothing is lost; start the same command again")
+        logger.info(f"{stop}: stopped before the first step, nothing is lost; start the same command again")
     else:
         try:
             run.save_now()
         except CheckpointError as error:
-            logger.error(f"{error}\n{run.how_to_go_on()}")
-            sys.exit(1)
-        logger.warning(
+            give_up(run, str(error))
+        logger.info(
             f"{stop}: stopped after step {run.state.step}; {run.how_to_go_on()} (or =auto). Exit code {RESUMABLE}"
         )
     sys.exit(RESUMABLE)
+
+
+def give_up(run: Run, reason: str) -> NoReturn:
+    """Leave with code 1 and tell the reason and how to go on."""
+    text = f"stopped at step {run.state.step}: {reason}\n{run.how_to_go_on()}"
+    leave(text, 1, log=run.folder / "log.txt", last=lambda: run.close(STOP_PATIENCE, in_order=not several()))
+
+
+def break_off(run: Run | None, error: Exception) -> NoReturn:
+    """Leave because of an error that nobody foresaw, or because another process has left."""
+    from src.engine.processes import is_lost_contact
+
+    if not several():
+        raise error
+    log = run and run.folder / "log.txt"
+    if is_lost_contact(error):
+        step = f" at step {run.state.step}; {run.how_to_go_on()}" if run else ""
+        leave_after_peer(f"lost contact with another process{step}\n({str(error).splitlines()[0]})", log=log)
+    leave(traceback.format_exc(), 1, log=log)
 
 
 def build(kind: Callable[..., T], *parts: object) -> T:
@@ -118,8 +143,7 @@ def refuse(error: ValueError) -> NoReturn:
     """Tell what is wrong with the configuration and leave; HYDRA_FULL_ERROR=1 shows where it was noticed."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
-    print(f"stage1: this configuration cannot be run\n{error}", file=sys.stderr)
-    sys.exit(2)
+    leave(f"stage1: this configuration cannot be run\n{error}", 2, alike=isinstance(error, ConfigError))
 
 
 if __name__ == "__main__":
@@ -131,5 +155,6 @@ if __name__ == "__main__":
     except ConfigError as error:
         refuse(error)
     except StopRequested as stop:  # before the parts of a run, and a place to log to, were there
-        print(f"stage1: {stop}: stopped before the first step; start the same command again", file=sys.stderr)
+        if not is_told():
+            print(f"stage1: {stop}: stopped before the first step; start the same command again", file=sys.stderr)
         sys.exit(RESUMABLE)

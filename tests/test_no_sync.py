@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.engine import parts
+from src.engine.processes import build_accelerator
 from src.engine.step import Trainer, build_optimizer
 from src.hand.standin import build_standin_hand
 from src.model.net import PoseNet
@@ -60,7 +60,7 @@ def make_trainer(*overrides: str) -> Trainer:
     cfg = small_config("GENERAL.dropout_warmup_step=2", *overrides)
     torch.manual_seed(0)
     net = PoseNet(cfg.MODEL, build_standin_hand()).train()
-    accelerator = parts.build_accelerator(cfg)
+    accelerator = build_accelerator(cfg)
     return Trainer(cfg, accelerator, *accelerator.prepare(net, build_optimizer(net, cfg)))
 
 

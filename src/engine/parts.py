@@ -1,14 +1,12 @@
-"""The parts of a run, each built by one small function: processes and precision, hand model, demo data, run folder."""
+"""The parts of a run, each made by one small function: run folder, demo data, what is said of hand and network."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 from rich.progress import Progress
@@ -21,32 +19,6 @@ from src.engine.run_folder import create_run_folder, write_text_atomic
 from src.hand.skeleton import HandArrays
 from src.model.net import PoseNet
 from src.utils.checkpoint_read import BACKBONE, CONFIG
-
-
-def build_accelerator(cfg: Config) -> Accelerator:
-    """Processes, device and precision. `auto` is bf16 on a GPU that has it, float32 anywhere else.
-
-    Under bf16 what stays float32 (hand layer, losses) is exact float32; `tf32` rounds the factors of all its matrix
-    products, the hand layer's too, to 10 bits.
-    """
-    precision = cfg.TRAIN.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    precision = "no" if precision == "tf32" else precision
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    on_cpu = world_size > 1 and not torch.cuda.is_available()  # torchrun alone does not make Accelerate use gloo
-    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[ddp])
-    assert accelerator.num_processes == world_size, "processes that do not know of each other would train twice"
-    return accelerator
-
-
-def training_form(net: PoseNet, cfg: Config) -> nn.Module:
-    """The network as a training step calls it; validation calls `net` itself, which shares its weights."""
-    if cfg.TRAIN.activation_checkpointing:
-        net.backbone.checkpoint_activations()
-    return torch.compile(net, fullgraph=True) if cfg.TRAIN.compile else net
 
 
 def describe_hand(hand: HandArrays) -> str:

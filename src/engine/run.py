@@ -28,6 +28,7 @@ from src.engine.checkpoint_writer import CheckpointWriter
 from src.engine.console import add_log_file, console, logger, task_bar, track
 from src.engine.evaluate import Validation, describe, evaluate, key_metric
 from src.engine.prefetch import to_device
+from src.engine.processes import build_accelerator, main_process_first, part
 from src.engine.report import closing_table, where_to_look
 from src.engine.resume import find_origin
 from src.engine.run_folder import lock_run_folder
@@ -47,10 +48,10 @@ class Run:
 
     def __init__(self, cfg: Config, config_name: str, progress: Progress, signals: StopSignals | None = None) -> None:
         self.cfg, self.progress, self.signals = cfg, progress, signals or StopSignals()
-        self.accelerator = parts.build_accelerator(cfg)
+        self.accelerator = build_accelerator(cfg)
         self.is_main = self.accelerator.is_main_process
         origin = find_origin(cfg, config_name, self.accelerator)
-        with self.accelerator.main_process_first():
+        with main_process_first(self.accelerator):
             parts.make_demo_data(cfg, progress)
 
         torch.manual_seed(cfg.GENERAL.seed)
@@ -203,14 +204,18 @@ class Run:
             console.print(closing_table(self.folder, seconds))
             console.print(where_to_look(self.folder, self.cfg.AIM), soft_wrap=True)
 
-    def close(self, patience: float = 60.0) -> None:
-        """Let the writer and the tracker finish, the latter for at most `patience` seconds, and the processes part."""
+    def close(self, patience: float = 60.0, in_order: bool = True) -> None:
+        """Let the writer and the tracker finish, the latter for at most `patience` seconds, and the processes part.
+
+        Not `in_order`: without the other processes, which may be gone.
+        """
         try:
             self.writer.join()
         except CheckpointError as error:
             logger.error(str(error))
         self.tracker.close(patience)
-        self.accelerator.end_training()
+        if in_order:
+            part(self.accelerator)
 
     # ---- how the parts are made -------------------------------------------------------------------------------------
 
@@ -230,7 +235,7 @@ class Run:
         """
         where = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         how = {"pin_memory": self.accelerator.device.type == "cuda"}
-        with self.accelerator.main_process_first(), task_bar(self.progress, "indexing shards") as advance:
+        with main_process_first(self.accelerator), task_bar(self.progress, "indexing shards") as advance:
             start = self.state.data_position
             train = build_train_loader(self.cfg, hand_model, start=start, progress=advance, **where, **how)
             val = build_val_loader(self.cfg, hand_model, progress=advance, **where, **how)

@@ -33,7 +33,8 @@ class StopSignals:
         self._owner = os.getpid()
 
     def install(self) -> None:
-        """From now on the signals are handled here."""
+        """From now on the signals are handled here, in this process."""
+        self._owner = os.getpid()
         for number in SIGNALS:
             signal.signal(number, self._handle)
 

@@ -18,6 +18,7 @@ from src.engine.evaluation.collect import Samples, collect
 from src.engine.evaluation.settings import source_labels
 from src.engine.evaluation.submission import write_submission
 from src.engine.evaluation.summary import Bootstrap, Group, summarise
+from src.engine.processes import build_accelerator
 from src.model.net import PoseNet
 
 UNKNOWN = "unknown"  # what a shard's hands are called that do not say which data set they are of
@@ -50,7 +51,7 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
         ValueError: about the checkpoint, the hand model, the shards, the output folder or the submission.
         BadDataError: more than `DATA.max_bad_fraction` of the frames are damaged.
     """
-    accelerator = parts.build_accelerator(cfg)
+    accelerator = build_accelerator(cfg)
     net = PoseNet.from_checkpoint(checkpoint, hand_model=cfg.MODEL.hand_model, device=accelerator.device)
     assert net.saved is not None
     parts.make_demo_data(cfg, progress)

@@ -1,0 +1,79 @@
+"""Several processes: how they find and wait for each other, and what they send."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.nn.parallel import DistributedDataParallel
+
+from src.config import Config
+
+# A process that is gone is noticed at once by gloo and by the launcher. This is for one that lives and is stuck: shards
+# on a file system that hangs. No process waits for another one's long work inside of it, see `main_process_first`.
+COLLECTIVE_TIMEOUT = timedelta(minutes=20)
+PREPARATION_TIMEOUT = timedelta(days=2)  # the main process indexes shards: hours for a large set on a slow disk
+
+
+class _DDPKwargs(DistributedDataParallelKwargs):
+    """Buffers are constants, so none is sent before a forward pass. torch 2.13 has a new word for that."""
+
+    def to_kwargs(self) -> dict[str, Any]:
+        kwargs = super().to_kwargs()
+        if "forward_sync_buffers" in signature(DistributedDataParallel).parameters:
+            kwargs["forward_sync_buffers"] = kwargs.pop("broadcast_buffers")
+        return kwargs
+
+
+def build_accelerator(cfg: Config) -> Accelerator:
+    """Processes, device and precision. `auto` is bf16 on a GPU that has it, float32 anywhere else."""
+    precision = cfg.TRAIN.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = world_size > 1 and not torch.cuda.is_available()  # torchrun alone does not make Accelerate use gloo
+    timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
+    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[timeout])
+    accelerator.ddp_handler = _DDPKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    assert accelerator.num_processes == world_size, "processes that do not know of each other would train twice"
+    return accelerator
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """The others wait until the main process is through, for as long as it takes."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+    if not accelerator.is_main_process:
+        dist.barrier(group)
+    yield
+    if accelerator.is_main_process:
+        dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
+def part(accelerator: Accelerator) -> None:
+    """The orderly end: nobody leaves before all are ready to, for a launcher ends those that stay.
+
+    The pause matters. gloo's thread drops the last collective a moment after it is done, and needs Python's lock for
+    that; the main thread, which holds the lock while it takes the process group down, would wait for the thread.
+    """
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        time.sleep(0.5)
+    accelerator.end_training()
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone, or stuck for longer than COLLECTIVE_TIMEOUT."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
