@@ -38,7 +38,7 @@ def test_functions_take_turns() -> None:
 def test_every_figure_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "BIG_NUM_FRAME", 40_000)
     monkeypatch.setattr(data, "BIG_NUM_SHARD", 20)
-    monkeypatch.setattr(data, "EFFORT", {"quick": data.Effort(0.0, 20, 300), "full": data.Effort(0.0, 20, 300)})
+    monkeypatch.setattr(data, "EFFORT", {"quick": data.Effort(0.0, 32, 300, 2), "full": data.Effort(0.0, 32, 300, 2)})
     threads = cv2.getNumThreads()
     said: list[str] = []
     try:
@@ -51,7 +51,7 @@ def test_every_figure_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ratio = values[f"full sample, {kind}"] / values[f"decode only, {kind}"]
         assert values[f"full over decode, {kind}"] == pytest.approx(ratio)
         assert 0 < ratio < 1
-    assert len(figures) == len(values) == 13
+    assert len(figures) == len(values) == 17
     assert said
 
 

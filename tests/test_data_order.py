@@ -71,21 +71,31 @@ def test_an_epoch_holds_every_frame_once(root: Path) -> None:
     assert len({b.key[0] for b in train(root, num_batch=100, sample_per_device=1, stride=2)}) == 3 * 1 + 3 * 3 + 7 * 2
 
 
-@pytest.mark.parametrize("num_frame", [1, 2, 17, 600, 5000, 70_000])
-def test_epoch_orders_are_permutations_that_keep_neighbours_apart(num_frame: int) -> None:
-    epochs = [EpochOrder(num_frame, seed=1, epoch=e) for e in range(3)]
-    orders = [[epoch.frame(i) for i in range(num_frame)] for epoch in epochs]
-    assert all(sorted(order) == list(range(num_frame)) for order in orders)
-    if num_frame < 600:
-        return
-    assert orders[0] != orders[1] != orders[2]
-    for order in orders:
-        for size in (4, 16, 64):
-            for begin in range(0, num_frame, size):
-                batch = np.sort(order[begin : begin + size])
-                assert np.diff(batch).min(initial=2) > 1, "two neighbouring frames of a clip in one batch"
-    half = np.array(orders[0][: num_frame // 2])
-    assert abs(half.mean() / num_frame - 0.5) < 0.03
+@pytest.mark.parametrize("num_frame", [1, 2, 3, 17, 100, 500, 2000, 12_000, 20_000, 70_000])
+def test_epoch_orders_keep_neighbours_apart_over_their_borders(num_frame: int) -> None:
+    epochs = [EpochOrder(num_frame, seed=1, epoch=e, frame_size=45_000) for e in range(4)]
+    orders = np.array([[epoch.frame(i) for i in range(num_frame)] for epoch in epochs])
+    assert all(sorted(order) == list(range(num_frame)) for order in orders.tolist())
+    place = np.argsort(orders, axis=1) + num_frame * np.arange(4)[:, None]  # [epoch, frame], over all epochs
+    beside = [(a, b) for a in range(4) for b in range(4) if abs(a - b) < 2]
+    nearest = min(np.abs(place[b, 1:] - place[a, :-1]).min(initial=num_frame) for a, b in beside)
+    again = np.diff(place, axis=0).min()  # the same frame, in the next epoch
+    window = min(epoch.window for epoch in epochs)
+    assert min(nearest, again) >= window
+    assert window >= min(1024, 0.36 * num_frame - 4)
+    if num_frame >= 500:
+        assert (orders[0] != orders[1]).any()
+        assert abs(orders[0][: num_frame // 2].mean() / num_frame - 0.5) < 0.03
+
+
+def test_frames_meet_others_in_another_epoch() -> None:
+    partners = []
+    for epoch in range(4):
+        order = EpochOrder(20_000, seed=2, epoch=epoch)
+        frames = [order.frame(i) for i in range(20_000)]
+        at = frames.index(777) // 256 * 256
+        partners.append(set(frames[at : at + 256]))
+    assert max(len(a & b) for i, a in enumerate(partners) for b in partners[:i]) < 160
 
 
 def test_clips_are_spread_over_the_batches(tmp_path: Path) -> None:

@@ -50,20 +50,27 @@ class ReadAhead:
         """To be called with the positions that are read next."""
         if not self.is_on:
             return
-        last = dict(self.plan.source_at(position) for position in positions)
+        places = [self.plan.source_at(position) for position in positions if position >= 0]
+        first, last = dict(reversed(places)), dict(places)
         for number, place in last.items():
             source = self.plan.sources[number]
-            epoch, place = divmod(place, source.num_frame)
-            group, at, size = source.epoch(epoch).find(place)
-            here = Turn(number, epoch, group)
-            behind = self._next(source, here)
-            self._ask(source, here, 1.0)
-            self._ask(source, behind, (at + 1) / size)
+            self._reach(number, source, first[number])
+            here, behind = self._reach(number, source, place)
             for turn in [turn for turn in self.num_asked if turn.source == number and turn not in (here, behind)]:
                 del self.num_asked[turn]
         if self.todo and (self._thread is None or not self._thread.is_alive()):
             self._thread = threading.Thread(target=self._work, name="read-ahead", daemon=True)
             self._thread.start()
+
+    def _reach(self, number: int, source: SourcePlan, place: int) -> tuple[Turn, Turn]:
+        """Announce what should be on its way when `place` of a source is read; returns its group and the next one."""
+        epoch, place = divmod(place, source.num_frame)
+        group, at, size = source.epoch(epoch).find(place)
+        here = Turn(number, epoch, group)
+        behind = self._next(source, here)
+        self._ask(source, here, 1.0)
+        self._ask(source, behind, (at + 1) / size)
+        return here, behind
 
     @staticmethod
     def _next(source: SourcePlan, turn: Turn) -> Turn:

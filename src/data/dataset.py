@@ -30,7 +30,7 @@ from src.data.sample import annotated_sample, make_sample
 from src.data.schema import Clip
 from src.geometry.patch import Warp, plan_warp
 
-_MAX_OPEN = 128  # shards held open by one process
+_MAX_OPEN = 512  # shards held open by one process: an order works on some 256 blocks at a time
 _MAX_ATTEMPT = 20
 
 
@@ -77,6 +77,16 @@ class _Turn:
     size: tuple[int, int]  # of the image, px
 
 
+def open_file_limit() -> int:
+    """How many files this process may hold open."""
+    try:
+        import resource
+    except ImportError:  # no such thing on Windows
+        return 512
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if limit == resource.RLIM_INFINITY else limit
+
+
 class HandDataset:
     """Map-style: positions of the data order in, patches out. `__getitems__` is what a DataLoader calls."""
 
@@ -108,6 +118,7 @@ class HandDataset:
         self.augment, self.seed = augment, seed
         self._readers: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
         self._clips = ClipCache()
+        self._max_open = min(_MAX_OPEN, max(8, (open_file_limit() - 256) // 2))  # a shard takes two: itself, its index
         self.ahead = ReadAhead(plan, self.sources) if isinstance(plan, MixedPlan) else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,7 +159,7 @@ class HandDataset:
 
     def _begin(self, position: int, place: Place, attempt: int, patch: np.ndarray) -> _Turn:
         """Everything that can be done for a frame before its picture is decoded. Raises SampleError, OSError."""
-        key, clip, number, image = self._reader(place).read(place.row)
+        key, clip, number, image = self.fetch(place)
         _, size = image_info(image)
         sample = annotated_sample(clip, number, size, key, self.hand_model)
         augmentation = self._augmentation(position)
@@ -170,8 +181,12 @@ class HandDataset:
 
     def read(self, place: Place) -> Sample:
         """The decoded Sample at a place. Raises SampleError, OSError."""
-        key, clip, number, image = self._reader(place).read(place.row)
+        key, clip, number, image = self.fetch(place)
         return make_sample(clip, number, decode_image(image), key, self.hand_model)
+
+    def fetch(self, place: Place) -> tuple[str, Clip, int, memoryview]:
+        """(key, annotations, frame number, encoded image) at a place. Raises as `read`."""
+        return self._reader(place).read(place.row)
 
     def annotation(self, place: Place) -> tuple[Clip, int]:
         """The clip at a place and the frame's number in it, without reading the image. Raises as `read`."""
@@ -186,7 +201,7 @@ class HandDataset:
     def _reader(self, place: Place) -> ShardReader:
         at = (place.source, place.shard)
         if at not in self._readers:
-            if len(self._readers) >= _MAX_OPEN:
+            if len(self._readers) >= self._max_open:
                 self._readers.popitem(last=False)[1].close()
             index = self.sources[place.source][place.shard]
             self._readers[at] = ShardReader(index, self.stride, self._clips)

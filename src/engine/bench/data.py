@@ -22,6 +22,7 @@ from src.data.image import decode_image
 from src.data.index_build import build_index, open_indexes
 from src.data.loader import collate
 from src.data.reader import ShardReader
+from src.engine.bench.cold import cold_figures
 from src.engine.bench.figure import Figure, seconds_per_call
 from src.engine.bench.shards import (
     HEIGHT,
@@ -46,9 +47,10 @@ class Effort:
     seconds: float  # of each measurement
     num_picture: int  # samples in the shard with pictures, a multiple of the batch
     num_window: int  # in the shard for annotations
+    num_copy: int  # of a shard of `num_picture` pictures, for cold reads
 
 
-EFFORT = {"quick": Effort(1.5, 64, 2000), "full": Effort(10.0, 256, 8000)}
+EFFORT = {"quick": Effort(1.5, 64, 2000, 16), "full": Effort(10.0, 256, 8000, 24)}
 _BATCH = 32
 _LEAST_RATIO = {"jpg": 0.65, "webp": 0.85}
 
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
         say("annotations and index")
         figures += _annotation_figures(Path(folder) / "note", effort, args.seed)
         figures += _index_figures(Path(folder))
+        say("cold reads")
+        figures += cold_figures(Path(folder) / "cold", shards_of(Path(folder) / "jpg")[0], effort.num_copy)
         say(f"start-up from {BIG_NUM_FRAME:,} windows")
         figures += _start_figures(Path(folder) / "big", Path(folder) / "jpg")
         return figures

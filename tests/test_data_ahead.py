@@ -1,0 +1,95 @@
+"""Blocks are announced to the system before their frames are read, each once, and nothing depends on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from src.data import ahead, plan
+from src.data.ahead import ReadAhead, pieces
+from src.data.dataset import HandDataset
+from src.data.index import ShardIndex
+from src.data.index_build import open_indexes
+from src.data.plan import MixedPlan, SourcePlan
+from tests.data_shards import native_sample, write_shard
+
+NUM_SHARD, NUM_SAMPLE = 5, 40
+
+
+@pytest.fixture
+def indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ShardIndex]:
+    """200 frames in 5 shards, in blocks of 17 and groups of at least 4 blocks."""
+    monkeypatch.setattr(plan, "_GROUP_BLOCK", 4)
+    monkeypatch.setattr(plan, "_BLOCK_SIZE", 1)
+    samples = [native_sample(number) for number in range(NUM_SAMPLE)]
+    return open_indexes([write_shard(tmp_path / f"{i}.tar", samples) for i in range(NUM_SHARD)])
+
+
+def mixed(indexes: list[ShardIndex], stride: int = 1) -> MixedPlan:
+    return MixedPlan([SourcePlan(indexes, stride, 0)], [1.0], 0)
+
+
+@pytest.mark.parametrize("start", [0, 75, 460])
+def test_blocks_are_announced_before_their_turn(indexes: list[ShardIndex], start: int) -> None:
+    order = mixed(indexes)
+    (source,) = order.sources
+    assert source.epoch(0).block == 17
+    assert len(source.epoch(0).group_end) == 3
+    reader = ReadAhead(order, [indexes])
+    reader._work = lambda: None  # nobody takes requests away, so that they can be looked at
+    done = 0
+    for position in range(start, start + 2 * source.num_frame, 8):
+        reader.go_on(range(position, position + 8))
+        asked = list(reader.todo)
+        known = {frame for _, begin, end in asked for frame in range(begin, end)}
+        epoch = position // source.num_frame
+        batch = [source.epoch(p // source.num_frame).frame(p % source.num_frame) for p in range(position, position + 7)]
+        assert set(batch) <= known
+        if position == start:  # the group at hand, from the archive's begin to its end, and a first block of the next
+            group, at, size = source.epoch(epoch).find(position % source.num_frame)
+            num_block = len(source.epoch(epoch).blocks(group))
+            assert [begin for _, begin, _ in asked[:num_block]] == sorted(begin for _, begin, _ in asked[:num_block])
+            assert len(asked) <= num_block + 1 + round((at + 8) / size * num_block)
+        done = len(asked)
+    assert done <= 12 * 4 + 1  # three epochs and a bit, and no block of them twice
+
+
+def test_what_is_announced_are_the_bytes_of_the_samples(
+    indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+
+    def advise(file: int, offset: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        calls.append((os.readlink(f"/proc/self/fd/{file}"), offset, offset + size))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    (source,) = mixed(indexes).sources
+    assert pieces(source, 34, 51) == [(0, 34, 39), (1, 0, 10)]
+    for shard, first, last in pieces(source, 34, 51):
+        ahead.announce(indexes[shard], 1, first, last)
+    spans = [[(int(s["offset"]), int(s["offset"] + s["size"])) for s in index.tables().sample] for index in indexes]
+    assert [call[1:] for call in calls] == [(spans[0][34][0], spans[0][39][1]), (spans[1][0][0], spans[1][10][1])]
+    assert [Path(call[0]).name for call in calls] == ["0.tar", "1.tar"]
+    indexes[2].shard.unlink()
+    ahead.announce(indexes[2], 1, 0, 1)  # reading it will tell
+
+
+def test_reading_ahead_changes_nothing(indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys() -> list[str]:
+        dataset = HandDataset([indexes], mixed(indexes), stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
+        rows = [row.key for begin in range(0, 96, 8) for row in dataset.__getitems__(range(begin, begin + 8)).rows]
+        assert dataset.ahead is not None
+        assert dataset.ahead.is_on == is_on
+        if dataset.ahead._thread:
+            dataset.ahead._thread.join()
+        assert not dataset.ahead.todo
+        return rows
+
+    is_on = True
+    with_it = keys()
+    monkeypatch.setattr(ahead, "available_memory", lambda: 1000.0)
+    is_on = False
+    assert keys() == with_it
