@@ -108,8 +108,10 @@ def pck_curve(distance: np.ndarray, valid: np.ndarray, thresholds: np.ndarray = 
     Args: distance, valid [B, N]; thresholds [T] mm. Returns: SampleMetric(total [B, T], count [B]).
     """
     mask = valid > 0
-    hit = (distance[..., None] <= thresholds) & mask[..., None]
-    return SampleMetric(hit.sum(axis=1).astype(np.float64), mask.sum(axis=1).astype(np.float64))
+    first = np.searchsorted(thresholds, distance)  # the first threshold that the distance is within
+    slot = np.where(mask, first, len(thresholds)) + (len(thresholds) + 1) * np.arange(len(distance))[:, None]
+    count = np.bincount(slot.ravel(), minlength=len(distance) * (len(thresholds) + 1)).reshape(len(distance), -1)
+    return SampleMetric(np.cumsum(count[:, :-1], axis=1).astype(np.float64), mask.sum(axis=1).astype(np.float64))
 
 
 def pck_auc(distance: np.ndarray, valid: np.ndarray, thresholds: np.ndarray = PCK_THRESHOLDS_MM) -> SampleMetric:
@@ -117,7 +119,11 @@ def pck_auc(distance: np.ndarray, valid: np.ndarray, thresholds: np.ndarray = PC
 
     Args: distance, valid [B, N]; thresholds [T] mm, increasing. Returns: SampleMetric in units of points.
     """
-    curve = pck_curve(distance, valid, thresholds)
+    return curve_auc(pck_curve(distance, valid, thresholds), thresholds)
+
+
+def curve_auc(curve: SampleMetric, thresholds: np.ndarray = PCK_THRESHOLDS_MM) -> SampleMetric:
+    """`pck_auc` of what `pck_curve` gave."""
     width = np.diff(thresholds)
     area = (0.5 * (curve.total[:, 1:] + curve.total[:, :-1]) * width).sum(axis=1) / width.sum()
     return SampleMetric(area, curve.count)
@@ -149,7 +155,9 @@ def _nearest_squared(pred: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, 
     """
     centre = target.mean(axis=0)
     pred, target = pred - centre, target - centre
-    pair = np.square(pred).sum(axis=1)[:, None] + np.square(target).sum(axis=1) - 2.0 * (pred @ target.T)
+    left = np.column_stack((pred, np.square(pred).sum(axis=1), np.ones(len(pred))))
+    right = np.column_stack((-2.0 * target, np.ones(len(target)), np.square(target).sum(axis=1)))
+    pair = left @ right.T
     return pair.min(axis=1), pair.min(axis=0)
 
 

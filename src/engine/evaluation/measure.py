@@ -20,8 +20,8 @@ from src.metric import (
     SampleMetric,
     align_procrustes,
     align_scale_translation,
+    curve_auc,
     f_scores,
-    pck_auc,
     pck_curve,
     point_distance,
     point_error,
@@ -93,22 +93,23 @@ def _frames(
 
 def _joint_values(frame: str, pair: _Pair) -> dict[str, SampleMetric]:
     distance = point_distance(pair.pred, pair.target)
-    mask = pair.valid
+    mask, curve = pair.valid, pck_curve(distance, pair.valid)
     return {
         f"mpjpe_{frame}": sum_valid(distance, mask),
         f"pck20_{frame}": sum_valid(distance <= PCK_MM, mask),
-        f"auc_{frame}": pck_auc(distance, mask),
+        f"auc_{frame}": curve_auc(curve),
         f"joint_{frame}": SampleMetric(np.where(mask, distance, 0.0), mask.astype(np.float64)),
-        f"curve_{frame}": pck_curve(distance, mask),
+        f"curve_{frame}": curve,
     }
 
 
 def _vertex_values(frame: str, pair: _Pair) -> dict[str, SampleMetric]:
     distance = point_distance(pair.pred, pair.target)
+    curve = pck_curve(distance, pair.valid)
     values = {
         f"mpvpe_{frame}": sum_valid(distance, pair.valid),
-        f"auc_vert_{frame}": pck_auc(distance, pair.valid),
-        f"curve_vert_{frame}": pck_curve(distance, pair.valid),
+        f"auc_vert_{frame}": curve_auc(curve),
+        f"curve_vert_{frame}": curve,
     }
     scores = f_scores(pair.pred, pair.target, pair.valid.all(axis=1), F_THRESHOLDS_MM)
     return values | {f"f{threshold:.0f}_{frame}": score for threshold, score in zip(F_THRESHOLDS_MM, scores)}
