@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,7 @@ class Torture:
 
     def __init__(self, work: Path, kills: int, seed: int) -> None:
         self.work, self.kills, self.rng = work, kills, random.Random(seed)
+        self.born = 0.0  # when the present life began
         self.total = STEP_PER_LIFE * (kills + 1)
         self.reference = self.run_to_end("reference", "GENERAL.keep_checkpoint=1000")
         self.journal = (self.reference / "metrics.jsonl").read_bytes()
@@ -103,7 +105,7 @@ class Torture:
         """Start, wait for the moment, send the signal, look at what is left."""
         place = self.rng.choice(PLACES[1:] if number == 0 else PLACES)
         life = Life(self.rng.choice(("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1")), place)
-        before = self.steps_done()
+        before, self.born = self.steps_done(), time.time()
         process, output = self.start("tortured", "GENERAL.resume_path=auto")
         try:
             self.await_moment(process, place, before)
@@ -131,9 +133,8 @@ class Torture:
         delay = self.rng.uniform(0.0, 0.02 if place == "step" else 0.003)
 
         def reached() -> bool:
-            run = self.folder("tortured")
             if place == "checkpoint write":
-                return run is not None and any((run / "checkpoints").glob(".tmp-checkpoint-*"))
+                return self.writing() is not None
             return self.steps_done() >= target
 
         while process.poll() is None and not reached():
@@ -148,18 +149,27 @@ class Torture:
         lines = path.read_bytes().split(b"\n")[:-1] if path and path.exists() else []
         return [json.loads(line) for line in lines]
 
+    def writing(self) -> str | None:
+        """Name of the checkpoint that this life is, or was, writing."""
+        run = self.folder("tortured")
+        for path in (run / "checkpoints").glob(".tmp-*") if run else ():
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime > self.born:
+                    return path.name.removeprefix(".tmp-")
+        return None
+
     def steps_done(self) -> int:
         """Steps that the journal of the tortured run tells of."""
         return max((row["step"] for row in self.rows()), default=0)
 
     def where(self, text: str) -> str:
         """What the run was doing when it ended, from what it left behind."""
-        run, rows = self.folder("tortured"), self.rows()
+        rows = self.rows()
         if "network:" not in text or not rows:
             return "start-up"
         step = rows[-1]["step"]
-        if writing := next((run / "checkpoints").glob(".tmp-*"), None):
-            return f"write of {writing.name.removeprefix('.tmp-')}, step {step + 1}"
+        if writing := self.writing():
+            return f"write of {writing}, step {step + 1}"
         if rows[-1]["subset"] == "train" and step % CHECKPOINT_STEP == 0 and f"{step}/" in text:
             return f"validation at step {step}"
         return f"step {step + 1}"
@@ -175,7 +185,7 @@ class Torture:
             if not self.journal.startswith(journal):
                 faults.append("metrics.jsonl differs")
         if life.signal != "SIGKILL" and (life.seconds > GRACE or code not in (0, 75)):
-            early = life.where == "start-up" and code in (-signal.SIGTERM, -signal.SIGUSR1)  # Python itself was starting
+            early = life.where == "start-up" and code == -signal.Signals[life.signal]  # while Python itself started
             faults += [] if early else [f"ended with {code} after {life.seconds:.0f} s"]
         if "Traceback" in text:
             faults.append("a traceback was printed")
@@ -221,12 +231,13 @@ def _equal(first: object, second: object) -> bool:
 
 def table(lives: list[Life]) -> str:
     """The lives as Markdown."""
-    lines = ["| kill | signal | where it struck | this life had gone on from | ended in | ok |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| kill | signal | where it struck | had gone on from | ended in | ok |",
+        "|---|---|---|---|---|---|",
+    ]
     for number, life in enumerate(lives, 1):
         verdict = life.faults or "yes"
-        lines.append(
-            f"| {number} | {life.signal} | {life.where} | {life.resumed} | {life.seconds:.1f} s | {verdict} |"
-        )
+        lines.append(f"| {number} | {life.signal} | {life.where} | {life.resumed} | {life.seconds:.1f} s | {verdict} |")
     return "\n".join(lines)
 
 

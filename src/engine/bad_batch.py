@@ -27,7 +27,7 @@ from src.loss import LOSS_TERMS
 from src.utils.checkpoint_read import MODEL, STATE
 
 MAX_REPORT = 100  # more would fill a disk and say nothing new
-MAX_NAMED = 8  # samples in a log line
+MAX_NAMED = 4  # samples in a log line
 _REPORT = "report.json"
 
 
@@ -53,9 +53,19 @@ class BadStep:
         return [sample for sample in self.samples if sample["terms"]] or self.samples
 
     def __str__(self) -> str:
-        named = [f"{each['shard']}:{each['key']}" for each in self.suspects()]
+        suspects = self.suspects()
+        named = [f"{'/'.join(Path(each['shard']).parts[-2:])}:{each['key']}" for each in suspects]
         more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-        return f"{', '.join(self.wrong_terms())} not finite; samples: {', '.join(named[:MAX_NAMED])}{more}"
+        which = "every sample" if len(suspects) == len(self.samples) else "samples"
+        return f"not finite: {', '.join(self.wrong_terms())}; {which}: {', '.join(named[:MAX_NAMED])}{more}"
+
+    def advice(self) -> str:
+        """Where to look for the cause."""
+        if len(self.suspects()) == len(self.samples):
+            return (
+                "Every sample has it, so look for the cause in the weights rather than in the data: a lower TRAIN.lr?"
+            )
+        return "Only these samples have it: look at their shards with script/check_shards.py, or leave them out"
 
 
 def _is_finite(value: float) -> bool:

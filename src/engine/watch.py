@@ -137,10 +137,9 @@ class StepWatch:
         if self.accelerator.is_main_process:
             save_step(folder, bad, how, net, network_texts(self.cfg, net))
         raise NumbersError(
-            f"{bad.in_row} steps in a row had a loss or gradient that is not finite (TRAIN.max_skipped_step="
-            f"{self.cfg.TRAIN.max_skipped_step}), the last: {bad}\n"
-            f"Look closer with: python script/replay_batch.py {folder}\n"
-            f"A lower TRAIN.lr or leaving out these samples may help"
+            f"{bad.in_row} steps in a row were left out (TRAIN.max_skipped_step={self.cfg.TRAIN.max_skipped_step}), "
+            f"the last, {bad.step}, with {bad}\n{bad.advice()}\n"
+            f"Look closer with: python script/replay_batch.py {folder}"
         )
 
     # ---- stopping ---------------------------------------------------------------------------------------------------
