@@ -91,7 +91,7 @@ def draw_box(image: np.ndarray, box: np.ndarray, is_right: bool, label: str) -> 
     cv2.rectangle(image, (x0, y0), (x1, y1), colour, thick, cv2.LINE_AA)
     (_, high), _ = cv2.getTextSize(label, *font, thick)
     place = (x0 + thick, y0 - 2 * thick if y0 - 2 * thick - high > 0 else y0 + high + 3 * thick)
-    for shade, extra in (((20, 20, 20), 2 * thick), (colour, 0)):
+    for shade, extra in (((20, 20, 20), thick), (colour, 0)):
         cv2.putText(image, label, place, *font, shade, thick + extra, cv2.LINE_AA)
 
 
