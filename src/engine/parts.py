@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
@@ -19,6 +20,13 @@ from src.engine.run_folder import create_run_folder, write_text_atomic
 from src.hand.skeleton import HandArrays
 from src.model.net import PoseNet
 from src.utils.checkpoint_read import BACKBONE, CONFIG
+
+
+def training_form(net: PoseNet, cfg: Config) -> nn.Module:
+    """The network as a training step calls it; validation calls `net` itself, which shares its weights."""
+    if cfg.TRAIN.activation_checkpointing:
+        net.backbone.checkpoint_activations()
+    return torch.compile(net, fullgraph=True) if cfg.TRAIN.compile else net
 
 
 def describe_hand(hand: HandArrays) -> str:

@@ -34,10 +34,16 @@ class _DDPKwargs(DistributedDataParallelKwargs):
 
 
 def build_accelerator(cfg: Config) -> Accelerator:
-    """Processes, device and precision. `auto` is bf16 on a GPU that has it, float32 anywhere else."""
+    """Processes, device and precision. `auto` is bf16 on a GPU that has it, float32 anywhere else.
+
+    Under bf16 what stays float32 (hand layer, losses) is exact float32; `tf32` rounds the factors of all its matrix
+    products, the hand layer's too, to 10 bits.
+    """
     precision = cfg.TRAIN.mixed_precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    precision = "no" if precision == "tf32" else precision
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = world_size > 1 and not torch.cuda.is_available()  # torchrun alone does not make Accelerate use gloo
     timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)

@@ -59,7 +59,8 @@ class Run:
         self.net = PoseNet(cfg.MODEL, hand).to(self.accelerator.device)
         optimizer = build_optimizer(self.net, cfg)
         self.state = self._start_from(origin.checkpoint, optimizer, config_name)
-        self.trainer = Trainer(cfg, self.accelerator, *self.accelerator.prepare(parts.training_form(self.net, cfg), optimizer))
+        prepared = self.accelerator.prepare(parts.training_form(self.net, cfg), optimizer)
+        self.trainer = Trainer(cfg, self.accelerator, *prepared)
 
         self.train_loader, self.val_loader, self.train_eval_loader = self._build_loaders(hand.name)
         self.mean_hand = mean_hand(self.train_loader.dataset)
