@@ -63,7 +63,7 @@ class BadStep:
         """Where to look for the cause."""
         if len(self.suspects()) == len(self.samples):
             return (
-                "Every sample has it, so look for the cause in the weights rather than in the data: a lower TRAIN.lr?"
+                "Every sample has it, so the weights are at fault rather than the data: try a lower TRAIN.lr"
             )
         return "Only these samples have it: look at their shards with script/check_shards.py, or leave them out"
 
