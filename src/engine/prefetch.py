@@ -12,8 +12,8 @@ from src.batch import Batch
 def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches on `device`, in their order.
 
-    A step does not wait for the device, so the host asks for the next batch while the last step still computes: its copy
-    from pinned memory then runs beside that step, and only the step that needs it waits for it.
+    A step does not wait for the device, so the host asks for the next batch while the last step still computes: its
+    copy from pinned memory then runs beside that step, and only the step that needs it waits for it.
     """
     if device.type != "cuda":
         for batch in batches:

@@ -66,6 +66,13 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return ((seed * SEED_PRIME + step) * SEED_PRIME + rank) % 2**63
 
 
+def bare_network(model: nn.Module) -> PoseNet:
+    """The PoseNet inside what Accelerate, DDP and torch.compile wrapped around it."""
+    while not isinstance(model, PoseNet):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
 def build_optimizer(model: PoseNet, cfg: Config) -> torch.optim.AdamW:
     """AdamW with the recipe's groups; fused where the device has it."""
     groups = model.parameter_groups(cfg.TRAIN.lr, cfg.TRAIN.backbone_lr, cfg.TRAIN.weight_decay)
@@ -81,7 +88,7 @@ class Trainer:
         self.cfg = cfg
         self.accelerator = accelerator
         self.model = model  # as Accelerate wrapped it
-        self.net: PoseNet = accelerator.unwrap_model(model)
+        self.net = bare_network(model)
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.loss_weight = loss_weights(cfg.LOSS).to(accelerator.device)
