@@ -14,6 +14,8 @@ import torch
 import webdataset as wds
 
 from script.make_shards import main
+from src.data.blob import SampleError
+from src.data.convert.dexycb import read_labels
 from src.data.convert.interhand import TO_OPENPOSE
 from src.data.index_build import build_index
 from src.data.loader import build_val_loader
@@ -176,6 +178,24 @@ def test_dexycb_without_mano_and_by_setup(make: Callable[..., SimpleNamespace]) 
     refused = make("dexycb", "--split", "s0/train", "--output", str(done.root.parent / "other"))
     assert refused.code == 2
     assert "has 1 sequences, but s0 goes by their number among 100" in refused.said
+
+
+def test_dexycb_counts_damaged_labels(tmp_path: Path) -> None:
+    path, rng = tmp_path / "labels_000000.npz", np.random.default_rng(0)
+    np.savez_compressed(path, pose_m=rng.random((1, 51), np.float32), joint_3d=rng.random((1, 21, 3), np.float32))
+    healthy, reasons = path.read_bytes(), set()
+    for _ in range(1500):
+        hurt = bytearray(healthy)
+        hurt[int(rng.integers(len(hurt)))] = int(rng.integers(256))
+        path.write_bytes(hurt[: rng.integers(1, 4) * len(hurt) // 3])
+        try:
+            read_labels(path)
+        except SampleError as error:
+            reasons.add(error.reason)
+    path.unlink()
+    with pytest.raises(SampleError, match="missing_annotation"):
+        read_labels(path)
+    assert reasons == {"bad_npz"}
 
 
 def test_dexycb_refuses_object_arrays(make: Callable[..., SimpleNamespace], tmp_path: Path) -> None:

@@ -108,6 +108,26 @@ def test_what_is_absent_is_not_known() -> None:
     assert made.hand_bbox.tolist() == [*joint.min(axis=0), *joint.max(axis=0)]
 
 
+@pytest.mark.parametrize(("intr_type", "has_intr", "is_stated"), [
+    ("real", True, True), ("fixed_virtual", False, True), ("none", False, False), (None, True, True)
+])  # fmt: skip
+def test_a_virtual_camera_is_used_but_not_taken_for_the_real_one(
+    tmp_path: Path, intr_type: str | None, has_intr: bool, is_stated: bool
+) -> None:
+    word = {} if intr_type is None else {"intr_type.json": intr_type}
+    lab = {**lab_sample(3, 2, 2), **word}
+    native = native_sample(1, **({} if intr_type is None else {"intr_type": intr_type}))
+    for number, sample in enumerate((lab, native)):
+        for t, read in enumerate(read_all(write_shard(tmp_path / f"{number}.tar", [sample]))):
+            assert read.has_intr is has_intr
+            if is_stated:
+                assert (read.focal == sample["focal.npy"][t]).all()
+                assert (read.princpt == sample["princpt.npy"][t]).all()
+            else:
+                assert read.focal.tolist() == pytest.approx([np.hypot(96, 64)] * 2)
+                assert read.princpt.tolist() == [47.5, 31.5]
+
+
 def test_parameters_of_another_hand_model_are_no_target(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "native.tar", [native_sample(1, hand_model="standin")])
     (other,), (same,) = read_all(path, "mano"), read_all(path, "standin")

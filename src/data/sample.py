@@ -36,7 +36,8 @@ def annotated_sample(clip: Clip, frame: int, size: tuple[int, int], key: str, ha
     if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
         raise SampleError("bad_bbox", f"{box.tolist()} lies outside of the {width}x{height} image")
     has_intr, has_mano = bool(clip.has_intr[frame]), bool(clip.has_mano[frame]) and clip.hand_model == hand_model
-    focal, princpt = (clip.focal[frame], clip.princpt[frame]) if has_intr else guess_intrinsics(width, height)
+    is_stated = clip.focal[frame, 0] > 0  # real, or virtual: the camera that the 3D of this set was made for
+    focal, princpt = (clip.focal[frame], clip.princpt[frame]) if is_stated else guess_intrinsics(width, height)
     return Sample(
         key=f"{key}/{frame}",
         source=clip.source,

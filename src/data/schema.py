@@ -47,6 +47,7 @@ FIELDS: dict[str, tuple[int, ...]] = {
     "has_intr": (),
 }
 _FLAGS = frozenset({"joint_valid", "joint_2d_valid", "joint_3d_valid", "mano_valid", "has_mano", "has_intr"})
+_NOT_REAL = frozenset({"fixed_virtual", "none"})  # values of intr_type
 _MEMBERS = {f"{name}.npy": name for name in FIELDS}
 
 
@@ -76,9 +77,9 @@ class Clip:
     mano_pose: np.ndarray  # [T, 48]
     mano_shape: np.ndarray  # [T, 10]
     has_mano: np.ndarray  # [T]
-    focal: np.ndarray  # [T, 2] px
+    focal: np.ndarray  # [T, 2] px; 0 where nothing is stated
     princpt: np.ndarray  # [T, 2] px
-    has_intr: np.ndarray  # [T]
+    has_intr: np.ndarray  # [T] 1 where these are those of the real camera
     bad_frame: dict[int, str] = field(default_factory=dict)  # frame -> reason it cannot be used
 
 
@@ -235,7 +236,9 @@ def _complete(
     valid_3d = _flag(num_frame, arrays, ("joint_cam",), ("joint_3d_valid", "joint_valid"))
     has_mano = _flag(num_frame, arrays, ("mano_pose", "mano_shape"), ("has_mano", "mano_valid"))
     has_intr = _flag(num_frame, arrays, ("focal", "princpt"), ("has_intr",))
-    if "has_intr" not in arrays and "focal" in arrays and "princpt" in arrays:
+    if meta.get("intr_type") == "none":
+        has_intr = _constant(0.0, num_frame)
+    elif "has_intr" not in arrays and "focal" in arrays and "princpt" in arrays:
         has_intr = (arrays["focal"] != 0).all(axis=-1).astype(np.float32)
     joint_img = _known(arrays, "joint_img", valid_2d)
     values = {
@@ -247,6 +250,7 @@ def _complete(
         "focal": _known(arrays, "focal", has_intr),
         "princpt": _known(arrays, "princpt", has_intr),
     }
+    is_real = meta.get("intr_type") not in _NOT_REAL
     return Clip(
         num_frame=num_frame,
         is_right=meta["handedness"] == "right",
@@ -256,7 +260,7 @@ def _complete(
         joint_2d_valid=valid_2d,
         joint_3d_valid=valid_3d,
         has_mano=has_mano,
-        has_intr=has_intr,
+        has_intr=has_intr if is_real else _constant(0.0, num_frame),
         bad_frame=_bad_frames(values, has_intr) if check else {},
         **values,
     )

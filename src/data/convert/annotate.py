@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -67,6 +68,19 @@ def tight_box(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
 def known_only(value: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """[J, D] float32 with zeros where `valid` [J] is 0."""
     return np.where(valid[:, None] > 0, value, 0).astype(np.float32)
+
+
+def fields_2d(joint_img: np.ndarray, valid: np.ndarray) -> dict[str, Any]:
+    """What a HandRecord says in pixels: the seen joints, and the box around them. Raises as `tight_box`."""
+    box = tight_box(joint_img, valid)
+    return {"hand_bbox": box, "joint_img": known_only(joint_img, valid), "joint_2d_valid": valid}
+
+
+def fields_mano(pose: np.ndarray | None, shape: np.ndarray | None, flat_hand_mean: bool) -> dict[str, Any]:
+    """What a HandRecord says of MANO: nothing where there is no pose."""
+    if pose is None:
+        return {}
+    return {"mano_pose": pose, "mano_shape": shape, "hand_model": "mano", "flat_hand_mean": flat_hand_mean}
 
 
 def turn_root(pose: np.ndarray, rotation: np.ndarray) -> np.ndarray:

@@ -24,7 +24,11 @@ hands lose their parameters where they are not and no --mano_left is given), and
 
 from __future__ import annotations
 
+import io
+import lzma
+import struct
 import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,14 +39,14 @@ import yaml
 from src.data.blob import SampleError, parse_npy
 from src.data.convert.annotate import (
     MM_PER_M,
+    fields_2d,
+    fields_mano,
     finite,
-    known_only,
     mirror_pose,
     plain_key,
     project_mm,
     read_image,
     seen,
-    tight_box,
 )
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.dexycb_split import SETUPS, choose_sequences
@@ -56,6 +60,12 @@ SPLITS = (
     "all",
 )
 TOLERANCE_MM = 3.0
+_MAX_ARRAY = 1 << 16  # bytes
+# What zipfile raises for a damaged archive: itself, its decompressors, and for odd offsets, flags and methods.
+_BAD_ZIP = (
+    *(zipfile.BadZipFile, KeyError, EOFError, ValueError, OSError),
+    *(zlib.error, lzma.LZMAError, struct.error, RuntimeError),
+)
 
 
 def convert_dexycb(request: Request, progress: Progress | None = None) -> ConvertSummary:
@@ -137,12 +147,21 @@ def read_labels(path: Path) -> dict[str, np.ndarray]:
         SampleError: missing_annotation, bad_npz, object_array or another of parse_npy.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            return {name: parse_npy(archive.read(f"{name}.npy")) for name in ("joint_3d", "pose_m")}
+        data = path.read_bytes()
     except OSError:
         raise SampleError("missing_annotation", str(path)) from None
-    except (zipfile.BadZipFile, KeyError, EOFError, RuntimeError, NotImplementedError) as error:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return {name: parse_npy(_unpack(archive, f"{name}.npy")) for name in ("joint_3d", "pose_m")}
+    except _BAD_ZIP as error:
         raise SampleError("bad_npz", f"{path} ({error})") from None
+
+
+def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A small member of an archive; one that claims to be large is none of this data set."""
+    if archive.getinfo(name).file_size > _MAX_ARRAY:
+        raise zipfile.BadZipFile(f"{name} is too large")
+    return archive.read(name)
 
 
 def _read_hand(
@@ -165,22 +184,18 @@ def _read_hand(
     coefficient = finite("pose_m", label["pose_m"], (51,))
     has_mano = components is not None and bool(coefficient.any())
     pose = np.concatenate([coefficient[:3], coefficient[3:48] @ components]) if has_mano else None
+    shape = finite("betas", betas, (10,)) if has_mano else None
     return HandRecord(
         key=plain_key("dexycb", *folder.parts, f"{frame:06d}"),
         image=image,
         image_type=image_type,
         handedness=side,
         data_source="dexycb",
-        hand_bbox=tight_box(joint_img, valid),
-        joint_img=known_only(joint_img, valid),
-        joint_2d_valid=valid,
+        **fields_2d(joint_img, valid),
         joint_cam=joint_cam,
         joint_3d_valid=np.ones(21, np.float32),
-        mano_pose=pose,
-        mano_shape=finite("betas", betas, (10,)) if has_mano else None,
+        **fields_mano(pose, shape, flat_hand_mean=False),
         focal=lens[0],
         princpt=lens[1],
-        hand_model="mano" if has_mano else None,
-        flat_hand_mean=False if has_mano else None,
         extra={"image_path": str(folder / f"color_{frame:06d}.jpg")},
     )

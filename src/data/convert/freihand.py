@@ -27,7 +27,16 @@ from typing import Any
 import numpy as np
 
 from src.data.blob import SampleError
-from src.data.convert.annotate import MM_PER_M, finite, known_only, plain_key, project_mm, read_image, seen, tight_box
+from src.data.convert.annotate import (
+    MM_PER_M,
+    fields_2d,
+    fields_mano,
+    finite,
+    plain_key,
+    project_mm,
+    read_image,
+    seen,
+)
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
 from src.data.convert.native import ConvertSummary, HandRecord, Progress
@@ -98,22 +107,18 @@ def _read_hand(root: Path, split: str, number: int, version: int, entry: dict[st
     joint_img = project_mm(joint_cam, focal, princpt)
     valid = seen(joint_img, size)
     mano = finite("mano", entry["mano"], (61,)) if "mano" in entry else None
+    parameters = {} if mano is None else fields_mano(mano[:48], mano[48:58], flat_hand_mean=False)
     return HandRecord(
         key=plain_key("freihand", split, f"{number:08d}"),
         image=image,
         image_type=image_type,
         handedness="right",
         data_source="freihand",
-        hand_bbox=tight_box(joint_img, valid),
-        joint_img=known_only(joint_img, valid),
-        joint_2d_valid=valid,
+        **fields_2d(joint_img, valid),
         joint_cam=joint_cam,
         joint_3d_valid=np.ones(21, np.float32),
-        mano_pose=None if mano is None else mano[:48],
-        mano_shape=None if mano is None else mano[48:58],
+        **parameters,
         focal=focal,
         princpt=princpt,
-        hand_model=None if mano is None else "mano",
-        flat_hand_mean=None if mano is None else False,
         extra={"image_path": str(path), "source_split": split, "additional_desc": f"background {VERSIONS[version]}"},
     )

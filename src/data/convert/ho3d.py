@@ -30,6 +30,7 @@ from src.data.convert.annotate import (
     MANO_21,
     MM_PER_M,
     OPENGL_TO_OPENCV,
+    fields_mano,
     finite,
     known_only,
     plain_key,
@@ -126,6 +127,7 @@ def _read_hand(folder: Path, split: str, sequence: str, frame: str) -> HandRecor
     has_mano = not only_wrist and meta.get("handPose") is not None and meta.get("handBeta") is not None
     pose = turn_root(finite("handPose", meta["handPose"], (48,)), OPENGL_TO_OPENCV) if has_mano else None
     box = finite("handBoundingBox", meta.get("handBoundingBox"), (4,)) if only_wrist else tight_box(joint_img, valid)
+    shape = finite("handBeta", meta["handBeta"], (10,)) if has_mano else None
     return HandRecord(
         key=plain_key("ho3d", split, sequence, frame),
         image=image,
@@ -137,11 +139,8 @@ def _read_hand(folder: Path, split: str, sequence: str, frame: str) -> HandRecor
         joint_2d_valid=valid,
         joint_cam=known_only(joint_cam, known),
         joint_3d_valid=known,
-        mano_pose=pose,
-        mano_shape=finite("handBeta", meta["handBeta"], (10,)) if has_mano else None,
+        **fields_mano(pose, shape, flat_hand_mean=True),
         focal=focal,
         princpt=princpt,
-        hand_model="mano" if has_mano else None,
-        flat_hand_mean=True if has_mano else None,
         extra={"image_path": f"{split}/{sequence}/rgb/{path.name}", "source_split": split},
     )

@@ -32,13 +32,14 @@ import numpy as np
 
 from src.data.blob import SampleError
 from src.data.convert.annotate import (
+    fields_2d,
+    fields_mano,
     finite,
     known_only,
     plain_key,
     project_mm,
     read_image,
     seen,
-    tight_box,
     turn_root,
 )
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
@@ -142,23 +143,19 @@ def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> Ha
     valid_3d = (annotated & annotated[0]).astype(np.float32)
     mano = entry["mano"].get(side)
     pose = turn_root(finite("pose", mano.get("pose"), (48,)), camera["camrot"]) if mano else None
+    shape = finite("shape", mano.get("shape"), (10,)) if mano else None
     return HandRecord(
         key=plain_key("interhand", split, entry["file_name"].rpartition(".")[0], side),
         image=image,
         image_type=image_type,
         handedness=side,
         data_source="interhand2.6m",
-        hand_bbox=tight_box(joint_img, valid),
-        joint_img=known_only(joint_img, valid),
-        joint_2d_valid=valid,
+        **fields_2d(joint_img, valid),
         joint_cam=known_only(joint_cam, valid_3d),
         joint_3d_valid=valid_3d,
-        mano_pose=pose,
-        mano_shape=finite("shape", mano.get("shape"), (10,)) if mano else None,
+        **fields_mano(pose, shape, flat_hand_mean=False),
         focal=camera["focal"],
         princpt=camera["princpt"],
-        hand_model="mano" if mano else None,
-        flat_hand_mean=False if mano else None,
         extra={
             "image_path": f"images/{split}/{entry['file_name']}",
             "source_split": split,
