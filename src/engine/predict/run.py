@@ -46,17 +46,22 @@ class Tally:
     def lines(self, folder: Path, strangers: Sequence[str], num_finished: int) -> Iterator[str]:
         """What to tell a person at the end. strangers: images of the boxes file that were not there; num_finished:
         pictures that were done before."""
-        for source, count in self.cameras.most_common():
-            yield f"camera of {count} hands from {source}"
+        for source, number in self.cameras.most_common():
+            yield f"camera of {_count(number, 'hand')} from {source}"
         if self.assumed_right:
-            yield f"{self.assumed_right} hands are taken for right hands; --handedness or the boxes file can tell"
+            yield f"{_count(self.assumed_right, 'hand')} taken for right; --handedness or the boxes file can tell"
         if self.no_box:
-            yield f"no box for {len(self.no_box)} pictures, e.g. {self.no_box[0]}"
+            yield f"no box for {_count(len(self.no_box), 'picture')}, e.g. {self.no_box[0]}"
         if strangers:
-            yield f"the boxes file names {len(strangers)} pictures that are not there, e.g. {strangers[0]}"
+            yield f"not there, but in the boxes file: {_count(len(strangers), 'picture')}, e.g. {strangers[0]}"
         if num_finished:
-            yield f"{num_finished} pictures were done before"
-        yield f"{self.num_hand} hands in {self.num_photo} pictures predicted, {len(self.skipped)} skipped: {folder}"
+            yield f"{_count(num_finished, 'picture')} done before"
+        done = f"{_count(self.num_hand, 'hand')} in {_count(self.num_photo, 'picture')} predicted"
+        yield f"{done}, {len(self.skipped)} skipped: {folder}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 @dataclass(frozen=True)
