@@ -1,0 +1,120 @@
+"""Compare finished or running trainings: curves over each other, a table of changes with bootstrap intervals.
+
+A run is named by its folder; a folder with runs below it, a glob, or several of them stand for all their runs, such as
+the seeds of one setting. Read are metrics.jsonl and config.yaml of each.
+
+python script/compare.py checkpoint/claim/gate --against checkpoint/claim/constant
+python script/compare.py checkpoint/2026-02-01/12-00-00_stage1-dino_large --against 'checkpoint/2026-01-*/*dino_large'
+python script/compare.py RUN --also ANOTHER --against BASELINE --metric mpjpe_rel --output comparison
+python script/compare.py --redraw docs/figures/data/claim.json --output comparison
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
+
+if TYPE_CHECKING:
+    from src.engine.comparison.report import Comparison, Options
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    doc = (__doc__ or "").partition("\n\n")
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=how)
+    where = "RUN_OR_GLOB"
+    parser.add_argument("runs", nargs="*", metavar=where, help="the runs of one side")
+    parser.add_argument("--against", nargs="+", metavar=where, help="the runs they are compared with")
+    parser.add_argument("--also", nargs="+", metavar=where, action="append", default=[], help="one more side")
+    parser.add_argument("--metric", help="in mm; default: mpjpe_cam, or the first that all runs have")
+    parser.add_argument("--early", type=float, default=1 / 3, help="share of the run that is early; default: a third")
+    parser.add_argument("--late", type=float, default=1 / 3, help="share of the run that is late; default: a third")
+    parser.add_argument("--num_bootstrap", type=int, default=10000, help="draws; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--redraw", type=Path, metavar="JSON", help="the comparison.json of an earlier comparison")
+    parser.add_argument("--output", type=Path, help="a new folder; default: checkpoint/comparison/<date and time>")
+    args = parser.parse_args(argv)
+    if args.redraw is None and not (args.runs and args.against):
+        parser.error("name the runs and, after --against, those they are compared with")
+    if args.redraw is not None and (args.runs or args.against or args.also):
+        parser.error("--redraw takes its runs from the file; name no others")
+    if not (0 < args.early <= 1 and 0 < args.late <= 1):
+        parser.error("--early and --late are shares of the run, above 0 and at most 1")
+    if args.num_bootstrap < 100:
+        parser.error("--num_bootstrap must be at least 100")
+    return args
+
+
+def load(args: argparse.Namespace, options: Options) -> Comparison:
+    """Read every side. Raises ComparisonError."""
+    from src.engine.comparison.curves import find_runs, read_sides
+    from src.engine.comparison.report import Comparison, read_data
+
+    if args.redraw is not None:
+        return read_data(args.redraw, options)
+    patterns = [args.runs, *args.also, args.against]
+    sides = dict(zip(side_names(patterns), map(find_runs, patterns), strict=True))
+    return Comparison(read_sides(sides, args.metric), options)
+
+
+def side_names(patterns: Sequence[Sequence[str]]) -> list[str]:
+    """What to call each side: the last part of its path that tells it from the others."""
+    parts = [[part for part in Path(side[0]).parts if not set(part) <= set("*?.")] or ["runs"] for side in patterns]
+    for number in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-number:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+
+
+def new_folder(path: Path | None) -> Path:
+    """Make the output folder. Raises ComparisonError where it holds something already."""
+    from src.engine.comparison.curves import ComparisonError
+
+    path = path or Path("checkpoint/comparison") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        taken = any(path.iterdir())
+    except OSError as error:
+        raise ComparisonError(f"--output {path}: cannot be made ({error.strerror})") from error
+    if taken:
+        raise ComparisonError(f"--output {path}: holds files already; name a new folder, nothing is overwritten")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+
+    from src.engine.comparison.curves import ComparisonError
+    from src.engine.comparison.plot import plot_curves
+    from src.engine.comparison.report import DATA, FIGURE, MARKDOWN, Options, grids, markdown, notes, write_data
+    from src.engine.console import console
+
+    try:
+        comparison = load(args, Options(args.early, args.late, args.num_bootstrap, args.seed))
+        folder = new_folder(args.output)
+    except ComparisonError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    command = shlex.join(["python", "script/compare.py", *(sys.argv[1:] if argv is None else argv)])
+    (folder / MARKDOWN).write_text(markdown(comparison, command), encoding="utf-8")
+    write_data(comparison, folder / DATA)
+    plot_curves(comparison, folder / FIGURE)
+    for grid in grids(comparison):
+        console.print(grid.as_rich(), "")
+    for note in notes(comparison):
+        console.print(f"- {note}", markup=False, soft_wrap=True)
+    console.print(f"written to {folder}: {FIGURE}, {MARKDOWN}, {DATA}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

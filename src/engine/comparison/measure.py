@@ -1,0 +1,165 @@
+"""What is measured of a run, and how much it changed from one side to the other, with a bootstrap interval over runs.
+
+Percentile bootstrap (Efron, "Bootstrap methods: another look at the jackknife", 1979). Where both sides hold the same
+seeds, once each, they are drawn in pairs: two runs of one seed see the same data in the same order from the same
+initial weights, so what they share cancels. Otherwise each side is drawn by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from src.engine.comparison.curves import Run
+
+_TAIL = 0.025
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a run."""
+
+    key: str
+    label: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps that every run of the comparison has: (0, end], with an early and a late part."""
+
+    end: int
+    early: int  # early: 0 < step <= early
+    late: int  # late: late < step <= end
+
+    @classmethod
+    def common(cls, runs: Sequence[Run], early: float, late: float) -> Window:
+        """Up to the shortest run's last validation; `early`, `late`: the shares of it at either end."""
+        end = min(run.last_step for run in runs)
+        return cls(end, round(early * end), end - round(late * end))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One measure over the runs of a side."""
+
+    value: np.ndarray  # [R] of each run, NaN where the run has none
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.value))
+
+    @property
+    def std(self) -> float:
+        """Spread over the runs, with R - 1; NaN for a single one."""
+        return float(np.std(self.value, ddof=1)) if len(self.value) > 1 else float("nan")
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a measure of `side` differs from `against`."""
+
+    measure: Measure
+    side: Side
+    against: Side
+    difference: float  # in the measure's unit
+    percent: float  # NaN where the other side's value is not above 0
+    low: float  # bounds of `percent`'s 95 % interval; NaN where there is none
+    high: float
+    is_paired: bool
+
+
+def measures(metric: str) -> list[Measure]:
+    """Everything that is compared, in the order of the table."""
+    return [
+        Measure("val_mean", f"validation {metric}, mean over checkpoints", "mm"),
+        Measure("val_std", f"validation {metric}, standard deviation over checkpoints", "mm"),
+        Measure("val_best", f"validation {metric}, best checkpoint", "mm"),
+        Measure("val_last", f"validation {metric}, last checkpoint", "mm"),
+        Measure("gap_early", "generalisation gap, early", "mm"),
+        Measure("gap_late", "generalisation gap, late", "mm"),
+        Measure("loss_mean", "training loss, mean (dropout on)", ""),
+        Measure("eval_loss_mean", "loss on training frames, mean (dropout off)", ""),
+    ]
+
+
+def measure_run(run: Run, window: Window) -> dict[str, float]:
+    """The value of every measure; NaN for what the run did not record in the window. Step 0 never counts."""
+    val = run.curve["val"].between(0, window.end)
+    known = val.value[np.isfinite(val.value)]
+    found = {
+        "val_mean": _mean(known),
+        "val_std": float(np.std(known, ddof=1)) if len(known) > 1 else float("nan"),
+        "val_best": float(known.min()) if len(known) else float("nan"),
+        "val_last": float(known[-1]) if len(known) else float("nan"),
+        "gap_early": _gap(run, 0, window.early),
+        "gap_late": _gap(run, window.late, window.end),
+    }
+    for key, name in (("loss_mean", "train_loss"), ("eval_loss_mean", "train_eval_loss")):
+        curve = run.curve.get(name)
+        found[key] = float("nan") if curve is None else _mean(curve.between(0, window.end).value)
+    return found
+
+
+def _gap(run: Run, first: int, last: int) -> float:
+    """Mean of validation minus training frames over the validations with first < step <= last."""
+    if "train_eval" not in run.curve:
+        return float("nan")
+    val = run.curve["val"].between(first, last)
+    return _mean(val.value - run.curve["train_eval"].at(val.step))
+
+
+def _mean(value: np.ndarray) -> float:
+    value = value[np.isfinite(value)]
+    return float(np.mean(value)) if len(value) else float("nan")
+
+
+def changes(side: Sequence[Run], against: Sequence[Run], window: Window, num_draw: int, seed: int) -> list[Change]:
+    """The change of every measure that all runs of both sides have."""
+    side, against, is_paired = _match(side, against)
+    ours, theirs = ([measure_run(run, window) for run in runs] for runs in (side, against))
+    draws = _draw(len(side), len(against), is_paired, num_draw, seed)
+    found = []
+    for measure in measures(side[0].metric):
+        a, b = (Side(np.array([values[measure.key] for values in group])) for group in (ours, theirs))
+        if np.isfinite(a.value).all() and np.isfinite(b.value).all():
+            low, high = _interval(a.value, b.value, draws)
+            found.append(Change(measure, a, b, a.mean - b.mean, float(_percent(a.mean, b.mean)), low, high, is_paired))
+    return found
+
+
+def _match(side: Sequence[Run], against: Sequence[Run]) -> tuple[list[Run], list[Run], bool]:
+    """Both sides in the order of their seeds, and whether run i of one belongs to run i of the other."""
+    seeds = [sorted(str(run.seed) for run in runs) for runs in (side, against)]
+    is_paired = seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0])
+    in_order = [sorted(runs, key=lambda run: str(run.seed)) for runs in (side, against)]
+    return in_order[0], in_order[1], is_paired
+
+
+def _draw(
+    num: int, num_against: int, is_paired: bool, num_draw: int, seed: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which runs [D, R] each draw takes on either side; None where a side has a single run."""
+    if min(num, num_against) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    ours = rng.integers(0, num, (num_draw, num))
+    return ours, ours if is_paired else rng.integers(0, num_against, (num_draw, num_against))
+
+
+def _interval(a: np.ndarray, b: np.ndarray, draws: tuple[np.ndarray, np.ndarray] | None) -> tuple[float, float]:
+    if draws is None:
+        return float("nan"), float("nan")
+    percent = _percent(a[draws[0]].mean(axis=1), b[draws[1]].mean(axis=1))
+    if not np.isfinite(percent).all():  # in some draws the other side is not above 0: no percentage means anything
+        return float("nan"), float("nan")
+    low, high = np.quantile(percent, [_TAIL, 1 - _TAIL])
+    return float(low), float(high)
+
+
+def _percent(value: np.ndarray | float, against: np.ndarray | float) -> np.ndarray:
+    """The change in %; NaN where `against` is not above 0."""
+    value, against = np.asarray(value, float), np.asarray(against, float)
+    return 100.0 * (value / np.where(against > 0, against, np.nan) - 1.0)

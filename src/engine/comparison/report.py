@@ -1,0 +1,189 @@
+"""A comparison as a whole: its sides and windows, what has to be known to read it, tables, Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.engine.comparison.curves import SEED, ComparisonError, Run, differences, from_json, to_json
+from src.engine.comparison.measure import Change, Side, Window, changes
+from src.engine.grid import Grid
+
+MARKDOWN, DATA, FIGURE = "comparison.md", "comparison.json", "curves.png"
+_SHOWN_VALUES = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the runs are compared."""
+
+    early: float  # share of the common length at its beginning
+    late: float  # and at its end
+    num_draw: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Sides by name; every one but the last is compared with the last."""
+
+    side: dict[str, list[Run]]
+    options: Options
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for runs in self.side.values() for run in runs]
+
+    @property
+    def metric(self) -> str:
+        return self.runs[0].metric
+
+    @property
+    def window(self) -> Window:
+        return Window.common(self.runs, self.options.early, self.options.late)
+
+    @property
+    def baseline(self) -> str:
+        return list(self.side)[-1]
+
+    def changes(self) -> dict[str, list[Change]]:
+        """Side -> what changed against the last side."""
+        *names, baseline = self.side
+        how = (self.window, self.options.num_draw, self.options.seed)
+        return {name: changes(self.side[name], self.side[baseline], *how) for name in names}
+
+
+def count_runs(runs: Sequence[Run]) -> str:
+    """`1 run`, `5 runs`."""
+    return f"{len(runs)} run{'s' * (len(runs) > 1)}"
+
+
+def grids(comparison: Comparison) -> list[Grid]:
+    """One table a side."""
+    found = []
+    for name, rows in comparison.changes().items():
+        header = ("", name, comparison.baseline, "change, %", "95 % interval")
+        found.append(Grid(f"{name} against {comparison.baseline}", header, [_row(change) for change in rows]))
+    return found
+
+
+def _row(change: Change) -> tuple[str, ...]:
+    measure = change.measure
+    label = f"{measure.label}, {measure.unit}" if measure.unit else measure.label
+    percent = (
+        f"{change.percent:+.1f}" if math.isfinite(change.percent) else f"({change.difference:+.2f} {measure.unit})"
+    )
+    interval = f"[{change.low:+.1f}, {change.high:+.1f}]" if math.isfinite(change.low) else ""
+    return label, _spread(change.side), _spread(change.against), percent, interval
+
+
+def _spread(side: Side) -> str:
+    return f"{side.mean:.2f}" if math.isnan(side.std) else f"{side.mean:.2f} ± {side.std:.2f}"
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader of the table has to know, one sentence or two each."""
+    window, said = comparison.window, []
+    for name, runs in comparison.side.items():
+        seeds = ", ".join(str(run.seed) for run in runs)
+        said.append(f"{name}: {count_runs(runs)}, {SEED} {seeds}")
+    said.append(
+        f"Compared over steps 1 to {window.end}; early: up to step {window.early}, late: after step {window.late}. "
+        "Validation at step 0 does not count. ± is the standard deviation over runs."
+    )
+    said += _interval_notes(comparison)
+    said += _run_notes(comparison)
+    said += _difference_notes(comparison)
+    return said
+
+
+def _interval_notes(comparison: Comparison) -> list[str]:
+    said = []
+    for name, rows in comparison.changes().items():
+        pair = f"{name} and {comparison.baseline}"
+        sizes = [len(comparison.side[n]) for n in (name, comparison.baseline)]
+        if min(sizes) < 2:
+            said.append(
+                f"{pair}: a side has a single run, so nothing is known of the spread over seeds and no interval is "
+                "given. A change of this size may be chance; train more seeds."
+            )
+        else:
+            how = "in pairs of equal seed" if rows[0].is_paired else "on each side by itself, as the seeds do not match"
+            few = " With so few runs it is rather too narrow." if min(sizes) < 10 else ""
+            said.append(f"{pair}: bootstrap over runs, drawn {how}, {comparison.options.num_draw} draws.{few}")
+    return said
+
+
+def _run_notes(comparison: Comparison) -> list[str]:
+    said = []
+    unfinished = [run for run in comparison.runs if not run.is_finished]
+    if unfinished:
+        shown = [f"{r.name} (step {r.last_step} of {r.config['GENERAL.total_step']})" for r in unfinished]
+        said.append(f"Not finished: {_some(shown)}.")
+    lengths = sorted({run.last_step for run in comparison.runs})
+    if len(lengths) > 1:
+        said.append(f"The runs got to steps {_some(map(str, lengths))}: only the steps that all have are compared.")
+    grids_of_steps = {
+        tuple(run.curve["val"].between(0, comparison.window.end).step.tolist()) for run in comparison.runs
+    }
+    if len(grids_of_steps) > 1:
+        said.append(
+            "The runs were not validated at the same steps: their means over checkpoints weigh steps differently."
+        )
+    if without := [run.name for run in comparison.runs if "train_eval" not in run.curve]:
+        said.append(
+            f"No generalisation gap: {_some(without)} did not measure training frames. "
+            "DATA.train.eval_sample=500 makes a run do so at every validation."
+        )
+    return said
+
+
+def _difference_notes(comparison: Comparison) -> list[str]:
+    said = []
+    for name, runs in comparison.side.items():
+        if inside := differences(runs):
+            said.append(f"Within {name} the runs differ in more than the seed: {_keys(inside)}.")
+    between = differences([runs[0] for runs in comparison.side.values()])
+    told = _keys(between) if between else "nothing but the seed, by their configurations"
+    said.append(f"What differs between the sides: {told}.")
+    return said
+
+
+def _keys(different: Mapping[str, Sequence[Any]]) -> str:
+    return "; ".join(f"{key} = {' | '.join(map(str, values))}" for key, values in different.items())
+
+
+def _some(texts: Any) -> str:
+    texts = list(texts)
+    more = f" and {len(texts) - _SHOWN_VALUES} more" if len(texts) > _SHOWN_VALUES else ""
+    return ", ".join(texts[:_SHOWN_VALUES]) + more
+
+
+def markdown(comparison: Comparison, command: str) -> str:
+    """The whole report as Markdown, with the figure that lies beside it."""
+    head = f"# {', '.join(comparison.changes())} against {comparison.baseline}\n\n`{command}`\n"
+    told = "\n".join(f"- {note}" for note in notes(comparison))
+    tables = "\n".join(grid.as_markdown() for grid in grids(comparison))
+    return f"{head}\n![curves]({FIGURE})\n\n{tables}\n{told}\n"
+
+
+def write_data(comparison: Comparison, path: Path) -> None:
+    """Keep the curves and configurations of all runs: figure and tables can be made again from this file alone."""
+    first = comparison.runs[0].config
+    common = {k: v for k, v in first.items() if all(r.config.get(k, ...) == v for r in comparison.runs)}
+    sides = {name: [to_json(run, common) for run in runs] for name, runs in comparison.side.items()}
+    path.write_text(json.dumps({"config": common, "side": sides}, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def read_data(path: Path, options: Options) -> Comparison:
+    """The inverse of `write_data`. Raises ComparisonError where the file is none of ours."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        side = {name: [from_json(run, tree["config"]) for run in runs] for name, runs in tree["side"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ComparisonError(f"{path}: is not a {DATA} of an earlier comparison ({error})") from error
+    return Comparison(side, options)
