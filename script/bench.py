@@ -31,6 +31,7 @@ SUBJECTS = {
     "accuracy": ("our decoder and losses against HaMeR's and CS-ViT2's", "src.engine.bench.accuracy"),
     "data": ("reading, decoding and augmenting shards", "src.engine.bench.data"),
     "gpu": ("DINOv2-large on a GPU: step, compiled step, data, profile", "src.engine.bench.gpu"),
+    "peers": ("a training step against HaMeR's and CS-ViT2's, end to end", "src.engine.bench.peers"),
     "scale": ("how cost grows with data, workers, processes and sizes", "src.engine.bench.scale"),
     "mano": ("the hand layer, forward and backward", "src.engine.bench.mano"),
     "step": ("the training loop against the bare network and the machine", "src.engine.bench.step"),
