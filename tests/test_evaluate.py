@@ -117,7 +117,9 @@ def test_nothing_is_overwritten(place: Path, result: dict, capsys: pytest.Captur
     ],
 )
 def test_mistakes_are_named(place: Path, arguments: list[str], message: str, capsys) -> None:
+    before = sorted((place / "run").rglob("*"))
     assert main([str(place / "run"), *overrides(place)[:1], *arguments]) == 2
+    assert sorted((place / "run").rglob("*")) == before, "no folder is left behind"
     assert re.search(message, capsys.readouterr().err)
 
 

@@ -24,18 +24,23 @@ def create_run_folder(root: Path, config_name: str) -> Path:
     day = Path(root) / f"{now:%Y-%m-%d}"
     try:
         day.mkdir(parents=True, exist_ok=True)
-        attempt = 1
-        while True:
-            folder = day / (stem if attempt == 1 else f"{stem}-{attempt}")
-            try:
-                os.mkdir(folder)
-                return folder
-            except FileExistsError:
-                attempt += 1
+        return make_new_folder(day, stem)
     except OSError as error:
         raise ValueError(
             f"cannot make a run folder below {root}: {error.strerror or error}; name a folder that you may write"
         ) from error
+
+
+def make_new_folder(parent: Path, stem: str) -> Path:
+    """Make and return `parent/stem`, or `stem-2`, `stem-3`, ... where that exists already. Raises OSError."""
+    attempt = 1
+    while True:
+        folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            os.mkdir(folder)
+            return folder
+        except FileExistsError:
+            attempt += 1
 
 
 def _plain(config_name: str) -> str:

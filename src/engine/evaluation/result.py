@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from src.engine.evaluation.collect import Samples
 from src.engine.evaluation.plot import plot_joint_error, plot_pck
 from src.engine.evaluation.summary import Bootstrap, Estimate, Group
 from src.engine.evaluation.table import UNITS, Grid, group_grid, joint_grid, metric_grid
-from src.engine.run_folder import write_text_atomic
+from src.engine.run_folder import make_new_folder, write_text_atomic
 from src.hand.skeleton import JOINT_NAMES
 from src.metric import PCK_THRESHOLDS_MM
 
@@ -42,7 +42,18 @@ class Subject:
     unreadable: dict[str, int]  # reason -> frames left out
 
 
-def make_folder(asked: Path | None, checkpoint: Path, step: int) -> Path:
+@contextmanager
+def new_folder(asked: Path | None, checkpoint: Path, step: int) -> Iterator[Path]:
+    """A folder as `_make_folder` makes it; removed again where an error left nothing in it."""
+    folder = _make_folder(asked, checkpoint, step)
+    try:
+        yield folder
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _make_folder(asked: Path | None, checkpoint: Path, step: int) -> Path:
     """A new folder: the one asked for, or `evaluation/step-<step>` in the run folder of the checkpoint (`-2` and on).
 
     Raises ValueError where it cannot be made, or where the one asked for holds something already.
@@ -55,14 +66,7 @@ def make_folder(asked: Path | None, checkpoint: Path, step: int) -> Path:
             return asked
         parent = (checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint) / "evaluation"
         parent.mkdir(exist_ok=True)
-        attempt = 1
-        while True:
-            folder = parent / (f"step-{step}" if attempt == 1 else f"step-{step}-{attempt}")
-            try:
-                os.mkdir(folder)
-                return folder
-            except FileExistsError:
-                attempt += 1
+        return make_new_folder(parent, f"step-{step}")
     except OSError as error:
         where = asked or checkpoint
         raise ValueError(f"cannot make a folder at {where}: {error}; name one you may write with --output") from error
@@ -72,6 +76,7 @@ def write_result(
     folder: Path, subject: Subject, samples: Samples, groups: Sequence[Group], bootstrap: Bootstrap
 ) -> None:
     """The numbers: result.json, report.md and samples.csv."""
+    _write_report(folder, subject, groups, bootstrap)
     tree = {
         **asdict(subject),
         "num_sample": len(samples),
@@ -129,7 +134,7 @@ def terminal_grids(groups: Sequence[Group]) -> list[Grid]:
     return [grid for grid in grids if grid is not None]
 
 
-def write_report(folder: Path, subject: Subject, groups: Sequence[Group], bootstrap: Bootstrap) -> None:
+def _write_report(folder: Path, subject: Subject, groups: Sequence[Group], bootstrap: Bootstrap) -> None:
     """report.md: the tables of every group, with how they came about."""
     lines = [
         f"# Evaluation of {Path(subject.checkpoint).name} at step {subject.step}",

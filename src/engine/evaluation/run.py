@@ -57,27 +57,24 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
     parts.make_demo_data(cfg, progress)
     with task_bar(progress, "indexing shards") as advance:
         loader = build_val_loader(cfg, net.hand.name, progress=advance, pin_memory=accelerator.device.type == "cuda")
-    folder = result.make_folder(options.output, net.saved.folder, net.saved.step)
     logger.info(f"{net.saved.folder}, step {net.saved.step}; hand model {net.hand.name}; {accelerator.device.type}")
-
-    batches = track(progress, loader, len(loader), "predicting")
-    samples = collect(net, batches, accelerator, keep_hands=options.submission is not None)
-    samples = name_unknown(samples, loader, cfg)
-    if loader.health.counts():
-        logger.warning(f"left out: {loader.health.summary()}")
-    if options.submission is not None:
-        _submit(folder, samples, net, options)
-    groups = summarise(samples, options.bootstrap)
-    subject = _subject(net, cfg, loader)
-    result.write_result(folder, subject, samples, groups, options.bootstrap)
-    result.write_report(folder, subject, groups, options.bootstrap)
-    result.draw_plots(folder, groups[0])
-    _, error = overlay.ranking(samples)
-    for kind, rows in overlay.choose(error, options.num_overlay, options.bootstrap.seed).items():
-        if len(rows):
-            title = f"{kind} {len(rows)} of {len(samples)} hands"
-            image = overlay.sheet(net, loader.dataset, accelerator, samples, rows, title)
-            result.write_image(folder / f"{kind}.png", image)
+    with result.new_folder(options.output, net.saved.folder, net.saved.step) as folder:
+        batches = track(progress, loader, len(loader), "predicting")
+        samples = collect(net, batches, accelerator, keep_hands=options.submission is not None)
+        samples = name_unknown(samples, loader, cfg)
+        if loader.health.counts():
+            logger.warning(f"left out: {loader.health.summary()}")
+        groups = summarise(samples, options.bootstrap)
+        result.write_result(folder, _subject(net, cfg, loader), samples, groups, options.bootstrap)
+        result.draw_plots(folder, groups[0])
+        _, error = overlay.ranking(samples)
+        for kind, rows in overlay.choose(error, options.num_overlay, options.bootstrap.seed).items():
+            if len(rows):
+                title = f"{kind} {len(rows)} of {len(samples)} hands"
+                image = overlay.sheet(net, loader.dataset, accelerator, samples, rows, title)
+                result.write_image(folder / f"{kind}.png", image)
+        if options.submission is not None:
+            _submit(folder, samples, net, options)
     return Evaluation(folder, groups)
 
 
