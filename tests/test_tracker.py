@@ -40,7 +40,10 @@ for run in repo.iter_runs():
     for info in run.collect_sequence_info("images", skip_last_value=True)["images"]:
         sequence = run.get_image_sequence(info["name"], Context(info["context"]))
         pictures.append([info["context"]["subset"], info["name"], [int(s) for s in sequence.values.sparse_list()[0]]])
-    found.append(dict(name=run.name, experiment=run.experiment, config=run["config"], points=points, pictures=pictures,
+    traces = run.meta_run_tree["traces"].items()
+    last = {run.idx_to_ctx(c).to_dict()["subset"] + "/" + n: [t["last_step"], t.get("max")]
+        for c, names in traces for n, t in names.items()}
+    found.append(dict(hash=run.hash, last=last, name=run.name, experiment=run.experiment, config=run["config"], points=points, pictures=pictures,
         active=run.active))
 queried = sum(1 for c in repo.query_metrics("metric.name == 'lr'", report_mode=0).iter_runs())
 print(json.dumps(dict(runs=found, queried=queried)))
@@ -68,6 +71,11 @@ def journalled(run: Path) -> dict[str, list]:
     return points
 
 
+def tracker_end(run: Path) -> dict[str, int]:
+    """What `Tracker.state` says at the end of the journals."""
+    return {name: (run / name).stat().st_size for name in ("metrics.jsonl", "images.jsonl")}
+
+
 def start(run: Path, repo: Path, **keywords) -> Tracker:
     run.mkdir(exist_ok=True)
     options = {"server_url": None, "repo": repo, "experiment": "test", "config": {"LOSS": {"lambda": [3.0, None]}}}
@@ -83,10 +91,11 @@ def fill(tracker: Tracker, first: int, last: int) -> None:
 @pytest.fixture
 def said(caplog, monkeypatch):
     """Log records of the tracker, whatever another test did to the logger above it."""
-    log = logging.getLogger("stage1.tracker")
-    monkeypatch.setattr(log, "handlers", [caplog.handler])
-    caplog.set_level(logging.INFO, log.name)
-    monkeypatch.setattr(log, "propagate", False)
+    for name in ("stage1.tracker", "stage1.append_file"):
+        log = logging.getLogger(name)
+        monkeypatch.setattr(log, "handlers", [caplog.handler])
+        caplog.set_level(logging.INFO, log.name)
+        monkeypatch.setattr(log, "propagate", False)
     return caplog
 
 
@@ -182,7 +191,7 @@ def _no_space() -> int:
     raise OSError(28, "No space left on device")
 
 
-def test_local_repository_gets_everything_and_a_resume_continues_the_run(tmp_path: Path, said) -> None:
+def test_local_repository_gets_everything_and_a_resume_takes_back_what_it_threw_away(tmp_path: Path, said) -> None:
     pytest.importorskip("aim")
     run, repo = tmp_path / "run", tmp_path / "repo"
     tracker = start(run, repo)
@@ -190,19 +199,24 @@ def test_local_repository_gets_everything_and_a_resume_continues_the_run(tmp_pat
     tracker.image(20, "val", "overlay", np.full((32, 48, 3), 200, np.uint8))
     state = tracker.state()
     fill(tracker, 20, 30)
+    tracker.log(35, "train", {"lr": 9.0, "only_in_the_first_life": 1.0})
+    tracker.image(30, "val", "overlay", np.full((32, 48, 3), 9, np.uint8))
     tracker.close()
+    hash_before = in_aim(repo)["runs"][0]["hash"]
     tracker = start(run, repo, resume=state)
-    fill(tracker, 20, 40)
+    fill(tracker, 20, 34)  # logs other steps: neither 30 of "val" nor 35 of "train" comes again
+    tracker.close()
+    tracker = start(run, repo, resume=tracker_end(run))  # nothing was thrown away this time
+    fill(tracker, 34, 40)
     tracker.log(41, "val", {"mpjpe_cam": float("nan")})
     tracker.close()
     found = in_aim(repo)
     (in_run,) = found["runs"]
-    # step 30 (val) of the first life lies between two rows of the second: it stays in AIM, whose points cannot be taken
-    # back, and every other point is there exactly once
-    extra = in_run["points"]["val/mpjpe_cam"].pop(1)
-    assert extra == [30, "30.0"]
+    assert in_run["hash"] == hash_before
     assert in_run["points"] == journalled(run)
     assert in_run["pictures"] == [["val", "overlay", [20]]]
+    assert in_run["last"]["val/mpjpe_cam"][0] == 41, "what AIM's run table shows"
+    assert in_run["last"]["train/lr"] == [39, max(r["lr"] for r in rows(run) if r["subset"] == "train")]
     assert (in_run["name"], in_run["experiment"], in_run["active"]) == ("run", "test", False)
     assert in_run["config"] == {"LOSS": {"lambda": [3.0, None]}}
     assert found["queried"] == 1

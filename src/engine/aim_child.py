@@ -4,7 +4,8 @@ The only file that imports aim. It follows `metrics.jsonl` and `images.jsonl` fr
 (`aim_state.json`, per target), until the trainer closes its pipe or dies; then it empties them, closes the AIM run and
 ends. AIM's client can block for ever, so it runs in a thread of its own, the feeder, and the main thread watches: a
 server that refuses, is silent or dies is left for a local repository, `RUN_FOLDER/aim`, which gets the whole run.
-Points are keyed by step in AIM, so that what is sent twice is stored once.
+Points are keyed by step in AIM, so that what is sent twice is stored once. Where a resume threw rows away, the AIM run
+is emptied and filled again from the journal: their points would stay where no new ones come at the same steps.
 """
 
 from __future__ import annotations
@@ -12,24 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import select
 import signal
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from src.engine.run_folder import try_lock, write_text_atomic
-from src.engine.tracker import CHILD_STATE, HEADER, IMAGES, JOURNALS, METRICS, read_rows
+from src.engine.aim_server import probe_server
+from src.engine.aim_state import acknowledge, acknowledged, has_discarded_rows, read_state, size
+from src.engine.run_folder import try_lock
+from src.engine.tracker import FALLBACK, HEADER, IMAGES, JOURNALS, METRICS, read_rows
 
-FALLBACK = "aim"  # folder of the local repository inside the run folder
-PROBE_TIMEOUT = 3.0  # s for a server's first answer
 SERVER_STALL = 20.0  # s without progress after which a server is given up
 LOCAL_STALL = 120.0  # s, the same for a local repository (slow network disks)
 DRAIN_LIMIT = 55.0  # s to empty the journals after the trainer ended; it waits 60 s
@@ -65,7 +65,7 @@ class Feeder(threading.Thread):
         limit: dict[str, int] | None = None
         while True:
             if limit is None and self._ending.is_set():  # a resumed run may append on while we finish
-                limit = {name: _size(self._run_folder / name) for name in JOURNALS}
+                limit = {name: size(self._run_folder / name) for name in JOURNALS}
             arrived = self._feed_rows(run, offset, limit or {})
             self.beat = time.monotonic()
             if arrived != offset:
@@ -89,38 +89,38 @@ class Feeder(threading.Thread):
         known = read_state(self._run_folder).get(self.target, {})
         if known and not repo.run_exists(known["run_hash"]):
             known = {}
-        run = aim.Run(
-            run_hash=known.get("run_hash"),
-            repo=repo,
-            experiment=self._header["experiment"],
-            force_resume=bool(
-                known
-            ),  # a killed child leaves AIM's lock behind; ours (`_only_child`) allows one child a run
-            system_tracking_interval=None,
-            capture_terminal_logs=False,
-            log_system_params=False,
-        )
-        self.beat = time.monotonic()
+        run = self._aim_run(aim, repo, known.get("run_hash"))
+        offset = acknowledged(self._run_folder, known)
+        if has_discarded_rows(known, self._header["cuts"]):
+            _empty(run)
+            run.close()
+            run, offset = self._aim_run(aim, repo, known["run_hash"]), dict.fromkeys(JOURNALS, 0)
         if not known:
             run.name = self._header["run_name"]
             run.description = self._header["description"]
         run["config"] = self._header["config"]
         run["run_folder"] = str(self._run_folder)
-        offset = self._offset(known)
         self._acknowledge(run.hash, offset)
         return run, offset
+
+    def _aim_run(self, aim: Any, repo: Any, run_hash: str | None) -> Any:
+        """A killed child leaves AIM's lock behind, hence the force; ours (`_only_child`) allows one child a run."""
+        run = aim.Run(
+            run_hash=run_hash,
+            repo=repo,
+            experiment=self._header["experiment"],
+            force_resume=run_hash is not None,
+            system_tracking_interval=None,
+            capture_terminal_logs=False,
+            log_system_params=False,
+        )
+        self.beat = time.monotonic()
+        return run
 
     def _local_repo(self, aim: Any) -> Any:
         """The repository in the folder `target`, made by one process at a time: AIM crashes where two make it."""
         with self._repo_lock():
             return aim.Repo.from_path(self.target, init=not aim.Repo.exists(self.target))
-
-    def _offset(self, known: dict[str, Any]) -> dict[str, int]:
-        """Acknowledged journal offsets, moved back by every cut that a resume made since."""
-        offset = {name: known.get("offset", {}).get(name, 0) for name in JOURNALS}
-        for cut in self._header["cuts"][known.get("cuts_seen", 0) :]:
-            offset = {name: min(offset[name], cut[name]) for name in JOURNALS}
-        return {name: at if at <= _size(self._run_folder / name) else 0 for name, at in offset.items()}
 
     def _feed_rows(self, run: Any, offset: dict[str, int], limit: dict[str, int]) -> dict[str, int]:
         """Track the next rows of both journals; returns the offsets after them once AIM has them."""
@@ -146,9 +146,7 @@ class Feeder(threading.Thread):
     def _acknowledge(self, run_hash: str, offset: dict[str, int]) -> None:
         if self.abandoned:
             raise RuntimeError("given up by the watchdog")
-        state = read_state(self._run_folder)
-        state[self.target] = {"run_hash": run_hash, "offset": offset, "cuts_seen": len(self._header["cuts"])}
-        write_text_atomic(self._run_folder / CHILD_STATE, json.dumps(state, indent=1))
+        acknowledge(self._run_folder, self.target, run_hash, offset, len(self._header["cuts"]))
 
     def _index(self, run_hash: str) -> None:
         """Make a finished run visible to queries; otherwise only an open `aim up` would do it."""
@@ -173,32 +171,19 @@ class Feeder(threading.Thread):
             yield
 
 
-def probe_server(target: str) -> None:
-    """Ask the server at `aim://host:port` for its status; aim's own client may wait for ever for one that is silent.
-
-    Raises OSError when nobody listens, or nobody answers within PROBE_TIMEOUT.
-    """
-    for scheme in ("http", "https"):
-        try:
-            urllib.request.urlopen(target.replace("aim", scheme, 1).rstrip("/") + "/status/", timeout=PROBE_TIMEOUT)
-            return
-        except urllib.error.HTTPError:
-            return  # it answers
-        except (urllib.error.URLError, TimeoutError) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise TimeoutError(f"no answer within {PROBE_TIMEOUT:.0f} s") from error
-            failure = reason
-    raise OSError(str(failure))
+def _empty(run: Any) -> None:
+    """Take every point out of an aim.Run, and keep its hash, name, tags and notes. AIM has no public call for it."""
+    for context, names in run.meta_run_tree.get("traces", {}).items():
+        for name in names:
+            for tree in run.series_run_trees.values():
+                del tree[context, name]
+    for key in ("traces", "typed_traces"):
+        del run.meta_run_tree[key]
 
 
-def read_state(run_folder: Path) -> dict[str, Any]:
-    """`aim_state.json`: per target `run_hash`, acknowledged `offset` of each journal, number of `cuts_seen`."""
-    path = run_folder / CHILD_STATE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def carry(feeder: Feeder, ending: threading.Event, has_ended: Callable[[], bool]) -> str | None:
+def carry(
+    feeder: Feeder, ending: threading.Event, has_ended: Callable[[], bool], drain_limit: float = DRAIN_LIMIT
+) -> str | None:
     """Run one feeder under the watchdog. None when everything has arrived, otherwise why not."""
     stall = SERVER_STALL if feeder.is_remote else LOCAL_STALL
     feeder.start()
@@ -207,13 +192,13 @@ def carry(feeder: Feeder, ending: threading.Event, has_ended: Callable[[], bool]
         if not ending.is_set() and has_ended():
             ending.set()
         if ending.is_set() and deadline is None:
-            deadline = time.monotonic() + DRAIN_LIMIT
+            deadline = time.monotonic() + drain_limit
         if time.monotonic() - feeder.beat > stall:
             feeder.abandoned = True
             return f"no answer for {stall:.0f} s"
         if deadline is not None and time.monotonic() > deadline:
             feeder.abandoned = True
-            return f"did not take everything within {DRAIN_LIMIT:.0f} s"
+            return f"did not take everything within {drain_limit:.0f} s"
         feeder.join(0.1)
     return feeder.error
 
@@ -242,17 +227,13 @@ def sync(run_folder: Path, target: str | None) -> bool:
     ending = threading.Event()
     ending.set()
     feeder = Feeder(run_folder, target, ending, lambda **_: None)
-    reason = carry(feeder, ending, lambda: True)
+    reason = carry(feeder, ending, lambda: True, drain_limit=math.inf)  # nobody waits; the watchdog remains
     if reason is None:
         run_hash = read_state(run_folder)[target]["run_hash"]
         print(f"{feeder.point} points of {run_folder} brought to AIM at {target}, run {run_hash}")
     else:
         print(f"AIM at {target} failed: {reason}. The journal is whole; try again later.", file=sys.stderr)
     return reason is None
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 @contextmanager

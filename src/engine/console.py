@@ -12,6 +12,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from src.engine.append_file import AppendFile
+
 T = TypeVar("T")
 
 console = Console(highlight=False)
@@ -23,6 +25,17 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         console.print(self.format(record), markup=False, soft_wrap=True)
+
+
+class _FileHandler(logging.Handler):
+    """Appends lines to a file; a disk that refuses is told once and costs no line as long as the process lives."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = AppendFile(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._file.append(self.format(record).encode() + b"\n")
 
 
 def is_main_process() -> bool:
@@ -39,7 +52,7 @@ def set_up_logging() -> None:
 
 def add_log_file(path: Path) -> None:
     """From now on every line also goes to this file, appended."""
-    logger.addHandler(logging.FileHandler(path, encoding="utf-8"))
+    logger.addHandler(_FileHandler(path))
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import shlex
+import sys
 from pathlib import Path
 
 from rich.table import Table
 
 from src.config import AimConfig
-from src.engine.tracker import METRICS
+from src.engine.tracker import FALLBACK, METRICS, read_rows
 
 ROWS = (
     ("mpjpe_rel", "root-relative MPJPE"),
@@ -23,7 +24,7 @@ BASELINE = "mpjpe_rel_mean_hand"
 
 def closing_table(folder: Path, seconds: float) -> Table:
     """What the journal of the run folder says: first and last validation, and the baseline."""
-    rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    rows, _ = read_rows(folder / METRICS, 0, count=sys.maxsize)
     validations = [row for row in rows if row["subset"] == "val"]
     first, last = validations[0], validations[-1]
     title = f"\nDone in {seconds:.0f} s. Validation at step {first['step']} and {last['step']}, mm"
@@ -37,9 +38,10 @@ def closing_table(folder: Path, seconds: float) -> Table:
     return table
 
 
-def where_to_look(folder: Path, aim: AimConfig) -> str:
-    """The run folder and the command that opens its curves."""
-    return f"run folder  {folder}\ncurves      {_curves(aim)}"
+def where_to_look(folder: Path, aim: AimConfig, is_behind: bool) -> str:
+    """The run folder and the command that opens its curves. `is_behind`: `Tracker.is_behind`."""
+    curves = _curves_elsewhere(folder, aim) if is_behind else _curves(aim)
+    return f"run folder  {folder}\ncurves      {curves}"
 
 
 def _mm(value: float | None) -> str:
@@ -59,3 +61,13 @@ def _curves(aim: AimConfig) -> str:
     if aim.server_url is not None:
         return f"the page of the AIM server {aim.server_url}"
     return f".venv/bin/aim up --repo {aim.repo} --host 127.0.0.1   then open http://127.0.0.1:43800"
+
+
+def _curves_elsewhere(folder: Path, aim: AimConfig) -> str:
+    """AIM has failed: what has everything all the same, and the command that brings it where it should be."""
+    target = aim.server_url or aim.repo
+    sync = f"not all at {target}; bring them there with: python script/sync_aim.py {shlex.quote(str(folder))}"
+    if aim.server_url is None:
+        return f"{sync}\n            until then {METRICS} in the run folder has them"
+    look = f".venv/bin/aim up --repo {shlex.quote(str(folder / FALLBACK))} --host 127.0.0.1"
+    return f"{sync}\n            until then {look}   then open http://127.0.0.1:43800"

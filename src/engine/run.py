@@ -203,7 +203,7 @@ class Run:
         if self.is_main:
             seconds = time.perf_counter() - self.started
             console.print(closing_table(self.folder, seconds))
-            console.print(where_to_look(self.folder, self.cfg.AIM), soft_wrap=True)
+            console.print(where_to_look(self.folder, self.cfg.AIM, self.tracker.is_behind), soft_wrap=True)
 
     def close(self, patience: float = 60.0, in_order: bool = True) -> None:
         """Let the writer and the tracker finish, the latter for at most `patience` seconds, and the processes part.

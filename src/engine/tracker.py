@@ -31,6 +31,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from src.engine.append_file import AppendFile
 from src.engine.run_folder import write_text_atomic
 
 logger = logging.getLogger("stage1.tracker")  # below the logger of src/engine/console.py
@@ -38,6 +39,7 @@ logger = logging.getLogger("stage1.tracker")  # below the logger of src/engine/c
 METRICS, IMAGES = "metrics.jsonl", "images.jsonl"
 JOURNALS = (METRICS, IMAGES)
 HEADER, CHILD_STATE, CHILD_LOG = "tracker.json", "aim_state.json", "aim.log"
+FALLBACK = "aim"  # folder of the local repository inside the run folder, where the server fails
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,7 +49,7 @@ class Tracker:
     def __init__(self, run_folder: Path | None, child: _Child | None) -> None:
         self._run_folder = run_folder
         self._child = child
-        self._journal = {} if run_folder is None else {name: _Journal(run_folder / name) for name in JOURNALS}
+        self._journal = {} if run_folder is None else {name: AppendFile(run_folder / name) for name in JOURNALS}
 
     @classmethod
     def disabled(cls) -> Tracker:
@@ -82,7 +84,9 @@ class Tracker:
         run_folder = Path(run_folder).resolve()
         cuts = _read_header(run_folder).get("cuts", [])
         if resume is not None:
-            cuts = [*cuts, {name: _cut(run_folder / name, resume.get(name, 0)) for name in JOURNALS}]
+            end = {name: resume.get(name, 0) for name in JOURNALS}
+            if any(_length(run_folder / name) > at for name, at in end.items()):
+                cuts = [*cuts, end]
         header = {
             "run_name": run_name,
             "experiment": experiment,
@@ -92,6 +96,9 @@ class Tracker:
             "cuts": cuts,
         }
         write_text_atomic(run_folder / HEADER, json.dumps(header, indent=1, default=str))
+        if resume is not None:  # after the header: a crash in between is made good by the next resume
+            for name, at in end.items():
+                _cut(run_folder / name, at)
         child = None
         if use_aim and importlib.util.find_spec("aim") is None:
             version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -125,8 +132,15 @@ class Tracker:
             return
         self._append(IMAGES, {"step": step, "subset": subset, "name": name, "file": str(file)})
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether AIM has failed, so that `script/sync_aim.py` has something to bring."""
+        return self._child is not None and self._child.warned
+
     def state(self) -> dict[str, int]:
         """Length of each journal in bytes: what a checkpoint must hold for `resume`."""
+        for journal in self._journal.values():
+            journal.flush()
         return {name: journal.size for name, journal in self._journal.items()}
 
     def close(self, timeout: float = 60.0) -> None:
@@ -138,48 +152,9 @@ class Tracker:
             child.close(timeout)
 
     def _append(self, journal: str, row: dict[str, Any]) -> None:
-        self._journal[journal].append(row)
+        self._journal[journal].append(json.dumps(row).encode() + b"\n")
         if self._child is not None:
             self._child.listen(0.0)
-
-
-class _Journal:
-    """A file of JSON lines that is only appended to. A full disk delays lines in memory, it never raises."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._written = os.fstat(self._file).st_size
-        self._waiting = b""
-        self._warned = False
-
-    @property
-    def size(self) -> int:
-        return self._written + len(self._waiting)
-
-    def append(self, row: dict[str, Any]) -> None:
-        self._waiting += json.dumps(row).encode() + b"\n"
-        self._write()
-
-    def _write(self) -> None:
-        try:
-            while self._waiting:
-                count = os.write(self._file, self._waiting)
-                self._written += count
-                self._waiting = self._waiting[count:]
-        except OSError as error:
-            if not self._warned:
-                logger.warning("%s cannot be written (%s): its lines wait in memory", self._path, error)
-            self._warned = True
-
-    def close(self) -> None:
-        if self._file < 0:
-            return
-        self._write()
-        if self._waiting:
-            logger.warning("%d bytes of %s are lost: the disk never took them", len(self._waiting), self._path)
-        os.close(self._file)
-        self._file = -1
 
 
 class _Child:
@@ -188,7 +163,7 @@ class _Child:
     def __init__(self, run_folder: Path) -> None:
         self._run_folder = run_folder
         self._text = b""
-        self._warned = False
+        self.warned = False
         self._closed = False  # the child's last word was that everything has arrived
         command = [sys.executable, "-m", "src.engine.aim_child", str(run_folder), "--parent", str(os.getpid())]
         with open(run_folder / CHILD_LOG, "ab") as log:
@@ -228,10 +203,10 @@ class _Child:
 
     def _warn(self, reason: str) -> None:
         """Say once that AIM is behind and which command brings the rest."""
-        if not self._warned:
+        if not self.warned:
             command = f"python script/sync_aim.py {shlex.quote(str(self._run_folder))}"
             logger.warning("%s. %s keeps everything; bring it into AIM later with: %s", reason, METRICS, command)
-        self._warned = True
+        self.warned = True
 
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -267,18 +242,22 @@ def _read_header(run_folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _cut(path: Path, offset: int) -> int:
-    """Cut a journal at `offset`, keeping what followed beside it; returns the offset at which it now ends."""
-    size = path.stat().st_size if path.exists() else 0
-    if size > offset:
-        with open(path, "rb+") as file:
-            file.seek(offset)
-            tail = file.read()
-            number = 1
-            while (kept := path.with_name(f"{path.name}.discarded-{number}")).exists():
-                number += 1
-            kept.write_bytes(tail)
-            file.truncate(offset)
-    elif size < offset:
-        logger.warning("%s has %d bytes where the checkpoint remembers %d: earlier rows are gone", path, size, offset)
-    return min(size, offset)
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _cut(path: Path, offset: int) -> None:
+    """Cut a journal at `offset`, keeping what followed beside it."""
+    length = _length(path)
+    if length < offset:
+        logger.warning("%s has %d bytes where the checkpoint remembers %d: earlier rows are gone", path, length, offset)
+    if length <= offset:
+        return
+    with open(path, "rb+") as file:
+        file.seek(offset)
+        tail = file.read()
+        number = 1
+        while (kept := path.with_name(f"{path.name}.discarded-{number}")).exists():
+            number += 1
+        kept.write_bytes(tail)
+        file.truncate(offset)
