@@ -1,0 +1,238 @@
+"""script/compare.py on run folders written by hand, whose numbers are known."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from script.compare import main, side_names
+from src.engine.comparison.curves import ComparisonError, Curve, differences, find_runs, read_run, read_sides
+from src.engine.comparison.measure import Window, changes, measure_run
+from src.engine.comparison.report import Comparison, Options, notes, read_data, write_data
+from tests.helpers import ROOT
+
+OPTIONS = Options(early=0.5, late=0.5, num_draw=500, seed=0)
+
+
+def write_run(
+    folder: Path,
+    seed: int = 0,
+    val: dict[int, float] | None = None,
+    gap: float | None = 2.0,
+    loss: float = 1.0,
+    total: int = 40,
+    warmup: int = 0,
+) -> Path:
+    """A run folder with validations `val` (step -> mm), training frames `gap` mm better, and a constant loss."""
+    folder.mkdir(parents=True)
+    config = f"GENERAL: {{seed: {seed}, total_step: {total}, dropout_warmup_step: {warmup}, output_root: {folder}}}\n"
+    (folder / "config.yaml").write_text(config)
+    rows = []
+    for step, value in (val or {0: 90.0, 10: 20.0, 20: 16.0, 30: 12.0, 40: 12.0}).items():
+        if step > 0:
+            rows.append({"step": step, "subset": "train", "loss_total": loss, "dropout_rate": 0.1 * (step > warmup)})
+        rows.append({"step": step, "subset": "val", "mpjpe_cam": value, "mpjpe_rel": value / 2})
+        if gap is not None:
+            rows.append({"step": step, "subset": "train_eval", "mpjpe_cam": value - gap, "loss_total": loss / 2})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def scaled(factor: float) -> dict[int, float]:
+    return {0: 90.0, 10: 20.0 * factor, 20: 16.0 * factor, 30: 12.0 * factor, 40: 12.0 * factor}
+
+
+def compared(tmp_path: Path, ours: list[Path], theirs: list[Path]) -> Comparison:
+    return Comparison(read_sides({"ours": find_runs(map(str, ours)), "theirs": find_runs(map(str, theirs))}), OPTIONS)
+
+
+def test_measures_of_a_run(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", gap=2.0, loss=3.0), "mpjpe_cam")
+    found = measure_run(run, Window.common([run], 0.5, 0.25))
+    assert found["val_mean"] == pytest.approx(15.0), "step 0 does not count"
+    assert found["val_std"] == pytest.approx(np.std([20, 16, 12, 12], ddof=1))
+    assert (found["val_best"], found["val_last"]) == (12.0, 12.0)
+    assert found["gap_early"] == pytest.approx(2.0)
+    assert found["gap_late"] == pytest.approx(2.0)
+    assert (found["loss_mean"], found["eval_loss_mean"]) == (3.0, 1.5)
+    assert measure_run(run, Window(end=20, early=10, late=10))["val_mean"] == pytest.approx(18.0)
+
+
+def test_paired_by_seed(tmp_path: Path) -> None:
+    """Runs that are all 10 % better than their pair leave no doubt; drawn by themselves they would."""
+    for seed, level in enumerate((1.0, 2.0, 3.0)):
+        write_run(tmp_path / f"ours/{seed}", seed, scaled(0.9 * level))
+        write_run(tmp_path / f"theirs/{seed}", seed, scaled(level))
+        write_run(tmp_path / f"other/{seed}", seed + 7, scaled(level))
+    by_key = {
+        c.measure.key: c for c in compared(tmp_path, [tmp_path / "ours"], [tmp_path / "theirs"]).changes()["ours"]
+    }
+    change = by_key["val_mean"]
+    assert change.is_paired
+    assert change.percent == pytest.approx(-10.0)
+    assert (change.low, change.high) == (pytest.approx(-10.0), pytest.approx(-10.0))
+    assert change.side.mean == pytest.approx(27.0)
+    assert change.against.std == pytest.approx(15.0)
+    unpaired = compared(tmp_path, [tmp_path / "ours"], [tmp_path / "other"]).changes()["ours"][0]
+    assert not unpaired.is_paired
+    assert unpaired.percent == pytest.approx(-10.0)
+    assert unpaired.low < -30
+    assert unpaired.high > 20
+
+
+def test_interval_covers_the_truth() -> None:
+    """Of many experiments whose true change is -10 %, nearly 19 in 20 intervals hold it (30 runs a side)."""
+    from src.engine.comparison.measure import _draw, _interval
+
+    rng, hits = np.random.default_rng(0), 0
+    for trial in range(200):
+        a, b = rng.normal(9, 1, 30), rng.normal(10, 1, 30)
+        low, high = _interval(a, b, _draw(30, 30, False, 400, trial))
+        hits += low <= -10 <= high
+    assert 178 <= hits <= 198
+
+
+def test_single_runs_have_no_interval(tmp_path: Path) -> None:
+    ours, theirs = write_run(tmp_path / "a", val=scaled(0.5)), write_run(tmp_path / "b")
+    comparison = compared(tmp_path, [ours], [theirs])
+    change = comparison.changes()["ours"][0]
+    assert change.percent == pytest.approx(-50.0)
+    assert np.isnan(change.low)
+    assert np.isnan(change.side.std)
+    assert any("single run" in note and "chance" in note for note in notes(comparison))
+
+
+def test_unfinished_shorter_and_without_training_frames(tmp_path: Path) -> None:
+    ours = write_run(tmp_path / "a", val={0: 90.0, 10: 20.0, 20: 16.0}, gap=None)
+    comparison = compared(tmp_path, [ours], [write_run(tmp_path / "b")])
+    assert comparison.window.end == 20
+    by_key = {change.measure.key: change for change in comparison.changes()["ours"]}
+    assert by_key["val_mean"].percent == pytest.approx(0.0)
+    assert not {"gap_early", "gap_late", "eval_loss_mean"} & by_key.keys(), "absent, not zero"
+    told = "\n".join(notes(comparison))
+    assert "Not finished: " in told
+    assert "step 20 of 40" in told
+    assert "got to steps 20, 40" in told
+    assert "eval_sample" in told
+
+
+def test_gap_that_was_not_there(tmp_path: Path) -> None:
+    """A gap of 0 mm or less has no change in %; the difference is told in mm."""
+    comparison = compared(tmp_path, [write_run(tmp_path / "a", gap=1.0)], [write_run(tmp_path / "b", gap=-1.0)])
+    gap = next(change for change in comparison.changes()["ours"] if change.measure.key == "gap_late")
+    assert np.isnan(gap.percent)
+    assert gap.difference == pytest.approx(2.0)
+
+
+def test_resumed_journal_and_torn_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 30, "subset": "val", "mpjpe_cam": 8.0}) + "\n")
+        file.write(json.dumps({"step": 50, "subset": "val", "mpjpe_cam": "nan"}) + "\n")
+        file.write('{"step": 60, "subset": "val", "mpj')
+    (folder / "config.resumed-40.yaml").write_text("GENERAL: {seed: 0, total_step: 60}\n")
+    run = read_run(folder, "mpjpe_cam")
+    assert run.curve["val"].step.tolist() == [0, 10, 20, 30, 40, 50]
+    assert run.curve["val"].value[3] == 8.0
+    assert np.isnan(run.curve["val"].value[5])
+    assert run.config["GENERAL.total_step"] == 60
+    assert not run.is_finished
+    assert measure_run(run, Window.common([run], 0.5, 0.5))["val_last"] == 12.0
+
+
+def test_what_differs(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / str(w), seed=w, warmup=w), "mpjpe_cam") for w in (0, 10)]
+    assert differences(runs) == {"GENERAL.dropout_warmup_step": [0, 10]}, "seed and output_root are no difference"
+
+
+def test_curve_between_and_at() -> None:
+    curve = Curve(np.array([0, 10, 20]), np.array([1.0, np.nan, 3.0]))
+    assert curve.between(0, 20).step.tolist() == [10, 20]
+    np.testing.assert_allclose(curve.at(np.array([10, 30])), [2.0, np.nan])
+
+
+def test_data_file_gives_the_same_comparison(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path / f"ours/{seed}", seed, scaled(0.9 + 0.01 * seed), warmup=10)
+        write_run(tmp_path / f"theirs/{seed}", seed, scaled(1 + 0.1 * seed))
+    first = compared(tmp_path, [tmp_path / "ours"], [tmp_path / "theirs"])
+    write_data(first, tmp_path / "data.json")
+    again = read_data(tmp_path / "data.json", OPTIONS)
+    assert notes(again) == notes(first)
+    for one, two in zip(first.changes()["ours"], again.changes()["ours"], strict=True):
+        assert (one.percent, one.low, one.high) == pytest.approx((two.percent, two.low, two.high), rel=1e-3)
+
+
+def test_errors_are_for_people(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "good")
+    empty = write_run(tmp_path / "empty", val={0: 90.0})
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ComparisonError, match=r"wrong/\*: there is no such folder.*as far as it exists"):
+        find_runs([str(tmp_path / "wrong/*")])
+    with pytest.raises(ComparisonError, match="neither this folder nor one below it"):
+        find_runs([str(tmp_path / "none")])
+    with pytest.raises(ComparisonError, match="is a file; give the run folder"):
+        find_runs([str(good / "config.yaml")])
+    with pytest.raises(ComparisonError, match=r"empty: no validation after step 0"):
+        read_run(empty, "mpjpe_cam")
+    with pytest.raises(ComparisonError, match=r"no mpjpe_x was validated; choose one.*mpjpe_cam, mpjpe_rel"):
+        read_run(good, "mpjpe_x")
+    with pytest.raises(ComparisonError, match="stands on two sides"):
+        read_sides({"a": [good], "b": [good]})
+    (good / "config.yaml").unlink()
+    with pytest.raises(ComparisonError, match=r"good: its config.yaml cannot be read"):
+        read_run(good, "mpjpe_cam")
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ComparisonError, match=r"is not a comparison\.json"):
+        read_data(tmp_path / "x.json", OPTIONS)
+
+
+def test_side_names() -> None:
+    assert side_names([["runs/gate"], ["runs/constant"]]) == ["gate", "constant"]
+    assert side_names([["a/runs/*/*"], ["b/runs"]]) == ["a/runs", "b/runs"]
+    assert side_names([["x"], ["x"]]) == ["x (1)", "x (2)"]
+
+
+def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        write_run(tmp_path / f"ours/{seed}", seed, scaled(0.9))
+        write_run(tmp_path / f"more/{seed}", seed, scaled(0.8))
+        write_run(tmp_path / f"theirs/{seed}", seed)
+    ours, more, theirs = (str(tmp_path / name) for name in ("ours", "more", "theirs"))
+    out = tmp_path / "out"
+    assert main([ours, "--also", more, "--against", theirs, "--output", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.json", "comparison.md", "curves.png"]
+    text = (out / "comparison.md").read_text()
+    assert "**ours against theirs**" in text
+    assert "**more against theirs**" in text
+    assert "| -20.0 |" in text
+    assert (out / "curves.png").stat().st_size > 20_000
+    capsys.readouterr()
+    assert main([ours, "--against", theirs, "--output", str(out)]) == 2, "nothing is overwritten"
+    assert "holds files already" in capsys.readouterr().err
+    assert main(["--redraw", str(out / "comparison.json"), "--output", str(tmp_path / "again")]) == 0
+    assert main([ours, "--against", str(tmp_path / "nowhere")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_help_needs_neither_torch_nor_matplotlib() -> None:
+    code = "import sys, script.compare as c\ntry: c.parse_arguments(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'matplotlib', 'numpy'} & sys.modules.keys(), sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--against" in done.stdout
+
+
+def test_changes_of_unequal_numbers(tmp_path: Path) -> None:
+    """Three runs against two: not in pairs, each mean over its own side."""
+    ours = [read_run(write_run(tmp_path / f"a{s}", s, scaled(1.0 + s)), "mpjpe_cam") for s in range(3)]
+    theirs = [read_run(write_run(tmp_path / f"b{s}", s), "mpjpe_cam") for s in range(2)]
+    change = changes(ours, theirs, Window.common(ours + theirs, 0.5, 0.5), 200, 0)[0]
+    assert not change.is_paired
+    assert change.percent == pytest.approx(100.0)
+    assert change.low >= 0
