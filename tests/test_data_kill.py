@@ -21,6 +21,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*use of fork",
 )
 NUM_BATCH = 40
+MIXTURE = {
+    "native": {"source": ["train/0.tar"], "weight": 2.0},
+    "labs": {"source": ["train/1.tar"], "weight": 1.0},
+}
 FORK = multiprocessing.get_context("fork")
 
 
@@ -33,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batches(root: Path, done: int, num_worker: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    cfg = data_config(root, num_worker=num_worker, sample_per_device=8 // world)
+    cfg = data_config(root, train=MIXTURE, num_worker=num_worker, sample_per_device=8 // world)
     yield from build_train_loader(cfg, "mano", start=8 * done, num_batch=NUM_BATCH - done, rank=rank, world_size=world)
 
 

@@ -187,7 +187,7 @@ def test_the_validation_loader_can_be_read_again(root: Path) -> None:
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_damage_is_counted_in_the_main_process(tmp_path: Path) -> None:
+def test_damage_is_counted_in_the_main_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = [native_sample(n) for n in range(9)]
     bad = {
         **native_sample(9),
@@ -207,7 +207,14 @@ def test_damage_is_counted_in_the_main_process(tmp_path: Path) -> None:
         loader.health.load_state_dict(state)
         assert loader.health.state_dict() == state
         both = merge_states([state, state])
-        assert both == {"num_read": 80, "read": {"undecodable_image": 2 * loader.health.read.total()}}
+        assert (both["num_read"], both["read"]) == (80, {"undecodable_image": 2 * loader.health.read.total()})
+        told = [record.getMessage() for record in caplog.records if record.name == "stage1.data"]
+        assert len(told) == len(state["example"]) == min(20, loader.health.read.total())
+        assert len(both["example"]) == min(20, 2 * len(told))
+        for line, example in zip(told, state["example"], strict=True):
+            assert line.endswith(example)
+            assert f"00009/0 in {tmp_path / 'train' / '0.tar'}, at position" in example
+        caplog.clear()
 
 
 @pytest.mark.parametrize("worker", [0, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from src.data.dataset import BadFrame
 from src.data.index import ShardIndex
 
+logger = logging.getLogger("stage1.data")  # below the logger of src/engine/console.py
 _MAX_EXAMPLE = 20
 _MIN_READ = 1000  # fewer frames than this say little about a fraction
 
@@ -25,7 +27,8 @@ class DataHealth:
         self.num_frame, self.num_read = 0, 0
         self.indexed: Counter[str] = Counter()
         self.read: Counter[str] = Counter()
-        self.example: list[str] = []
+        self.example: list[str] = []  # from the indexes
+        self.read_example: list[str] = []
         for shard in (shard for source in sources for shard in source):
             self.num_frame += shard.num_frame()
             self.indexed.update(shard.bad_count)
@@ -37,8 +40,9 @@ class DataHealth:
         self.num_read += num_read
         for frame in bad:
             self.read[frame.reason] += 1
-            if len(self.example) < _MAX_EXAMPLE:
-                self.example.append(f"{frame.reason}: {frame.key} in {frame.shard}, at position {frame.position}")
+            if len(self.read_example) < _MAX_EXAMPLE:
+                self.read_example.append(f"{frame.reason}: {frame.key} in {frame.shard}, at position {frame.position}")
+                logger.warning(f"bad frame: {self.read_example[-1]}")
         if bad:
             self.check()
 
@@ -67,17 +71,20 @@ class DataHealth:
     def table(self) -> str:
         """Reason, count and examples, for people."""
         lines = [f"  {reason:<20} {count:>8}" for reason, count in self.counts().items()]
-        return "\n".join([*lines, *(f"    {example}" for example in self.example)])
+        return "\n".join([*lines, *(f"    {example}" for example in [*self.example, *self.read_example])])
 
     def state_dict(self) -> dict[str, Any]:
         """What was found while reading (the indexes are counted anew)."""
-        return {"num_read": self.num_read, "read": dict(self.read)}
+        return {"num_read": self.num_read, "read": dict(self.read), "example": list(self.read_example)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_read, self.read = int(state["num_read"]), Counter(state["read"])
+        self.read_example = list(state.get("example", []))
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The `state_dict` of all ranks together, from those of each. Only one rank may load it again."""
     read = sum((Counter(state["read"]) for state in states), Counter())
-    return {"num_read": sum(state["num_read"] for state in states), "read": dict(sorted(read.items()))}
+    example = [text for state in states for text in state.get("example", [])][:_MAX_EXAMPLE]
+    num_read = sum(state["num_read"] for state in states)
+    return {"num_read": num_read, "read": dict(sorted(read.items())), "example": example}
