@@ -275,7 +275,10 @@ def test_overlay_lies_where_the_camera_says() -> None:
     """Two squares facing the camera: each in the colour of its side, at its pixels, the nearer one in front."""
     square = np.array([[-50.0, -50, 0], [50, -50, 0], [50, 50, 0], [-50, 50, 0]])
     face = np.array([[0, 2, 1], [0, 3, 2]])  # outward is towards the camera
-    far, near = Mesh(square + [[0, 0, 1000]], face, True), Mesh(square * 0.5 + [[25, 0, 500]], face, False)
+    far, near = (
+        Mesh(square + np.array([0, 0, 1000]), face, True),
+        Mesh(0.5 * square + np.array([25, 0, 500]), face, False),
+    )
     black = np.zeros((100, 120, 3), np.uint8)
     drawn = draw_meshes(black, [far, near], np.array([400.0, 400.0]), np.array([50.0, 50.0]))
     assert not black.any(), "the photograph is left as it is"
@@ -287,7 +290,9 @@ def test_overlay_lies_where_the_camera_says() -> None:
 
     assert np.allclose(hue(50, 40), np.array(SIDE_RGB[True]) / max(SIDE_RGB[True]), atol=0.03)
     assert np.allclose(hue(50, 60), np.array(SIDE_RGB[False]) / max(SIDE_RGB[False]), atol=0.03)
-    behind = draw_meshes(black, [Mesh(square - [[0, 0, 500]], face, True)], np.array([400.0, 400.0]), np.zeros(2))
+    behind = draw_meshes(
+        black, [Mesh(square - np.array([0, 0, 500]), face, True)], np.array([400.0, 400.0]), np.zeros(2)
+    )
     assert not behind.any()
 
 
