@@ -6,7 +6,7 @@ the mean hand, 6D rotations, a weak-perspective camera, L1 on 3D and 2D keypoint
 each summed over a sample, with the weights 0.05, 0.01, 0.001, 0.001, 0.0005.
 
 In its favour: the camera knows the focal length of the patch (published: a constant 5000 px), starts at the scale that
-a hand has in a patch (published: 0.9) and stays positive; attention heads are at least 16 wide. Left out: the
+a hand has in a patch (published: 0.9) and stays above 1; attention heads are at least 16 wide. Left out: the
 adversarial prior.
 """
 
@@ -28,9 +28,7 @@ from src.hand.skeleton import NUM_MANO_JOINT, HandArrays
 
 KEYPOINT_3D, KEYPOINT_2D, GLOBAL_ORIENT, HAND_POSE, BETAS = 0.05, 0.01, 0.001, 0.001, 0.0005
 START_SCALE = 2.0 / 0.3  # camera scale of a patch that shows 0.3 m
-SMALL_SCALE = (
-    0.5  # below this (a patch 4 m wide) the scale only nears 0: never behind the camera, never without gradient
-)
+LEAST_SCALE = 1.0  # a patch 2 m wide
 
 
 @dataclass
@@ -48,8 +46,8 @@ def _small_linear(dim: int, out: int) -> nn.Linear:
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:
-    low = SMALL_SCALE * (scale.clamp(max=SMALL_SCALE) / SMALL_SCALE - 1.0).exp()
-    return torch.where(scale > SMALL_SCALE, scale, low)
+    """Nears LEAST_SCALE where the prediction falls below it: the hand is neither behind the camera nor miles away."""
+    return LEAST_SCALE + nn.functional.softplus(scale - LEAST_SCALE)
 
 
 class HamerNet(PeerNet):

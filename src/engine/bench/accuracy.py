@@ -1,8 +1,10 @@
 """`script/bench.py accuracy`: our decoder and losses against those of HaMeR and CS-ViT2, everything else equal.
 
-Backbone (and its first weights), hand model, rendered training hands, their order, batch, steps, optimizer and schedule
-are the same; decoder, losses and peak learning rate are each network's own. What is measured of a trained network (a
-cell: method and seed) goes to `<out>/accuracy.json` at once: a bench that was ended goes on where it stopped.
+Backbone and its first weights, hand model, rendered training hands, their order, batch, steps, optimizer and schedule
+are the same; decoder, losses and peak learning rate are each network's own. The backbone has first learned to locate
+the joints in the patch: both peers start from pre-trained backbones, HaMeR's from one trained on 2D keypoints. What is
+measured of a trained network (a cell: method and seed) goes to `<out>/accuracy.json` at once: a bench that was ended
+goes on where it stopped.
 
 Shapes: N samples of a set, B batch.
 """
@@ -31,6 +33,8 @@ from src.engine.run_folder import write_text_atomic
 from src.hand.load import load_hand
 from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
 from src.metric import MetricAccumulator, evaluate_batch
+from src.model.backbone import Backbone
+from src.model.heads import KeypointHead
 from src.model.net import PoseNet
 from src.utils.train_utils import get_lr_factor
 
@@ -40,8 +44,10 @@ LEARNING_RATE = {"ours": 5e-4, "hamer": 5e-4, "csvit": 5e-4}
 METRICS = ("mpjpe_rel", "mpjpe_pa", "mpjpe_cam")
 MOST_OF_BETTER_PEER = {"mpjpe_rel": 0.85, "mpjpe_pa": 0.85, "mpjpe_cam": 0.7}
 VAL_BATCH = 125
-FULL = {"step": 2400, "train": 24000, "val": 1000, "seeds": [0, 1, 2]}
-QUICK = {"step": 40, "train": 500, "val": 100, "seeds": [0]}
+PRETRAIN_SEED = 1000
+BACKBONE_LR = 0.4  # of a network's own learning rate
+FULL = {"step": 2000, "pretrain": 3000, "train": 24000, "val": 1000, "seeds": [0, 1, 2]}
+QUICK = {"step": 40, "pretrain": 40, "train": 500, "val": 100, "seeds": [0]}
 
 
 class Network(Protocol):
@@ -70,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seed", nargs="+", type=int, help="default 0 1 2")
     parser.add_argument("--step", type=int, help=f"optimizer steps of each cell (default {FULL['step']})")
+    parser.add_argument(
+        "--pretrain", type=int, help=f"steps of the backbone on 2D joints; 0: from scratch (default {FULL['pretrain']})"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, help="peak learning rate, instead of each method's own")
     parser.add_argument("--backbone", default="tiny", help="a file of config/backbone, random weights (default tiny)")
@@ -86,11 +95,24 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
     step, seeds = args.step or size["step"], args.seed or size["seeds"]
     cfg = args.compose("stage1-demo", config_overrides(args, out, size, step))
     train, val = load_sets(cfg, out, say)
+    pretrain = size["pretrain"] if args.pretrain is None else args.pretrain
+    weights = pretrained_backbone(cfg, train, pretrain, out, say) if pretrain else None
     cells = []
     for seed in seeds:
         for method in args.method:
-            settings = cell_settings(cfg, method, seed, args.lr or LEARNING_RATE[method], args.name)
-            cells.append(find_cell(out, settings) or make_cell(args, cfg, settings, train, val, out, say))
+            lr = args.lr or LEARNING_RATE[method]
+            settings = cell_settings(cfg, method, seed, lr, pretrain) | {"name": args.name}
+            cell = _read(out).get(_digest(settings))
+            if cell is None:
+                torch.manual_seed(seed)
+                hand = load_hand(cfg.MODEL.hand_model)
+                net = OurNet(cfg, hand) if method == "ours" else args.peer(method)(cfg.MODEL, hand)
+                if weights is not None:
+                    net.backbone.load_state_dict(weights)
+                cell = make_cell(net, cfg, settings, train, val, say)
+                text = json.dumps(_read(out) | {_digest(settings): cell}, indent=1)
+                write_text_atomic(out / "accuracy.json", text + "\n")
+            cells.append(cell)
     return report(cells)
 
 
@@ -107,7 +129,7 @@ def config_overrides(args: argparse.Namespace, out: Path, size: dict[str, Any], 
         f"DATA.demo.img_size={side}",
         "DATA.demo.free_rotation=0.33",
         f"GENERAL.total_step={step}",
-        f"GENERAL.warmup_step={step // 25}",
+        "GENERAL.warmup_step=0",  # the bench has its own
         f"GENERAL.dropout_warmup_step={step}",  # no dropout: nothing is overfitted in a run this short
         f"TRAIN.sample_per_device={args.batch}",
         *args.overrides,
@@ -156,19 +178,52 @@ def _rows(data: Batch, index: torch.Tensor) -> Batch:
     return replace(data._map(lambda t: t[index.to(t.device)]), key=names, source=names)
 
 
+class Locator(nn.Module):
+    """The backbone and a linear read-out of the joints in the patch."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.backbone = Backbone(cfg.MODEL.backbone, cfg.MODEL.img_size)
+        self.readout = KeypointHead(self.backbone.hidden_size, self.backbone.grid_size, self.backbone.patch_size)
+        for name in ("img_mean", "img_std"):
+            self.register_buffer(name, torch.tensor(getattr(cfg.MODEL, name)).view(1, 3, 1, 1))
+
+    def training_loss(self, batch: Batch) -> torch.Tensor:
+        seen = self.readout(self.backbone((batch.patch.float() / 255.0 - self.img_mean) / self.img_std))
+        return (seen - batch.joint_patch).abs().mean()
+
+
+def pretrained_backbone(
+    cfg: Config, data: Batch, num_step: int, out: Path, say: Callable[[str], None]
+) -> dict[str, torch.Tensor]:
+    """The weights that every network starts from, learned once on the 2D joints of the training set."""
+    batch = cfg.TRAIN.sample_per_device
+    what = {"backbone": asdict(cfg.MODEL.backbone), "img_size": cfg.MODEL.img_size, "step": num_step, "batch": batch}
+    file = out / f"backbone-{_digest(what | asdict(cfg.DATA.demo))}.pt"
+    if not file.is_file():
+        torch.manual_seed(PRETRAIN_SEED)
+        net = Locator(cfg).to(data.patch.device)
+        lr = LEARNING_RATE["ours"]
+        groups = [{"params": list(net.parameters()), "lr": lr, "peak_lr": lr, "weight_decay": 0.0}]
+        train_network(net, net.training_loss, groups, cfg, num_step, PRETRAIN_SEED, data, "backbone", say)
+        torch.save(net.backbone.state_dict(), file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+    return torch.load(file, weights_only=True, map_location="cpu")
+
+
 # ---- a cell ---------------------------------------------------------------------------------------------------------
 
 
-def cell_settings(cfg: Config, method: str, seed: int, lr: float, name: str) -> dict[str, Any]:
+def cell_settings(cfg: Config, method: str, seed: int, lr: float, pretrain: int) -> dict[str, Any]:
     """All that decides a cell's result; cells of equal settings are equal."""
-    model, general, train = asdict(cfg.MODEL), cfg.GENERAL, cfg.TRAIN
+    model, train = asdict(cfg.MODEL), cfg.TRAIN
     settings = {
         "method": method,
         "seed": seed,
         "lr": lr,
-        "name": name,
-        "step": general.total_step,
-        "warmup": general.warmup_step,
+        "pretrain": pretrain,
+        "backbone_lr": BACKBONE_LR * lr,
+        "step": cfg.GENERAL.total_step,
         "batch": train.sample_per_device,
         "weight_decay": train.weight_decay,
         "max_grad": train.max_grad,
@@ -183,65 +238,59 @@ def cell_settings(cfg: Config, method: str, seed: int, lr: float, name: str) -> 
     return settings
 
 
-def find_cell(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    return _read(out).get(_digest(settings))
-
-
 def make_cell(
-    args: argparse.Namespace,
-    cfg: Config,
-    settings: dict[str, Any],
-    train: Batch,
-    val: Batch,
-    out: Path,
-    say: Callable[[str], None],
+    net: nn.Module, cfg: Config, settings: dict[str, Any], train: Batch, val: Batch, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Train one network, measure it and write the result down."""
-    method, seed = settings["method"], settings["seed"]
-    torch.manual_seed(seed)
-    hand = load_hand(cfg.MODEL.hand_model)
-    net = OurNet(cfg, hand) if method == "ours" else args.peer(method)(cfg.MODEL, hand)
+    """Train one network and measure it."""
     net.to(train.patch.device)
     if hasattr(net, "fit"):
         net.fit(train)
     begin = time.perf_counter()
-    train_network(net, cfg, settings, train, lambda step: say(f"{method}, seed {seed}: step {step}"))
-    cell = {
+    groups = net.parameter_groups(settings["lr"], settings["backbone_lr"], cfg.TRAIN.weight_decay)
+    net.set_dropout_rate(0.0)
+    who = f"{settings['method']}, seed {settings['seed']}"
+    train_network(net, net.training_loss, groups, cfg, settings["step"], settings["seed"], train, who, say)
+    return {
         "settings": settings,
         "metrics": measure(net, val),
         "seconds": round(time.perf_counter() - begin, 1),
         "parameters": sum(p.numel() for p in net.parameters()),
         "machine": machine(),
     }
-    write_text_atomic(out / "accuracy.json", json.dumps(_read(out) | {_digest(settings): cell}, indent=1) + "\n")
-    return cell
 
 
 def train_network(
-    net: nn.Module, cfg: Config, settings: dict[str, Any], data: Batch, tell: Callable[[int], None]
+    net: nn.Module,
+    loss_of: Callable[[Batch], torch.Tensor],
+    groups: list[dict[str, Any]],
+    cfg: Config,
+    num_step: int,
+    seed: int,
+    data: Batch,
+    who: str,
+    say: Callable[[str], None],
 ) -> None:
     """AdamW with warm-up and cosine, as the training loop has it, over the set in an order that the seed gives."""
-    general, batch, lr = cfg.GENERAL, cfg.TRAIN.sample_per_device, settings["lr"]
-    groups = net.parameter_groups(lr, lr, cfg.TRAIN.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    batch, warmup = cfg.TRAIN.sample_per_device, num_step // 25
+    optimizer = torch.optim.AdamW(groups, fused=True)
     parameters = [p for group in groups for p in group["params"]]
-    order = torch.Generator().manual_seed(settings["seed"])
+    order = torch.Generator().manual_seed(seed)
     index = torch.empty(0, dtype=torch.long)
-    net.train().set_dropout_rate(0.0)
-    for step in range(general.total_step):
+    net.train()
+    for step in range(num_step):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * get_lr_factor(step, general.total_step, general.warmup_step)
+            group["lr"] = group["peak_lr"] * get_lr_factor(step, num_step, warmup)
         if len(index) < batch:
             index = torch.cat([index, torch.randperm(len(data), generator=order)])
         chosen, index = index[:batch], index[batch:]
         with torch.autocast("cuda", torch.bfloat16, enabled=data.patch.is_cuda):
-            loss = net.training_loss(_rows(data, chosen))
+            loss = loss_of(_rows(data, chosen))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, cfg.TRAIN.max_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0:
-            tell(step)
+            say(f"{who}: step {step} of {num_step}")
 
 
 @torch.no_grad()
