@@ -62,7 +62,8 @@ def load(args: argparse.Namespace, options: Options) -> Comparison:
         return read_data(args.redraw, options)
     patterns = [args.runs, *args.also, args.against]
     sides = dict(zip(side_names(patterns), map(find_runs, patterns), strict=True))
-    return Comparison(read_sides(sides, args.metric), options)
+    read, left_out = read_sides(sides, args.metric)
+    return Comparison(read, options, left_out)
 
 
 def side_names(patterns: Sequence[Sequence[str]]) -> list[str]:

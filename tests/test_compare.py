@@ -48,7 +48,8 @@ def scaled(factor: float) -> dict[int, float]:
 
 
 def compared(tmp_path: Path, ours: list[Path], theirs: list[Path]) -> Comparison:
-    return Comparison(read_sides({"ours": find_runs(map(str, ours)), "theirs": find_runs(map(str, theirs))}), OPTIONS)
+    read, left_out = read_sides({"ours": find_runs(map(str, ours)), "theirs": find_runs(map(str, theirs))})
+    return Comparison(read, OPTIONS, left_out)
 
 
 def test_measures_of_a_run(tmp_path: Path) -> None:
@@ -119,6 +120,17 @@ def test_unfinished_shorter_and_without_training_frames(tmp_path: Path) -> None:
     assert "step 20 of 40" in told
     assert "got to steps 20, 40" in told
     assert "eval_sample" in told
+
+
+def test_a_run_that_has_just_begun_is_left_out_of_several(tmp_path: Path) -> None:
+    for name in ("a/0", "b/0"):
+        write_run(tmp_path / name)
+    begun = write_run(tmp_path / "a/1", val={0: 90.0})
+    comparison = compared(tmp_path, [tmp_path / "a"], [tmp_path / "b"])
+    assert [len(runs) for runs in comparison.side.values()] == [1, 1]
+    assert any(note.startswith(f"Left out: {begun}") for note in notes(comparison))
+    with pytest.raises(ComparisonError, match="nothing to compare yet"):
+        compared(tmp_path, [begun], [tmp_path / "b"])
 
 
 def test_gap_that_was_not_there(tmp_path: Path) -> None:
@@ -208,8 +220,8 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([ours, "--also", more, "--against", theirs, "--output", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["comparison.json", "comparison.md", "curves.png"]
     text = (out / "comparison.md").read_text()
-    assert "**ours against theirs**" in text
-    assert "**more against theirs**" in text
+    assert "**ours against theirs, mpjpe_cam in mm**" in text
+    assert "**more against theirs, " in text
     assert "| -20.0 |" in text
     assert (out / "curves.png").stat().st_size > 20_000
     capsys.readouterr()

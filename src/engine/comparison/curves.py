@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -34,6 +34,10 @@ _HOUSEKEEPING = ("GENERAL.output_root", "GENERAL.resume_path", "GENERAL.descript
 
 class ComparisonError(ValueError):
     """These runs cannot be compared; the message says which, why and what to do."""
+
+
+class NothingYetError(ComparisonError):
+    """The run has not been validated after step 0."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,16 @@ def _why_no_run(pattern: str) -> str:
     return f"{pattern}: there is no such folder, and no folder fits it as a glob; {parent} is as far as it exists"
 
 
-def read_sides(sides: Mapping[str, Sequence[Path]], metric: str | None = None) -> dict[str, list[Run]]:
+def read_sides(
+    sides: Mapping[str, Sequence[Path]], metric: str | None = None
+) -> tuple[dict[str, list[Run]], tuple[str, ...]]:
     """Read the runs of every side; `metric` None takes the first of METRIC_ORDER that all of them validated.
 
+    Returns:
+        The runs, and the reasons why some are left out: of several runs of a side those that validated nothing yet.
+
     Raises:
-        ComparisonError: as `read_run`; for a run on two sides; or for runs that have no metric in common.
+        ComparisonError: as `read_run`; or for a run on two sides.
     """
     owner: dict[Path, str] = {}
     for name, folders in sides.items():
@@ -128,7 +137,18 @@ def read_sides(sides: Mapping[str, Sequence[Path]], metric: str | None = None) -
         known = [_validated(_read_rows(folder / METRICS)) for folder in owner]
         common = [name for name in METRIC_ORDER if all(name in names for names in known if names)]
         metric = common[0] if common else METRIC_ORDER[0]
-    return {name: [read_run(folder, metric) for folder in folders] for name, folders in sides.items()}
+    read: dict[str, list[Run]] = {}
+    left_out: list[str] = []
+    for name, folders in sides.items():
+        read[name] = []
+        for folder in folders:
+            try:
+                read[name].append(read_run(folder, metric))
+            except NothingYetError as error:
+                left_out.append(str(error))
+        if not read[name]:
+            raise ComparisonError("\n".join(left_out))
+    return read, tuple(left_out)
 
 
 def _validated(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -156,7 +176,7 @@ def read_run(folder: Path, metric: str) -> Run:
         if (read := _curve(rows, subset, pattern.format(metric))) is not None:
             curve[name] = read
     if "val" not in curve or curve["val"].step[-1] <= 0:
-        raise ComparisonError(_why_no_validation(folder, rows, metric))
+        _refuse_without_validation(folder, rows, metric)
     return Run(f"{folder.parent.name}/{folder.name}", config, metric, curve)
 
 
@@ -187,12 +207,12 @@ def _curve(rows: Sequence[Mapping[str, Any]], subset: str, name: str) -> Curve |
     return Curve(step, np.where(np.isfinite(value), value, np.nan))
 
 
-def _why_no_validation(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> str:
+def _refuse_without_validation(folder: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> NoReturn:
     known = _validated(rows)
     if known and metric not in known:
-        return f"{folder}: no {metric} was validated; choose one with --metric: {', '.join(known)}"
+        raise ComparisonError(f"{folder}: no {metric} was validated; choose one with --metric: {', '.join(known)}")
     last = max((row["step"] for row in rows), default=0)
-    return f"{folder}: no validation after step 0 (it got to step {last}); there is nothing to compare yet"
+    raise NothingYetError(f"{folder}: no validation after step 0 (it got to step {last}), nothing to compare yet")
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -26,6 +26,19 @@ class Measure:
     unit: str
 
 
+# everything that is compared, in the order of the table; over the checkpoints, or the logged steps, of a run
+MEASURES = (
+    Measure("val_mean", "validation, mean", "mm"),
+    Measure("val_std", "validation, std", "mm"),
+    Measure("val_best", "validation, best", "mm"),
+    Measure("val_last", "validation, last", "mm"),
+    Measure("gap_early", "gap, early", "mm"),
+    Measure("gap_late", "gap, late", "mm"),
+    Measure("loss_mean", "training loss", ""),
+    Measure("eval_loss_mean", "loss without dropout", ""),
+)
+
+
 @dataclass(frozen=True)
 class Window:
     """The steps that every run of the comparison has: (0, end], with an early and a late part."""
@@ -71,20 +84,6 @@ class Change:
     is_paired: bool
 
 
-def measures(metric: str) -> list[Measure]:
-    """Everything that is compared, in the order of the table."""
-    return [
-        Measure("val_mean", f"validation {metric}, mean over checkpoints", "mm"),
-        Measure("val_std", f"validation {metric}, standard deviation over checkpoints", "mm"),
-        Measure("val_best", f"validation {metric}, best checkpoint", "mm"),
-        Measure("val_last", f"validation {metric}, last checkpoint", "mm"),
-        Measure("gap_early", "generalisation gap, early", "mm"),
-        Measure("gap_late", "generalisation gap, late", "mm"),
-        Measure("loss_mean", "training loss, mean (dropout on)", ""),
-        Measure("eval_loss_mean", "loss on training frames, mean (dropout off)", ""),
-    ]
-
-
 def measure_run(run: Run, window: Window) -> dict[str, float]:
     """The value of every measure; NaN for what the run did not record in the window. Step 0 never counts."""
     val = run.curve["val"].between(0, window.end)
@@ -122,7 +121,7 @@ def changes(side: Sequence[Run], against: Sequence[Run], window: Window, num_dra
     ours, theirs = ([measure_run(run, window) for run in runs] for runs in (side, against))
     draws = _draw(len(side), len(against), is_paired, num_draw, seed)
     found = []
-    for measure in measures(side[0].metric):
+    for measure in MEASURES:
         a, b = (Side(np.array([values[measure.key] for values in group])) for group in (ours, theirs))
         if np.isfinite(a.value).all() and np.isfinite(b.value).all():
             low, high = _interval(a.value, b.value, draws)

@@ -30,6 +30,7 @@ def plot_curves(comparison: Comparison, path: Path) -> None:
         _draw(axes[1], runs, "train_loss", colour, "-", smooth=True)
         _draw(axes[2], runs, "dropout_rate", colour, "-", with_band=False)
     _label_metric(axes[0], comparison)
+    axes[0].set_ylim(*_metric_range(comparison))
     axes[1].set_ylabel("training loss")
     axes[1].set_title("as trained, dropout on; moving mean", loc="right", fontsize=8, color="0.4")
     axes[2].set(ylabel="dropout rate", xlabel="optimizer step", ylim=(-0.05 * _max_rate(comparison), None))
@@ -50,6 +51,14 @@ def _max_rate(comparison: Comparison) -> float:
     return max([*rates, 1e-3])
 
 
+def _metric_range(comparison: Comparison) -> tuple[float, float]:
+    """What is measured after step 0, mm: the untrained network would take most of the axis."""
+    curves = [run.curve[name] for run in comparison.runs for name in ("val", "train_eval") if name in run.curve]
+    value = np.concatenate([curve.value[curve.step > 0] for curve in curves])
+    low, high = np.nanmin(value), np.nanmax(value)
+    return low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
+
+
 def _label_metric(axis: Any, comparison: Comparison) -> None:
     """Axis name, early and late windows, and a legend that tells sides by colour and subsets by dash."""
     window = comparison.window
@@ -60,9 +69,9 @@ def _label_metric(axis: Any, comparison: Comparison) -> None:
                       textcoords="offset points", ha="center", fontsize=8, color="0.4")  # fmt: skip
     sides = zip(comparison.side.items(), _colours(comparison), strict=True)
     handles = [Line2D([], [], color=c, label=f"{name} ({count_runs(runs)})") for (name, runs), c in sides]
-    handles.append(Line2D([], [], color="0.3", label="validation"))
+    handles.append(Line2D([], [], color="black", label="validation"))
     if any("train_eval" in run.curve for run in comparison.runs):
-        handles.append(Line2D([], [], color="0.3", linestyle="--", label="training frames, no dropout"))
+        handles.append(Line2D([], [], color="black", linestyle="--", label="training frames, no dropout"))
     axis.legend(handles=handles, fontsize=8, loc="upper right")
 
 

@@ -33,6 +33,7 @@ class Comparison:
 
     side: dict[str, list[Run]]
     options: Options
+    left_out: tuple[str, ...] = ()  # why runs that were meant are not in `side`
 
     @property
     def runs(self) -> list[Run]:
@@ -67,18 +68,17 @@ def grids(comparison: Comparison) -> list[Grid]:
     found = []
     for name, rows in comparison.changes().items():
         header = ("", name, comparison.baseline, "change, %", "95 % interval")
-        found.append(Grid(f"{name} against {comparison.baseline}", header, [_row(change) for change in rows]))
+        title = f"{name} against {comparison.baseline}, {comparison.metric} in mm"
+        found.append(Grid(title, header, [_row(change) for change in rows]))
     return found
 
 
 def _row(change: Change) -> tuple[str, ...]:
-    measure = change.measure
-    label = f"{measure.label}, {measure.unit}" if measure.unit else measure.label
-    percent = (
-        f"{change.percent:+.1f}" if math.isfinite(change.percent) else f"({change.difference:+.2f} {measure.unit})"
-    )
+    percent = f"{change.percent:+.1f}"
+    if math.isnan(change.percent):
+        percent = f"({change.difference:+.2f} {change.measure.unit})"
     interval = f"[{change.low:+.1f}, {change.high:+.1f}]" if math.isfinite(change.low) else ""
-    return label, _spread(change.side), _spread(change.against), percent, interval
+    return change.measure.label, _spread(change.side), _spread(change.against), percent, interval
 
 
 def _spread(side: Side) -> str:
@@ -93,7 +93,12 @@ def notes(comparison: Comparison) -> list[str]:
         said.append(f"{name}: {count_runs(runs)}, {SEED} {seeds}")
     said.append(
         f"Compared over steps 1 to {window.end}; early: up to step {window.early}, late: after step {window.late}. "
-        "Validation at step 0 does not count. ± is the standard deviation over runs."
+        "Mean and std are those over checkpoints; validation at step 0 does not count. ± is the std over runs."
+    )
+    said.append(
+        f"Gap: {comparison.metric} of validation minus that of training frames, both without augmentation and dropout. "
+        "The training loss is that of the training steps, dropout and all, so it falls by itself where less is "
+        "dropped; the loss without dropout, on the training frames of the gap, does not."
     )
     said += _interval_notes(comparison)
     said += _run_notes(comparison)
@@ -121,6 +126,7 @@ def _interval_notes(comparison: Comparison) -> list[str]:
 def _run_notes(comparison: Comparison) -> list[str]:
     said = []
     unfinished = [run for run in comparison.runs if not run.is_finished]
+    said += [f"Left out: {reason}" for reason in comparison.left_out]
     if unfinished:
         shown = [f"{r.name} (step {r.last_step} of {r.config['GENERAL.total_step']})" for r in unfinished]
         said.append(f"Not finished: {_some(shown)}.")
