@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from src.config import Config, ConfigError
 from src.config_parse import check_overrides, parse_config
 from src.engine.failure import is_told, leave, leave_after_peer, several
-from src.engine.launch import adopt_slurm_step, requeue_slurm_job, start_missing_processes
+from src.engine.launch import adopt_slurm_step, check_launcher, requeue_slurm_job, start_missing_processes
 from src.engine.preflight import check_files
 from src.engine.stop import RESUMABLE, StopRequested, StopSignals
 
@@ -150,6 +150,7 @@ if __name__ == "__main__":
     SIGNALS.install()
     try:
         check_overrides(sys.argv[1:])
+        check_launcher(os.environ)
         start_missing_processes()
         main()
     except ConfigError as error:

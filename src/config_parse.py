@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config import Config, ConfigError, cross_problems
 
-GROUPS = ("data", "backbone", "augmentation", "dropout")
+GROUPS = ("data", "backbone", "augmentation", "dropout", "launch")
 _OVERRIDE = re.compile(r"^[+~]{0,2}(?!hydra[./])([A-Za-z_][\w.]*)(?:@[\w.]+)?(?:=|$)")
 
 

@@ -14,9 +14,33 @@ from collections.abc import Mapping
 
 import psutil
 
+from src.config import ConfigError
+
 _NUM_PROCESSES = re.compile(r"--num[_-]processes(?:=(\d+))?$")
 _FIRST_PORT, _NUM_PORT = 20_000, 10_000  # below the range that Linux hands out by itself
 REQUEUE = "STAGE1_REQUEUE"  # set to 1 in a Slurm job that may be queued again, as script/train.sbatch does
+
+
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+def check_launcher(env: Mapping[str, str]) -> None:
+    """Refuse what `accelerate launch` can ask for and this trainer cannot do: to share one copy of the weights out.
+
+    Raises:
+        ConfigError: naming it. A checkpoint would hold one process's part alone.
+    """
+    for variable, name in _SHARDING.items():
+        if env.get(variable, "").lower() == "true":
+            raise ConfigError(
+                f"{variable}=true: {name} is not supported, each process holds the whole network. Launch without it; "
+                f"memory is saved by TRAIN.activation_checkpointing=true and a smaller TRAIN.sample_per_device with a "
+                f"larger TRAIN.grad_accum_step (docs/CLUSTER.md)"
+            )
 
 
 def asked_processes(launcher: list[str]) -> int:

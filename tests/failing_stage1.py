@@ -1,0 +1,35 @@
+"""script/stage1.py with a fault: `FAULT=<kind>:<rank>:<step>` strikes one process at the beginning of one step.
+
+Kinds: error (an exception nobody foresaw), data (BadDataError), kill (SIGKILL). Once: after a restart nothing happens.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from src.data.health import BadDataError  # noqa: E402  (after the path)
+from src.engine.run import Run  # noqa: E402
+
+KIND, RANK, STEP = os.environ["FAULT"].split(":")
+take_step = Run.step
+
+
+def step(run: Run, *args: object) -> object:
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if first and os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == RANK and run.state.step == int(STEP):
+        if KIND == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise {"error": RuntimeError, "data": BadDataError}[KIND]("the fault of this test")
+    return take_step(run, *args)
+
+
+Run.step = step
+
+runpy.run_path(str(ROOT / "script/stage1.py"), run_name="__main__")
