@@ -10,6 +10,7 @@ seconds.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SIGNALS = StopSignals()
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 STOP_PATIENCE = 10.0  # s that AIM gets to take the last points of a run that was asked to stop
 
 
@@ -137,6 +139,10 @@ def build(kind: Callable[..., T], *parts: object) -> T:
         return kind(*parts)
     except ValueError as error:
         refuse(error)
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        leave(f"stage1: cannot begin: {error}\nMake room or the folder writable, then start the same command again", 1)
 
 
 def refuse(error: ValueError) -> NoReturn:

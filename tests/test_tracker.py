@@ -43,8 +43,8 @@ for run in repo.iter_runs():
     traces = run.meta_run_tree["traces"].items()
     last = {run.idx_to_ctx(c).to_dict()["subset"] + "/" + n: [t["last_step"], t.get("max")]
         for c, names in traces for n, t in names.items()}
-    found.append(dict(hash=run.hash, last=last, name=run.name, experiment=run.experiment, config=run["config"], points=points, pictures=pictures,
-        active=run.active))
+    found.append(dict(hash=run.hash, last=last, name=run.name, experiment=run.experiment, config=run["config"],
+        points=points, pictures=pictures, active=run.active))
 queried = sum(1 for c in repo.query_metrics("metric.name == 'lr'", report_mode=0).iter_runs())
 print(json.dumps(dict(runs=found, queried=queried)))
 """
@@ -312,31 +312,5 @@ def serve(repo: Path, port: int) -> subprocess.Popen:
         except OSError:
             return False
 
-    wait_for(answers, 40)
+    wait_for(answers, 120)
     return process
-
-
-@pytest.mark.slow
-def test_server_killed_midway_and_brought_back(tmp_path: Path, said) -> None:
-    pytest.importorskip("aim")
-    run, repo, port = tmp_path / "run", tmp_path / "served", free_port()
-    server = serve(repo, port)
-    try:
-        tracker = start(run, tmp_path / "repo", server_url=f"aim://127.0.0.1:{port}", start_timeout=15)
-        fill(tracker, 0, 100)
-        time.sleep(2)
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-        begin = time.monotonic()
-        fill(tracker, 100, 300)
-        assert time.monotonic() - begin < 1  # the loop feels nothing
-        tracker.close()
-        assert time.monotonic() - begin < 62
-        assert said.text.count("sync_aim.py") == 1
-        server = serve(repo, port)
-        assert sync(run).returncode == 0
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-    (in_run,) = in_aim(repo, index=True)["runs"]
-    assert in_run["points"] == journalled(run)

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -118,9 +119,18 @@ class Feeder(threading.Thread):
         return run
 
     def _local_repo(self, aim: Any) -> Any:
-        """The repository in the folder `target`, made by one process at a time: AIM crashes where two make it."""
+        """The repository in the folder `target`, made by one process at a time: AIM crashes where two make it.
+
+        One that could not be made, as on a full disk, is taken away again: AIM would refuse it for ever.
+        """
         with self._repo_lock():
-            return aim.Repo.from_path(self.target, init=not aim.Repo.exists(self.target))
+            is_new = not aim.Repo.exists(self.target)
+            try:
+                return aim.Repo.from_path(self.target, init=is_new)
+            except Exception:
+                if is_new:
+                    shutil.rmtree(Path(self.target) / ".aim", ignore_errors=True)
+                raise
 
     def _feed_rows(self, run: Any, offset: dict[str, int], limit: dict[str, int]) -> dict[str, int]:
         """Track the next rows of both journals; returns the offsets after them once AIM has them."""

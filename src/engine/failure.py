@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -72,7 +73,7 @@ def _tell(text: str, log: Path | None) -> None:
 
 def _append(text: str, log: Path | None) -> None:
     if log is not None:
-        with open(log, "a", encoding="utf-8") as file:
+        with suppress(OSError), open(log, "a", encoding="utf-8") as file:  # the failure may be that of the disk
             file.write(text + "\n")
 
 

@@ -1,0 +1,143 @@
+"""The tracker beside a real `aim server`, and AIM repositories whose disk is full. Slow: each starts real servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+from tests.test_disk_faults import NAMESPACE, disk  # noqa: F401  (a fixture)
+from tests.test_tracker import fill, free_port, in_aim, journalled, said, serve, start, sync, tracker_end  # noqa: F401
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("aim")
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[Path, int], subprocess.Popen]]:
+    """`serve`, and an end for whatever it started."""
+    started = []
+
+    def begin(repo: Path, port: int) -> subprocess.Popen:
+        started.append(serve(repo, port))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_server_killed_midway_and_brought_back(tmp_path: Path, said, server) -> None:  # noqa: F811
+    run, repo, port = tmp_path / "run", tmp_path / "served", free_port()
+    process = server(repo, port)
+    tracker = start(run, tmp_path / "repo", server_url=f"aim://127.0.0.1:{port}", start_timeout=15)
+    fill(tracker, 0, 100)
+    time.sleep(2)
+    kill(process)
+    begin = time.monotonic()
+    fill(tracker, 100, 300)
+    assert time.monotonic() - begin < 1  # the loop feels nothing
+    tracker.close()
+    assert time.monotonic() - begin < 62
+    assert said.text.count("sync_aim.py") == 1
+    server(repo, port)
+    for _ in range(2):
+        assert sync(run).returncode == 0
+    (in_run,) = in_aim(repo, index=True)["runs"]
+    assert in_run["points"] == journalled(run)
+
+
+def test_resume_over_a_server_continues_its_run_and_takes_back_what_it_threw_away(tmp_path: Path, said, server) -> None:  # noqa: F811
+    run, repo, port = tmp_path / "run", tmp_path / "served", free_port()
+    process = server(repo, port)
+    keywords = {"server_url": f"aim://127.0.0.1:{port}", "start_timeout": 15}
+    tracker = start(run, repo, **keywords)
+    fill(tracker, 0, 10)
+    state = tracker.state()
+    fill(tracker, 10, 25)
+    tracker.log(31, "train", {"lr": 9.0, "only_in_the_first_life": 1.0})
+    tracker.close()
+    tracker = start(run, repo, resume=state, **keywords)
+    fill(tracker, 10, 20)
+    tracker.close()
+    tracker = start(run, repo, resume=tracker_end(run), **keywords)
+    fill(tracker, 20, 28)
+    tracker.close()
+    kill(process)
+    (in_run,) = in_aim(repo, index=True)["runs"]
+    assert in_run["points"] == journalled(run)
+    assert "WARNING" not in said.text
+
+
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=$1 tmpfs "$2" || exit 99
+shift 2; exec "$@"
+"""
+
+FILL = """
+import json, sys, time
+from pathlib import Path
+from tests.test_tracker import fill, in_aim, journalled, serve, start, sync
+import logging, os, subprocess
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+run, repo, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+process = serve(repo, port) if port else None
+tracker = start(run, repo, server_url=f"aim://127.0.0.1:{port}" if port else None, start_timeout=30)
+ballast = repo / "ballast"
+with open(ballast, "wb") as file:
+    try:
+        while True: file.write(bytes(4096)); file.flush()
+    except OSError: pass
+    try: file.close()
+    except OSError: pass
+slowest = 0.0
+for step in range(2000):
+    begin = time.monotonic()
+    fill(tracker, step, step)
+    slowest = max(slowest, time.monotonic() - begin)
+time.sleep(2)
+begin = time.monotonic()
+tracker.close()
+closing = time.monotonic() - begin
+ballast.unlink()
+subprocess.run(["mount", "-o", "remount,size=100m", repo], check=True)
+if process:
+    process.kill(); process.wait()
+    process = serve(repo, port)
+synced = [sync(run).returncode for _ in range(2)]
+if process:
+    process.kill(); process.wait()
+(found,) = in_aim(repo, index=bool(port))["runs"]
+print(json.dumps(dict(slowest=slowest, closing=closing, synced=synced, same=found["points"] == journalled(run))))
+"""
+
+
+@pytest.mark.parametrize(("kind", "size"), [("local", "8m"), ("local", "1m"), ("served", "8m")])
+def test_repository_whose_disk_is_full(tmp_path: Path, disk: Path, kind: str, size: str) -> None:  # noqa: F811
+    """The loop feels nothing; once there is room, sync_aim.py brings all. 1 MB is too little to make a repository."""
+    port = str(free_port() if kind == "served" else 0)
+    words = [sys.executable, "-c", FILL, str(tmp_path / "run"), str(disk), port]
+    words = [*NAMESPACE, "bash", "-c", ON_A_SMALL_DISK, "_", size, str(disk), *words]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found, done.stderr)
+    assert found["slowest"] < 1
+    assert found["closing"] < 62
+    assert found["synced"] == [0, 0]
+    assert found["same"]
+    assert done.stderr.count("sync_aim.py") == 1
