@@ -35,6 +35,7 @@ from src.hand.skeleton import JOINT_NAMES
 from src.hand.standin import build_standin_hand
 from src.metric import SampleMetric
 from src.model.net import PoseNet
+from tests.data_shards import lab_sample, write_shard
 from tests.helpers import ROOT, random_batch, small_config
 from tests.test_predict import make_run
 
@@ -142,6 +143,24 @@ def test_configuration_is_the_checkpoints_with_the_changes(tmp_path: Path) -> No
     assert (list(other.DATA.val.source), other.DATA.val.max_sample) == (["a", "b"], None)
     with pytest.raises(ConfigError, match=r"InterHand2\.6M/val"):
         compose(saved, ["data=labs", f"DATA.root={tmp_path}"], whole=False)
+
+
+def test_older_lab_shards_are_told_apart(place: Path, tmp_path: Path) -> None:
+    """Their hands name no data set; the folders below DATA.root do. Frames of a clip are drawn together if asked."""
+    for folder, numbers in (("InterHand2.6M/val", (1, 2)), ("DexYCB/s1/val", (3, 4, 5))):
+        write_shard(tmp_path / folder / "0.tar", [lab_sample(n, 2, generation=1) for n in numbers])
+    arguments = ["data=labs", f"DATA.root={tmp_path}", "GENERAL.num_worker=0", "TRAIN.sample_per_device=4"]
+    options = [f"--output={tmp_path}/out", "--resample=clip", "--num_bootstrap=100"]
+    assert main([str(place / "run"), *arguments, *options]) == 0
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["bootstrap"]["over"] == "clip"
+    sizes = {g["name"]: g["num_sample"] for g in result["groups"] if g["kind"] == "source"}
+    assert sizes == {"InterHand2.6M": 4, "DexYCB": 6}
+    every = result["groups"][0]
+    assert "mpvpe_rel" not in every["metric"], "parameters of another hand model are no target"
+    assert "wrist" not in every["joint"]["cam"], "a joint that is never valid is absent"
+    assert "mpjpe_rel" not in every["metric"], "no wrist, nothing to be relative to"
+    assert every["metric"]["mpjpe_pa"]["num_sample"] == 10
 
 
 def test_training_validation_names_each_data_set() -> None:
