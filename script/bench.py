@@ -29,6 +29,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 # sub-command -> (what it measures, module with add_arguments(parser) and run(args, say) -> list[Figure])
 SUBJECTS = {
     "accuracy": ("our decoder and losses against HaMeR's and CS-ViT2's", "src.engine.bench.accuracy"),
+    "checkpoint": ("how long training stands still for a checkpoint", "src.engine.bench.checkpoint"),
     "data": ("reading, decoding and augmenting shards", "src.engine.bench.data"),
     "gpu": ("DINOv2-large on a GPU: step, compiled step, data, profile", "src.engine.bench.gpu"),
     "peers": ("a training step against HaMeR's and CS-ViT2's, end to end", "src.engine.bench.peers"),

@@ -54,7 +54,7 @@ def stage1(place: Path, runs: str, *overrides: str, launcher: tuple[str, ...] = 
     """Run the script with its folders below `place`; returns the newest run folder."""
     places = (f"DATA.root={place}/data", f"GENERAL.output_root={place}/{runs}", f"AIM.repo={place}/{runs}")
     command = [*launcher, str(ROOT / "script/stage1.py"), *SMALL, *places, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return max((place / runs).glob("*/*_stage1-demo*"), key=lambda p: p.stat().st_mtime)
 
@@ -169,11 +169,47 @@ def test_torchrun_is_one_run_too(place: Path, finished: Path) -> None:
     assert rows(both, "train")[0]["loss_total"] == pytest.approx(rows(finished, "train")[0]["loss_total"], rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(place: Path) -> None:
+def refused(place: Path, runs: str, *overrides: str) -> str:
+    """What the script says when it fails."""
     with pytest.raises(AssertionError) as error:
-        stage1(place, "nan", "TRAIN.lr=1e12", "TRAIN.backbone_lr=1e12")
-    assert "the loss is not finite (loss_" in str(error.value)
+        stage1(place, runs, *overrides)
     assert "Traceback" not in str(error.value)
+    return str(error.value)
+
+
+def test_numbers_that_stay_wrong_end_the_run(place: Path) -> None:
+    """A learning rate from another world: every later step is left out, the tenth ends the run, and can be replayed."""
+    said = refused(place, "nan", "TRAIN.lr=1e12", "TRAIN.backbone_lr=1e12")
+    assert re.search(r"10 steps in a row .* not finite: .*loss_total.*; every sample: train/\d+\.tar:demo_train", said)
+    run = next((place / "nan").glob("*/*_stage1-demo"))
+    assert rows(run, "train")[-1]["skipped_step"] == 11, "one more was left out before the news came"
+    folder = next(path for path in run.glob("bad_batch-*") if path.is_dir())
+    command = [sys.executable, str(ROOT / "script/replay_batch.py"), str(folder), "--device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
+    assert "first module that makes something not finite: backbone" in done.stdout
+    assert "loss_total=nan" in done.stdout
+
+
+def test_auto_takes_the_newest_whole_checkpoint(place: Path, finished: Path) -> None:
+    """With the newest one damaged it goes on from the one before, in the same folder; a complete run is left alone."""
+    run = place / "auto" / "2026-01-01" / "00-00-00_stage1-demo"
+    shutil.copytree(finished, run)
+    weights = run / "checkpoints" / "checkpoint-40" / "model.safetensors"
+    expected = weights.read_bytes()
+    weights.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
+    assert stage1(place, "auto", "GENERAL.resume_path=auto") == run
+    assert weights.read_bytes() == expected
+    assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    before = sorted(path.name for path in run.rglob("*"))
+    assert stage1(place, "auto", "GENERAL.resume_path=auto") == run
+    assert sorted(path.name for path in run.rglob("*")) == before
+
+
+def test_another_network_is_refused_in_words(place: Path, finished: Path) -> None:
+    said = refused(place, "other", f"GENERAL.resume_path={finished}", "MODEL.handec.num_layer=3")
+    assert "MODEL.handec.num_layer=3: the checkpoint was written with 1" in said
+    assert f"MODEL.init_from={finished}" in said
+    assert not (place / "other").exists()
 
 
 def test_accumulation_is_the_same_step(place: Path, finished: Path) -> None:

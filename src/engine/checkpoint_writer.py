@@ -43,15 +43,16 @@ class HostCopy:
     def __call__(self, tree: Any, at: tuple = ()) -> Any:
         """A copy of dicts, lists and tensors. Valid until the next copy at the same place."""
         seen: dict[tuple, torch.Tensor] = {}
-        on_device = False
+        source: list[torch.Tensor] = []
+        copies: list[torch.Tensor] = []
 
         def walk(value: Any, path: tuple) -> Any:
-            nonlocal on_device
             if isinstance(value, torch.Tensor):
                 key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
                 if not value.numel() or key not in seen:
-                    seen[key] = self._host(path, value).copy_(value.detach(), non_blocking=True)
-                    on_device |= value.is_cuda
+                    seen[key] = self._host(path, value)
+                    source.append(value.detach())
+                    copies.append(seen[key])
                 return seen[key]
             if isinstance(value, dict):
                 return {name: walk(item, (*path, name)) for name, item in value.items()}
@@ -60,7 +61,9 @@ class HostCopy:
             return copy.deepcopy(value)
 
         result = walk(tree, at)
-        if on_device:
+        if source:
+            torch._foreach_copy_(copies, source, non_blocking=True)
+        if any(tensor.is_cuda for tensor in source):
             torch.cuda.current_stream().synchronize()
         return result
 
