@@ -55,11 +55,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load(args: argparse.Namespace, options: Options) -> Comparison:
     """Read every side. Raises ComparisonError."""
-    from src.engine.comparison.curves import find_runs, read_sides
+    from src.engine.comparison.read import find_runs, read_sides
     from src.engine.comparison.report import Comparison, read_data
 
     if args.redraw is not None:
-        return read_data(args.redraw, options)
+        return read_data(args.redraw, options, args.metric)
     patterns = [args.runs, *args.also, args.against]
     sides = dict(zip(side_names(patterns), map(find_runs, patterns), strict=True))
     read, left_out = read_sides(sides, args.metric)

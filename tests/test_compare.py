@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from script.compare import main, side_names
-from src.engine.comparison.curves import ComparisonError, Curve, differences, find_runs, read_run, read_sides
+from src.engine.comparison.curves import ComparisonError, Curve, differences
 from src.engine.comparison.measure import Window, changes, measure_run
+from src.engine.comparison.read import find_runs, read_run, read_sides
 from src.engine.comparison.report import Comparison, Options, notes, read_data, write_data
 from tests.helpers import ROOT
 
@@ -149,9 +150,9 @@ def test_resumed_journal_and_torn_line(tmp_path: Path) -> None:
         file.write('{"step": 60, "subset": "val", "mpj')
     (folder / "config.resumed-40.yaml").write_text("GENERAL: {seed: 0, total_step: 60}\n")
     run = read_run(folder, "mpjpe_cam")
-    assert run.curve["val"].step.tolist() == [0, 10, 20, 30, 40, 50]
-    assert run.curve["val"].value[3] == 8.0
-    assert np.isnan(run.curve["val"].value[5])
+    assert run.val.step.tolist() == [0, 10, 20, 30, 40, 50]
+    assert run.val.value[3] == 8.0
+    assert np.isnan(run.val.value[5])
     assert run.config["GENERAL.total_step"] == 60
     assert not run.is_finished
     assert measure_run(run, Window.common([run], 0.5, 0.5))["val_last"] == 12.0
@@ -178,6 +179,16 @@ def test_data_file_gives_the_same_comparison(tmp_path: Path) -> None:
     assert notes(again) == notes(first)
     for one, two in zip(first.changes()["ours"], again.changes()["ours"], strict=True):
         assert (one.percent, one.low, one.high) == pytest.approx((two.percent, two.low, two.high), rel=1e-3)
+
+
+def test_data_file_holds_every_metric(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, [write_run(tmp_path / "a", val=scaled(0.5))], [write_run(tmp_path / "b")])
+    write_data(comparison, tmp_path / "data.json")
+    again = read_data(tmp_path / "data.json", OPTIONS, "mpjpe_rel")
+    assert again.metric == "mpjpe_rel"
+    assert again.changes()["ours"][0].side.mean == pytest.approx(15.0 * 0.5 / 2)
+    with pytest.raises(ComparisonError, match=r"no mpjpe_pa was kept; choose one.*mpjpe_cam, mpjpe_rel"):
+        read_data(tmp_path / "data.json", OPTIONS, "mpjpe_pa")
 
 
 def test_errors_are_for_people(tmp_path: Path) -> None:

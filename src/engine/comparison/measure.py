@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src.engine.comparison.curves import Run
+from src.engine.comparison.curves import EVAL_LOSS, LOSS, Run
 
 _TAIL = 0.025
 
@@ -86,7 +86,7 @@ class Change:
 
 def measure_run(run: Run, window: Window) -> dict[str, float]:
     """The value of every measure; NaN for what the run did not record in the window. Step 0 never counts."""
-    val = run.curve["val"].between(0, window.end)
+    val = run.val.between(0, window.end)
     known = val.value[np.isfinite(val.value)]
     found = {
         "val_mean": _mean(known),
@@ -96,7 +96,7 @@ def measure_run(run: Run, window: Window) -> dict[str, float]:
         "gap_early": _gap(run, 0, window.early),
         "gap_late": _gap(run, window.late, window.end),
     }
-    for key, name in (("loss_mean", "train_loss"), ("eval_loss_mean", "train_eval_loss")):
+    for key, name in (("loss_mean", LOSS), ("eval_loss_mean", EVAL_LOSS)):
         curve = run.curve.get(name)
         found[key] = float("nan") if curve is None else _mean(curve.between(0, window.end).value)
     return found
@@ -104,10 +104,10 @@ def measure_run(run: Run, window: Window) -> dict[str, float]:
 
 def _gap(run: Run, first: int, last: int) -> float:
     """Mean of validation minus training frames over the validations with first < step <= last."""
-    if "train_eval" not in run.curve:
+    if run.train_eval is None:
         return float("nan")
-    val = run.curve["val"].between(first, last)
-    return _mean(val.value - run.curve["train_eval"].at(val.step))
+    val = run.val.between(first, last)
+    return _mean(val.value - run.train_eval.at(val.step))
 
 
 def _mean(value: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from src.engine.comparison.curves import Run
+from src.engine.comparison.curves import DROPOUT_RATE, LOSS, Run
 from src.engine.comparison.report import Comparison, count_runs
 
 # the last side, which the others are compared with, is grey
@@ -25,10 +25,10 @@ def plot_curves(comparison: Comparison, path: Path) -> None:
     figure = Figure(figsize=(9.5, 8.0), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(3.2, 2.0, 1.0))
     for runs, colour in zip(comparison.side.values(), _colours(comparison), strict=True):
-        _draw(axes[0], runs, "val", colour, "-")
-        _draw(axes[0], runs, "train_eval", colour, "--")
-        _draw(axes[1], runs, "train_loss", colour, "-", smooth=True)
-        _draw(axes[2], runs, "dropout_rate", colour, "-", with_band=False)
+        _draw(axes[0], runs, f"val/{comparison.metric}", colour, "-")
+        _draw(axes[0], runs, f"train_eval/{comparison.metric}", colour, "--")
+        _draw(axes[1], runs, LOSS, colour, "-", smooth=True)
+        _draw(axes[2], runs, DROPOUT_RATE, colour, "-", with_band=False)
     _label_metric(axes[0], comparison)
     axes[0].set_ylim(*_metric_range(comparison))
     axes[1].set_ylabel("training loss")
@@ -47,13 +47,13 @@ def _colours(comparison: Comparison) -> list[str]:
 
 
 def _max_rate(comparison: Comparison) -> float:
-    rates = [run.curve["dropout_rate"].value.max() for run in comparison.runs if "dropout_rate" in run.curve]
+    rates = [run.curve[DROPOUT_RATE].value.max() for run in comparison.runs if DROPOUT_RATE in run.curve]
     return max([*rates, 1e-3])
 
 
 def _metric_range(comparison: Comparison) -> tuple[float, float]:
     """What is measured after step 0, mm: the untrained network would take most of the axis."""
-    curves = [run.curve[name] for run in comparison.runs for name in ("val", "train_eval") if name in run.curve]
+    curves = [curve for run in comparison.runs for curve in (run.val, run.train_eval) if curve is not None]
     value = np.concatenate([curve.value[curve.step > 0] for curve in curves])
     low, high = np.nanmin(value), np.nanmax(value)
     return low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
@@ -70,7 +70,7 @@ def _label_metric(axis: Any, comparison: Comparison) -> None:
     sides = zip(comparison.side.items(), _colours(comparison), strict=True)
     handles = [Line2D([], [], color=c, label=f"{name} ({count_runs(runs)})") for (name, runs), c in sides]
     handles.append(Line2D([], [], color="black", label="validation"))
-    if any("train_eval" in run.curve for run in comparison.runs):
+    if any(run.train_eval is not None for run in comparison.runs):
         handles.append(Line2D([], [], color="black", linestyle="--", label="training frames, no dropout"))
     axis.legend(handles=handles, fontsize=8, loc="upper right")
 

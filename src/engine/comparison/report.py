@@ -133,14 +133,12 @@ def _run_notes(comparison: Comparison) -> list[str]:
     lengths = sorted({run.last_step for run in comparison.runs})
     if len(lengths) > 1:
         said.append(f"The runs got to steps {_some(map(str, lengths))}: only the steps that all have are compared.")
-    grids_of_steps = {
-        tuple(run.curve["val"].between(0, comparison.window.end).step.tolist()) for run in comparison.runs
-    }
+    grids_of_steps = {tuple(run.val.between(0, comparison.window.end).step.tolist()) for run in comparison.runs}
     if len(grids_of_steps) > 1:
         said.append(
             "The runs were not validated at the same steps: their means over checkpoints weigh steps differently."
         )
-    if without := [run.name for run in comparison.runs if "train_eval" not in run.curve]:
+    if without := [run.name for run in comparison.runs if run.train_eval is None]:
         said.append(
             f"No generalisation gap: {_some(without)} did not measure training frames. "
             "DATA.train.eval_sample=500 makes a run do so at every validation."
@@ -185,11 +183,13 @@ def write_data(comparison: Comparison, path: Path) -> None:
     path.write_text(json.dumps({"config": common, "side": sides}, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def read_data(path: Path, options: Options) -> Comparison:
-    """The inverse of `write_data`. Raises ComparisonError where the file is none of ours."""
+def read_data(path: Path, options: Options, metric: str | None = None) -> Comparison:
+    """The inverse of `write_data`. Raises ComparisonError where the file is none of ours or lacks `metric`."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        side = {name: [from_json(run, tree["config"]) for run in runs] for name, runs in tree["side"].items()}
+        side = {name: [from_json(run, tree["config"], metric) for run in runs] for name, runs in tree["side"].items()}
+    except ComparisonError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ComparisonError(f"{path}: is not a {DATA} of an earlier comparison ({error})") from error
     return Comparison(side, options)
