@@ -6,7 +6,7 @@ the seeds of one setting. Read are metrics.jsonl and config.yaml of each.
 python script/compare.py checkpoint/claim/gate --against checkpoint/claim/constant
 python script/compare.py checkpoint/2026-02-01/12-00-00_stage1-dino_large --against 'checkpoint/2026-01-*/*dino_large'
 python script/compare.py RUN --also ANOTHER --against BASELINE --metric mpjpe_rel --output comparison
-python script/compare.py --redraw docs/figures/data/claim.json --output comparison
+python script/compare.py gate --against constant --redraw docs/figures/data/claim.json --output comparison
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--late", type=float, default=1 / 3, help="share of the run that is late; default: a third")
     parser.add_argument("--num_bootstrap", type=int, default=10000, help="draws; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--redraw", type=Path, metavar="JSON", help="the comparison.json of an earlier comparison")
+    parser.add_argument(
+        "--redraw", type=Path, metavar="JSON", help="an earlier comparison.json; runs are its sides, or all"
+    )
     parser.add_argument("--output", type=Path, help="a new folder; default: checkpoint/comparison/<date and time>")
     args = parser.parse_args(argv)
-    if args.redraw is None and not (args.runs and args.against):
+    if bool(args.runs) != bool(args.against) or not (args.runs or args.redraw):
         parser.error("name the runs and, after --against, those they are compared with")
-    if args.redraw is not None and (args.runs or args.against or args.also):
-        parser.error("--redraw takes its runs from the file; name no others")
     if not (0 < args.early <= 1 and 0 < args.late <= 1):
         parser.error("--early and --late are shares of the run, above 0 and at most 1")
     if args.num_bootstrap < 100:
@@ -59,7 +59,8 @@ def load(args: argparse.Namespace, options: Options) -> Comparison:
     from src.engine.comparison.report import Comparison, read_data
 
     if args.redraw is not None:
-        return read_data(args.redraw, options, args.metric)
+        names = [*args.runs, *(name for also in args.also for name in also), *(args.against or [])]
+        return read_data(args.redraw, options, args.metric).choose(names)
     patterns = [args.runs, *args.also, args.against]
     sides = dict(zip(side_names(patterns), map(find_runs, patterns), strict=True))
     read, left_out = read_sides(sides, args.metric)

@@ -239,6 +239,13 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([ours, "--against", theirs, "--output", str(out)]) == 2, "nothing is overwritten"
     assert "holds files already" in capsys.readouterr().err
     assert main(["--redraw", str(out / "comparison.json"), "--output", str(tmp_path / "again")]) == 0
+    again = ["more", "--against", "theirs", "--redraw", str(out / "comparison.json"), "--output", str(tmp_path / "two")]
+    assert main(again) == 0
+    text = (tmp_path / "two" / "comparison.md").read_text()
+    assert "more against theirs" in text
+    assert "ours against theirs" not in text
+    assert main(["x", *again[1:]]) == 2
+    assert "x: no such side; there are ours, more, theirs" in capsys.readouterr().err
     assert main([ours, "--against", str(tmp_path / "nowhere")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
 

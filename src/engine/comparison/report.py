@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,12 @@ class Comparison:
     @property
     def baseline(self) -> str:
         return list(self.side)[-1]
+
+    def choose(self, names: Sequence[str]) -> Comparison:
+        """The comparison of these sides alone, the last one the baseline. Raises ComparisonError for unknown names."""
+        if unknown := [name for name in names if name not in self.side]:
+            raise ComparisonError(f"{unknown[0]}: no such side; there are {', '.join(self.side)}")
+        return replace(self, side={name: self.side[name] for name in names}) if names else self
 
     def changes(self) -> dict[str, list[Change]]:
         """Side -> what changed against the last side."""
