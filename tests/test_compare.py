@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from script.compare import main, side_names
 from src.engine.comparison.curves import ComparisonError, Curve, differences
-from src.engine.comparison.measure import Window, changes, measure_run
+from src.engine.comparison.measure import Window, _draw, _interval, changes, measure_run, tail_share
 from src.engine.comparison.read import find_runs, read_run, read_sides
 from src.engine.comparison.report import Comparison, Options, notes, read_data, write_data
 from tests.helpers import ROOT
@@ -87,16 +88,25 @@ def test_paired_by_seed(tmp_path: Path) -> None:
     assert unpaired.high > 20
 
 
-def test_interval_covers_the_truth() -> None:
-    """Of many experiments whose true change is -10 %, nearly 19 in 20 intervals hold it (30 runs a side)."""
-    from src.engine.comparison.measure import _draw, _interval
-
+@pytest.mark.parametrize("num", [5, 20])
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_interval_covers_the_truth(num: int, is_paired: bool) -> None:
+    """Of many experiments whose true change is -10 %, about 19 in 20 intervals hold it, with 5 runs a side too."""
     rng, hits = np.random.default_rng(0), 0
-    for trial in range(200):
-        a, b = rng.normal(9, 1, 30), rng.normal(10, 1, 30)
-        low, high = _interval(a, b, _draw(30, 30, False, 400, trial))
+    for trial in range(300):
+        a, b = rng.normal(9, 1, num), rng.normal(10, 1, num)
+        low, high = _interval(a, b, _draw(num, num, is_paired, 4000, trial))
         hits += low <= -10 <= high
-    assert 178 <= hits <= 198
+    assert 0.90 <= hits / 300 <= 0.99
+
+
+def test_tail_share() -> None:
+    """Against scipy's quantiles; for two or three runs both mean the outermost draws."""
+    for num in (4, 5, 6, 10, 50):
+        exact = stats.norm.cdf(-np.sqrt(num / (num - 1)) * stats.t.ppf(0.975, num - 1))
+        assert tail_share(num) == pytest.approx(exact, rel=0.15)
+    assert tail_share(2) < 1e-4
+    assert tail_share(1000) == pytest.approx(0.025, rel=0.02)
 
 
 def test_single_runs_have_no_interval(tmp_path: Path) -> None:

@@ -3,18 +3,21 @@
 Percentile bootstrap (Efron, "Bootstrap methods: another look at the jackknife", 1979). Where both sides hold the same
 seeds, once each, they are drawn in pairs: two runs of one seed see the same data in the same order from the same
 initial weights, so what they share cancels. Otherwise each side is drawn by itself.
+
+Of 5 runs the plain percentile interval holds the truth in 84 of 100 experiments instead of 95. The quantiles are
+therefore moved outwards as Student's t asks of so few (the expanded percentile interval of Hesterberg, "What teachers
+should know about the bootstrap", The American Statistician 69, 2015).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 from src.engine.comparison.curves import EVAL_LOSS, LOSS, Run
-
-_TAIL = 0.025
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,24 @@ def _interval(a: np.ndarray, b: np.ndarray, draws: tuple[np.ndarray, np.ndarray]
     percent = _percent(a[draws[0]].mean(axis=1), b[draws[1]].mean(axis=1))
     if not np.isfinite(percent).all():  # in some draws the other side is not above 0: no percentage means anything
         return float("nan"), float("nan")
-    low, high = np.quantile(percent, [_TAIL, 1 - _TAIL])
+    tail = tail_share(min(len(a), len(b)))
+    low, high = np.quantile(percent, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def tail_share(num: int) -> float:
+    """The share of draws beyond each end of a 95 % interval over `num` runs, 2 or more.
+
+    Student's quantile by Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    """
+    z, free = NormalDist().inv_cdf(0.975), num - 1
+    student = (
+        z
+        + (z**3 + z) / (4 * free)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3)
+    )
+    return NormalDist().cdf(-((num / free) ** 0.5) * student)
 
 
 def _percent(value: np.ndarray | float, against: np.ndarray | float) -> np.ndarray:

@@ -124,8 +124,9 @@ def _interval_notes(comparison: Comparison) -> list[str]:
             )
         else:
             how = "in pairs of equal seed" if rows[0].is_paired else "on each side by itself, as the seeds do not match"
-            few = " With so few runs it is rather too narrow." if min(sizes) < 10 else ""
-            said.append(f"{pair}: bootstrap over runs, drawn {how}, {comparison.options.num_draw} draws.{few}")
+            few = " Fewer than 5 runs say little." if min(sizes) < 5 else ""
+            draws = f"{comparison.options.num_draw} draws, widened for {min(sizes)} runs"
+            said.append(f"{pair}: bootstrap over runs, drawn {how}, {draws}.{few}")
     return said
 
 
