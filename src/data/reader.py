@@ -7,6 +7,7 @@ tried first: a look at names and sizes is enough then.
 from __future__ import annotations
 
 import os
+import weakref
 from collections import OrderedDict
 from zlib import crc32
 
@@ -82,6 +83,7 @@ class ShardReader:
 
     def __init__(self, index: ShardIndex, stride: int, clips: ClipCache | None = None) -> None:
         self.name, self.fd = str(index.shard), os.open(index.shard, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self.fd)
         self.stamp = index.shard_size, index.shard_mtime_ns
         self.tables = index.tables()
         self.rows = self.tables.rows(stride)
@@ -89,7 +91,8 @@ class ShardReader:
         self._layouts: dict[int, Layout] = {}  # by the size of a sample without its images
 
     def close(self) -> None:
-        os.close(self.fd)
+        """Close the shard; a reader that nobody holds any more does so by itself."""
+        self._close()
 
     def describe(self, row: int) -> str:
         """ "<sample key>/<frame>" of a row that cannot be read otherwise, from its header in the archive."""
