@@ -86,6 +86,7 @@ def test_resumed_training_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
     train(model, optimizer, 3)
     state = TrainState(step=3, data_position=48, best_metric=0.1 + 0.2, best_step=2, tracker={"metrics.jsonl": 7})
     path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state=state)
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1, "who may read one file may read all"
     torch.manual_seed(5)  # as each step of a run does
     train(model, optimizer, 4)
 

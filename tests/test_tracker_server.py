@@ -92,6 +92,7 @@ FILL = """
 import json, sys, time
 from pathlib import Path
 from tests.test_tracker import fill, in_aim, journalled, serve, start, sync
+from tests.test_tracker_server import kill
 import logging, os, subprocess
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 run, repo, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -116,13 +117,15 @@ closing = time.monotonic() - begin
 ballast.unlink()
 subprocess.run(["mount", "-o", "remount,size=100m", repo], check=True)
 if process:
-    process.kill(); process.wait()
+    kill(process)  # this server stays broken: its database session was not rolled back
     process = serve(repo, port)
-synced = [sync(run).returncode for _ in range(2)]
+synced = [sync(run) for _ in range(2)]
+print(*[s.stdout + s.stderr for s in synced], file=sys.stderr)
 if process:
-    process.kill(); process.wait()
+    kill(process)
 (found,) = in_aim(repo, index=bool(port))["runs"]
-print(json.dumps(dict(slowest=slowest, closing=closing, synced=synced, same=found["points"] == journalled(run))))
+codes = [s.returncode for s in synced]
+print(json.dumps(dict(slowest=slowest, closing=closing, synced=codes, same=found["points"] == journalled(run))))
 """
 
 

@@ -33,6 +33,7 @@ from src.engine.tracker import FALLBACK, HEADER, IMAGES, JOURNALS, METRICS, read
 
 SERVER_STALL = 20.0  # s without progress after which a server is given up
 LOCAL_STALL = 120.0  # s, the same for a local repository (slow network disks)
+PATIENT_STALL = 120.0  # s, the same for sync_aim.py
 DRAIN_LIMIT = 55.0  # s to empty the journals after the trainer ended; it waits 60 s
 POLL = 0.25  # s between two looks at the journals
 
@@ -149,9 +150,22 @@ class Feeder(threading.Thread):
                 picture = Image(str(file), caption=f"step {row['step']}", format="jpeg", quality=90)
                 run.track(picture, name=row["name"], step=row["step"], context={"subset": row["subset"]})
                 self.point += 1
-        if self.is_remote and (metrics or images):
-            run.repo._client.get_queue().wait_for_finish()  # AIM has no public call for "everything has arrived"
+        if self.is_remote:
+            self._wait_for_arrival(run)
         return {METRICS: metrics_end, IMAGES: images_end}
+
+    def _wait_for_arrival(self, run: Any) -> None:
+        """Wait until the server has confirmed all that was tracked; each confirmation is a sign of progress.
+
+        AIM has no public call for either.
+        """
+        queue = run.repo._client.get_queue()._queue
+        left = queue.unfinished_tasks
+        while left:
+            time.sleep(0.01)
+            before, left = left, queue.unfinished_tasks
+            if left < before:
+                self.beat = time.monotonic()
 
     def _acknowledge(self, run_hash: str, offset: dict[str, int]) -> None:
         if self.abandoned:
@@ -192,10 +206,16 @@ def _empty(run: Any) -> None:
 
 
 def carry(
-    feeder: Feeder, ending: threading.Event, has_ended: Callable[[], bool], drain_limit: float = DRAIN_LIMIT
+    feeder: Feeder,
+    ending: threading.Event,
+    has_ended: Callable[[], bool],
+    stall: float,
+    drain_limit: float = DRAIN_LIMIT,
 ) -> str | None:
-    """Run one feeder under the watchdog. None when everything has arrived, otherwise why not."""
-    stall = SERVER_STALL if feeder.is_remote else LOCAL_STALL
+    """Run one feeder under the watchdog. None when everything has arrived, otherwise why not.
+
+    Args: stall, drain_limit: seconds without progress, and after the end of the trainer, that give the target up.
+    """
     feeder.start()
     deadline = None
     while feeder.is_alive():
@@ -223,7 +243,8 @@ def follow(run_folder: Path, parent: int, say: Callable[..., None]) -> bool:
     targets = [wanted, str(run_folder / FALLBACK)] if wanted.startswith("aim://") else [wanted]
     ending = threading.Event()
     for target in targets:
-        reason = carry(Feeder(run_folder, target, ending, say), ending, has_ended)
+        feeder = Feeder(run_folder, target, ending, say)
+        reason = carry(feeder, ending, has_ended, SERVER_STALL if feeder.is_remote else LOCAL_STALL)
         if reason is None:
             say(event="closed")
             return True
@@ -237,7 +258,7 @@ def sync(run_folder: Path, target: str | None) -> bool:
     ending = threading.Event()
     ending.set()
     feeder = Feeder(run_folder, target, ending, lambda **_: None)
-    reason = carry(feeder, ending, lambda: True, drain_limit=math.inf)  # nobody waits; the watchdog remains
+    reason = carry(feeder, ending, lambda: True, PATIENT_STALL, drain_limit=math.inf)  # nobody waits for us
     if reason is None:
         run_hash = read_state(run_folder)[target]["run_hash"]
         print(f"{feeder.point} points of {run_folder} brought to AIM at {target}, run {run_hash}")

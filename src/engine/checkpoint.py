@@ -87,6 +87,7 @@ def save_checkpoint(
         save_model(model, str(temporary / MODEL))
         scaler_state = None if scaler is None else scaler.state_dict()
         torch_save({"optimizer": optimizer.state_dict(), "scaler": scaler_state}, temporary / OPTIMIZER)
+        (temporary / MODEL).chmod((temporary / OPTIMIZER).stat().st_mode)  # safetensors writes for the owner alone
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")

@@ -20,8 +20,14 @@ from src.utils.checkpoint_read import MANIFEST, sha256
 
 
 def torch_save(value: Any, path: Path) -> None:
-    with open(path, "wb") as file:
-        torch.save(value, file)
+    """`torch.save`. Raises OSError where the disk refuses; torch hides that behind a RuntimeError of its own."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def torch_load(path: Path) -> Any:

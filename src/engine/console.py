@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +39,10 @@ class _FileHandler(logging.Handler):
         self._file.append(self.format(record).encode() + b"\n")
 
 
+class _Beginning(MemoryHandler):
+    """Keeps what is said before there is a run folder."""
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that speaks and writes, before Accelerate has been asked."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -45,14 +50,19 @@ def is_main_process() -> bool:
 
 def set_up_logging() -> None:
     """Lines of the main process go to the console as they are; the others speak up from warnings on."""
-    logger.handlers[:] = [_ConsoleHandler()]
+    logger.handlers[:] = [_ConsoleHandler(), _Beginning(capacity=1000, flushLevel=logging.CRITICAL + 1)]
     logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     logger.propagate = False
 
 
 def add_log_file(path: Path) -> None:
-    """From now on every line also goes to this file, appended."""
-    logger.addHandler(_FileHandler(path))
+    """Every line also goes to this file, appended: those said since `set_up_logging`, and all to come."""
+    file = _FileHandler(path)
+    for handler in [h for h in logger.handlers if isinstance(h, _Beginning)]:
+        logger.removeHandler(handler)
+        handler.setTarget(file)
+        handler.close()
+    logger.addHandler(file)
 
 
 @contextmanager
