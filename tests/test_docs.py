@@ -35,7 +35,8 @@ PATH = re.compile(r"(?<![\w./-])(?:script|src|tests|config)/[\w./-]*\w")
 MODULE = re.compile(r"python -m (tests\.\w+)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 TREE_LINE = re.compile(r"^((?:│   |    )*)(?:├── |└── )(\S+)")
-LOG_LINE = re.compile(r"^\d+/\d+ lr=.*$", re.MULTILINE)
+LOG_LINE = re.compile(r"^\d+/\d+ lr=.*[^.\n]$", re.MULTILINE)  # one that ends in "..." shows a part
+SWEEP = re.compile(r"^([^=]+)=([\w.-]+(?:,[\w.-]+)+)$")  # KEY=A,B,C
 
 
 def text_of(path: Path) -> str:
@@ -83,6 +84,15 @@ def test_chinese_mirror() -> None:
     assert words[0] == words[1]
 
 
+def points(overrides: list[str]) -> list[list[str]]:
+    """The first and the last point of a sweep; what only Hydra itself can fill in is left out."""
+    own = [word for word in overrides if not word.startswith("hydra.") and "${hydra:" not in word]
+    own.append("GENERAL.output_root=checkpoint/point")
+    first = [SWEEP.sub(lambda match: f"{match[1]}={match[2].split(',')[0]}", word) for word in own]
+    last = [SWEEP.sub(lambda match: f"{match[1]}={match[2].split(',')[-1]}", word) for word in own]
+    return [first, last]
+
+
 @pytest.mark.parametrize("path", DOCS, ids=DOC_IDS)
 def test_training_commands_compose(path: Path) -> None:
     """Every `script/stage1.py` command is one that Hydra composes and the checks accept."""
@@ -90,10 +100,12 @@ def test_training_commands_compose(path: Path) -> None:
         arguments = after(words, "script/stage1.py")
         if arguments is None:
             continue
-        name, *overrides = [re.sub(r"\$\w+", "checkpoint/run", word) for word in arguments]
+        is_sweep = "-m" in arguments
+        name, *overrides = [re.sub(r"\$\w+", "checkpoint/run", word) for word in arguments if word != "-m"]
         assert name.startswith("--config-name="), words
         check_overrides(overrides)
-        compose_config(name.removeprefix("--config-name="), *overrides)
+        for point in points(overrides) if is_sweep else [overrides]:
+            compose_config(name.removeprefix("--config-name="), *point)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=DOC_IDS)
