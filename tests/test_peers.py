@@ -13,7 +13,7 @@ from script.peers import PEERS, load_peer
 from script.peers.csvit import CsVitNet, finger_length
 from script.peers.hamer import HamerNet
 from src.batch import Batch
-from src.engine.bench import accuracy
+from src.engine.bench import accuracy, accuracy_train
 from src.geometry.camera import project
 from src.hand.standin import build_standin_hand
 from tests.helpers import compose_config, random_batch, small_config
@@ -135,7 +135,7 @@ def test_bench_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     args = parser.parse_args(["--quick", "--out", str(tmp_path), "--img-size", "56", "--batch", "4", *small])
     args.compose, args.peer = lambda name, overrides: compose_config(name, *overrides), load_peer
     trained: list[str] = []
-    train = accuracy.train_network
+    train = accuracy_train.train_network
 
     def counting(*arguments: object) -> None:
         trained.append(str(arguments[7]))
@@ -143,7 +143,7 @@ def test_bench_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
             raise KeyboardInterrupt
         train(*arguments)
 
-    monkeypatch.setattr(accuracy, "train_network", counting)
+    monkeypatch.setattr(accuracy_train, "train_network", counting)
     with pytest.raises(KeyboardInterrupt):
         accuracy.run(args, lambda text: None)
     first = len(trained)
@@ -152,3 +152,6 @@ def test_bench_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     assert accuracy.run(args, lambda text: None) == figures, "everything found, nothing trained anew"
     assert len(trained) == first + 4
     assert {f.name for f in figures} >= {"mpjpe_rel, ours", "mpjpe_cam, csvit", "mpjpe_pa, ours over the better peer"}
+    constant = {f.name: f.value for f in figures if "without looking" in f.name}
+    assert 60 < constant["mpjpe_rel, without looking"] < 140, "the mean of hands turned every way"
+    assert 5 < constant["mpjpe_pa, without looking"] < 30

@@ -1,0 +1,79 @@
+"""The sets of `script/bench.py accuracy`: rendered hands of all poses, cropped once and kept on the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.batch import Batch
+from src.config import Config
+from src.data.demo import make_demo_shards
+from src.data.loader import build_train_loader, build_val_loader
+from src.hand.mano import ManoLayer
+from src.metric import point_error, procrustes_error
+
+LOADED_TOGETHER = 125
+
+
+def load_sets(cfg: Config, out: Path, say: Callable[[str], None]) -> tuple[Batch, Batch]:
+    """All training and validation samples, cropped, on the device: what is compared is not the reading."""
+    demo, root = cfg.DATA.demo, Path(cfg.DATA.root)
+    number = {"train": demo.train_sample, "val": demo.val_sample}
+    say("rendering hands")
+    make_demo_shards(root, number, demo.seed, demo.img_size, demo.free_rotation)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    what = {"img_size": cfg.MODEL.img_size, "expansion_ratio": cfg.TRAIN.expansion_ratio, **asdict(demo)}
+    file = out / f"patches-{digest_of(what)}.pt"
+    if not file.is_file():
+        say("cropping patches")
+        loading = replace(cfg, TRAIN=replace(cfg.TRAIN, sample_per_device=LOADED_TOGETHER))
+        loader = build_train_loader(loading, "standin", num_batch=-(-demo.train_sample // LOADED_TOGETHER))
+        sets = [_tensors(loader), _tensors(build_val_loader(loading, "standin"))]
+        partial = file.with_suffix(".part")
+        torch.save(sets, partial)
+        partial.rename(file)
+    return tuple(_batch(tensors).to(device) for tensors in torch.load(file, weights_only=True))
+
+
+def _tensors(loader: Any) -> dict[str, torch.Tensor]:
+    """The tensors of all batches, one after the other; padding left out."""
+    parts = [{f.name: v for f in fields(b) if hasattr(v := getattr(b, f.name), "dtype")} for b in loader]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    real = joined["position"] >= 0
+    return {name: value[real] for name, value in joined.items()}
+
+
+def _batch(tensors: dict[str, torch.Tensor]) -> Batch:
+    num = len(tensors["position"])
+    return Batch(key=[""] * num, source=["demo"] * num, **tensors)
+
+
+def rows_of(data: Batch, index: torch.Tensor) -> Batch:
+    """The samples `index` [B] of a set."""
+    names = ["demo"] * len(index)
+    return replace(data._map(lambda t: t[index.to(t.device)]), key=names, source=names)
+
+
+def constant_answers(train: Batch, val: Batch, hand: ManoLayer) -> dict[str, float]:
+    """What who never looks at a picture would score, mm: the training set's mean joints against the wrist, and its mean
+    articulation after Procrustes alignment. A network that is not below has learned nothing of the kind."""
+    joint = (val.joint_cam - val.joint_cam[:, :1]).double().cpu().numpy()
+    valid = val.joint_3d_valid.cpu().numpy()
+    mean_joint = (train.joint_cam - train.joint_cam[:, :1]).mean(0).double().cpu().numpy()
+    rotmat = hand.pose_to_rotmat(train.mano_pose, train.flat_hand_mean).mean(0)
+    left, _, right = torch.linalg.svd(rotmat)  # the rotation nearest to the mean of matrices
+    posed = hand((left @ right)[None], train.mano_shape.mean(0, keepdim=True)).joint.double().cpu().numpy()
+    rel = point_error(mean_joint[None], joint, valid)
+    aligned = procrustes_error(posed.repeat(len(joint), axis=0), joint, valid)
+    return {"mpjpe_rel": rel.total.sum() / rel.count.sum(), "mpjpe_pa": aligned.total.sum() / aligned.count.sum()}
+
+
+def digest_of(what: dict[str, Any]) -> str:
+    """A name for what is described: equal for equal descriptions."""
+    return blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,126 @@
+"""Training and measuring one network of `script/bench.py accuracy`, and the backbone that all start from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from src.batch import Batch
+from src.config import Config
+from src.engine.bench.accuracy_data import digest_of, rows_of
+from src.engine.bench.figure import machine
+from src.metric import MetricAccumulator, evaluate_batch
+from src.model.backbone import Backbone
+from src.model.heads import KeypointHead
+from src.utils.train_utils import get_lr_factor
+
+VAL_BATCH = 125
+PRETRAIN_SEED, PRETRAIN_LR = 1000, 5e-4
+
+
+class Locator(nn.Module):
+    """The backbone and a linear read-out of the joints in the patch."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.backbone = Backbone(cfg.MODEL.backbone, cfg.MODEL.img_size)
+        self.readout = KeypointHead(self.backbone.hidden_size, self.backbone.grid_size, self.backbone.patch_size)
+        for name in ("img_mean", "img_std"):
+            self.register_buffer(name, torch.tensor(getattr(cfg.MODEL, name)).view(1, 3, 1, 1))
+
+    def training_loss(self, batch: Batch) -> torch.Tensor:
+        seen = self.readout(self.backbone((batch.patch.float() / 255.0 - self.img_mean) / self.img_std))
+        return (seen - batch.joint_patch).abs().mean()
+
+
+def pretrained_backbone(
+    cfg: Config, data: Batch, num_step: int, out: Path, say: Callable[[str], None]
+) -> dict[str, torch.Tensor]:
+    """The weights that every network starts from, learned once on the 2D joints of the training set."""
+    batch = cfg.TRAIN.sample_per_device
+    what = {"backbone": asdict(cfg.MODEL.backbone), "img_size": cfg.MODEL.img_size, "step": num_step, "batch": batch}
+    file = out / f"backbone-{digest_of(what | asdict(cfg.DATA.demo))}.pt"
+    if not file.is_file():
+        torch.manual_seed(PRETRAIN_SEED)
+        net = Locator(cfg).to(data.patch.device)
+        rates = {"lr": PRETRAIN_LR, "peak_lr": PRETRAIN_LR, "weight_decay": 0.0}
+        groups = [{"params": list(net.parameters()), **rates}]
+        train_network(net, net.training_loss, groups, cfg, num_step, PRETRAIN_SEED, data, "backbone", say)
+        torch.save(net.backbone.state_dict(), file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+    return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def make_cell(
+    net: nn.Module, cfg: Config, settings: dict[str, Any], train: Batch, val: Batch, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train one network and measure it."""
+    net.to(train.patch.device)
+    if hasattr(net, "fit"):
+        net.fit(train)
+    begin = time.perf_counter()
+    groups = net.parameter_groups(settings["lr"], settings["backbone_lr"], cfg.TRAIN.weight_decay)
+    net.set_dropout_rate(0.0)
+    who = f"{settings['method']}, seed {settings['seed']}"
+    train_network(net, net.training_loss, groups, cfg, settings["step"], settings["seed"], train, who, say)
+    return {
+        "settings": settings,
+        "metrics": measure(net, val),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "machine": machine(),
+    }
+
+
+def train_network(
+    net: nn.Module,
+    loss_of: Callable[[Batch], torch.Tensor],
+    groups: list[dict[str, Any]],
+    cfg: Config,
+    num_step: int,
+    seed: int,
+    data: Batch,
+    who: str,
+    say: Callable[[str], None],
+) -> None:
+    """AdamW with warm-up and cosine, as the training loop has it, over the set in an order that the seed gives."""
+    batch, warmup = cfg.TRAIN.sample_per_device, num_step // 25
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    parameters = [p for group in groups for p in group["params"]]
+    order = torch.Generator().manual_seed(seed)
+    index = torch.empty(0, dtype=torch.long)
+    net.train()
+    for step in range(num_step):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * get_lr_factor(step, num_step, warmup)
+        if len(index) < batch:
+            index = torch.cat([index, torch.randperm(len(data), generator=order)])
+        chosen, index = index[:batch], index[batch:]
+        with torch.autocast("cuda", torch.bfloat16, enabled=data.patch.is_cuda):
+            loss = loss_of(rows_of(data, chosen))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, cfg.TRAIN.max_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            say(f"{who}: step {step} of {num_step}")
+
+
+@torch.no_grad()
+def measure(net: nn.Module, val: Batch) -> dict[str, float]:
+    """The metrics of the validation sample, mm."""
+    net.eval()
+    gathered = MetricAccumulator()
+    for index in torch.arange(len(val)).split(VAL_BATCH):
+        batch = rows_of(val, index)
+        with torch.autocast("cuda", torch.bfloat16, enabled=val.patch.is_cuda):
+            prediction = net(batch)
+        target = net.hand(net.hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean), batch.mano_shape).vert
+        gathered.update(batch.position.cpu().numpy(), batch.source, evaluate_batch(prediction, batch, target))
+    return gathered.compute()
