@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset as wds
 
 Progress = Callable[[int, int], None]
 
@@ -87,6 +86,8 @@ def to_members(record: HandRecord) -> dict[str, Any]:
 def write_shard(records: Iterable[HandRecord], path: Path) -> int:
     """Write one shard; returns its number of hands. It stands under `path` only when it is complete, and not at all
     where there is no record. The same records give the same bytes."""
+    import webdataset as wds  # brings torch along: not for --help
+
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     num_hand = 0
     try:
@@ -106,6 +107,8 @@ def write_shards(records: Iterable[HandRecord], output: Path, num_per_shard: int
 
     Shards appear in `output` when all are complete; until then they lie in `output/.partial`.
     """
+    import webdataset as wds
+
     partial = output / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
