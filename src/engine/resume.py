@@ -68,12 +68,12 @@ def _look(cfg: Config, config_name: str) -> Origin:
             return Origin()
     else:
         checkpoint = find_checkpoint(asked)
-    _check_steps(cfg, checkpoint)
     if changes := list(network_changes(checkpoint, cfg)):
         raise ValueError(
             "\n".join(changes) + f"\nResume with the values of the checkpoint {checkpoint}, or take over the weights "
             f"that fit with MODEL.init_from={checkpoint} and without GENERAL.resume_path"
         )
+    _check_steps(cfg, checkpoint)
     logger.info(f"going on from {checkpoint}")
     # A run folder goes on by its newest complete checkpoint; a single checkpoint may have been an older one.
     by_name = asked != AUTO and (Path(asked).resolve() == checkpoint.resolve() or Path(asked).name == "best")
