@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.engine.launch import asked_processes
 from src.loss import LOSS_TERMS
 from tests.helpers import ROOT
 
@@ -148,27 +147,6 @@ def test_two_processes_are_one_run(place: Path, finished: Path) -> None:
         assert first[name] == pytest.approx(value, rel=1e-5) if name != "subset" else first[name] == value
 
 
-@pytest.mark.parametrize(
-    ("launcher", "number"),
-    [
-        (["accelerate", "launch", "--num_processes", "2", "--cpu"], 2),
-        (["accelerate", "launch", "--cpu", "--num-processes=4"], 4),
-        (["accelerate", "launch", "--cpu"], 1),
-        (["accelerate", "launch", "--num_processes"], 1),
-    ],
-)
-def test_asked_processes(launcher: list[str], number: int) -> None:
-    assert asked_processes(launcher) == number
-
-
-def test_torchrun_is_one_run_too(place: Path, finished: Path) -> None:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    both = stage1(place, "torchrun", "TRAIN.sample_per_device=4", "GENERAL.total_step=5", launcher=launcher)
-    assert len(list((place / "torchrun").glob("*/*_stage1-demo*"))) == 1
-    assert "2 x cpu" in (both / "log.txt").read_text()
-    assert rows(both, "train")[0]["loss_total"] == pytest.approx(rows(finished, "train")[0]["loss_total"], rel=1e-5)
-
-
 def refused(place: Path, runs: str, *overrides: str) -> str:
     """What the script says when it fails."""
     with pytest.raises(AssertionError) as error:
@@ -211,9 +189,3 @@ def test_another_network_is_refused_in_words(place: Path, finished: Path) -> Non
     assert "MODEL.handec.num_layer=3: the checkpoint was written with 1" in said
     assert f"MODEL.init_from={finished}" in said
     assert not (place / "other").exists()
-
-
-def test_accumulation_is_the_same_step(place: Path, finished: Path) -> None:
-    parts = stage1(place, "parts", "TRAIN.sample_per_device=4", "TRAIN.grad_accum_step=2", "GENERAL.num_worker=0")
-    for one, two in zip(rows(finished, "train")[:20], rows(parts, "train")[:20], strict=True):
-        assert two["loss_total"] == pytest.approx(one["loss_total"], rel=2e-3)
