@@ -30,7 +30,6 @@ from src.loss import loss_counts, loss_sums, mean_terms
 ON_GPU = ["backbone=dinov2_large", "TRAIN.sample_per_device=64", "GENERAL.num_worker=12"]
 ON_CPU = ["backbone=dinov2_small", "TRAIN.sample_per_device=4", "GENERAL.num_worker=0"]
 MOST_LOOP = {"cuda": 1.03, "cpu": 1.05}  # the loop's step over the bare one
-LEAST_VALIDATION = 0.9  # of the samples a second of the forward pass alone
 LEAST_VALIDATION = 0.9  # rate of a validation over that of the bare forward pass
 
 
@@ -157,19 +156,6 @@ class StepBench:
         """The run's validation sample, read, cut and measured."""
         evaluate(self.run.net, self.run.val_loader, self.run.accelerator, self.cfg.LOSS, self.run.mean_hand, draw=False)
 
-    @torch.no_grad()
-    def forward_block(self, num: int) -> None:
-        """The forward pass alone as validation makes it, on a batch that is there already."""
-        self.run.net.eval()
-        for _ in range(num):
-            with self.run.accelerator.autocast():
-                self.run.net(self.batch)
-        self.run.net.train()
-
-    def validation_block(self, num: int) -> None:
-        """A whole validation of such batches: metrics, losses and the overlay of the first batch."""
-        evaluate(self.run.net, [self.batch] * num, self.run.accelerator, self.cfg.LOSS, self.run.mean_hand)
-
     def product_rate(self, seconds: float = 0.5) -> float:
         """FLOP/s of a large matrix product in the precision of the run: what this machine can do at best."""
         size = 8192 if self.device.type == "cuda" else 1536
@@ -225,10 +211,6 @@ class StepBench:
             _figure("bare step", [1e3 * s for s in seconds["bare"]], "ms", f"{shape}, batch {size}, {precision}"),
             replace(loop, at_most=MOST_LOOP[self.device.type]),
             _ratio("bare step over the backbone's", seconds["bare"], seconds["backbone"]),
-            replace(
-                _ratio("validation's rate over the forward's", seconds["forward"], seconds["validation"]),
-                at_least=LEAST_VALIDATION,
-            ),
             _figure("FLOP utilisation of the bare step", rates, "", f"{flops / 1e9:,.0f} GFLOP a step"),
             _figure("matrix product", [1e-9 / s for s in seconds["product"]], "GFLOP/s", precision),
             Figure(
