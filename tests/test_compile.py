@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from src.engine.evaluate import evaluate
+from src.engine.parts import training_form
+from src.engine.processes import build_accelerator
+from src.engine.step import Trainer, build_optimizer
 from src.hand.standin import build_standin_hand
 from src.model.dropout import Dropout
 from src.model.net import PoseNet
 from src.utils.train_utils import get_progressive_dropout
 from tests.helpers import random_batch, small_config
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps the precision of the first accelerator of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -74,6 +90,31 @@ def test_rate_zero_is_the_identity() -> None:
     dropout = Dropout(0.0)
     x = torch.randn(3, 4)
     assert dropout(x) is x
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_trainer_compiles_twice_and_validates_eagerly(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Accelerate's wrapping, autocast and accumulation included; `training_form` asks for one whole graph."""
+    torch._dynamo.reset()
+    counter, real = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, **how: real(net, backend=counter, **how))
+    cfg = small_config(
+        "GENERAL.dropout_schedule=linear", "GENERAL.dropout_warmup_step=2", "GENERAL.total_step=8",
+        "GENERAL.warmup_step=1", f"TRAIN.mixed_precision={precision}", "TRAIN.compile=true",
+    )  # fmt: skip
+    net = PoseNet(cfg.MODEL, build_standin_hand()).train()
+    accelerator = build_accelerator(cfg)
+    prepared = accelerator.prepare(training_form(net, cfg), build_optimizer(net, cfg))
+    trainer = Trainer(cfg, accelerator, *prepared)
+    assert trainer.net is net
+    batches = [random_batch(2, 56, seed=i) for i in range(2)]
+    results = [trainer.train_step(step, batches) for step in range(8)]
+    assert len({result.dropout_rate for result in results}) > 4
+    assert all(math.isfinite(result.metrics()["loss_total"]) for result in results)
+    assert int(results[-1].skipped[1]) == 0
+    assert counter.frame_count == 2, "one graph without dropout, one with it"
+    assert math.isfinite(evaluate(net, batches, accelerator, cfg.LOSS, draw=False).metrics["loss_total"])
+    assert counter.frame_count == 2, "validation runs the network as it is"
 
 
 def test_checkpointed_activations_change_no_gradient(net: PoseNet) -> None:

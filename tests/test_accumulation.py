@@ -1,0 +1,49 @@
+"""Gradients of several micro-batches are reduced over the processes once a step, not once a micro-batch."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+
+from src.engine.processes import build_accelerator
+from src.engine.step import Trainer, build_optimizer
+from src.hand.standin import build_standin_hand
+from src.model.net import PoseNet
+from tests.helpers import random_batch, small_config
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("num_micro", [1, 3])
+def test_one_reduction_a_step(num_micro: int, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes that DDP reduces in a step are those of the parameters, however many micro-batches it has."""
+    cfg = small_config("GENERAL.dropout_warmup_step=2")
+    net = PoseNet(cfg.MODEL, build_standin_hand()).train()
+    accelerator = build_accelerator(cfg)
+    model = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    reduced: list[int] = []
+
+    def count(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        reduced.append(bucket.buffer().numel())
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model.register_comm_hook(None, count)
+    trainer = Trainer(cfg, accelerator, model, accelerator.prepare(build_optimizer(net, cfg)))
+    # Accelerate leaves `no_sync` out where there is one process alone
+    monkeypatch.setattr(Accelerator, "use_distributed", property(lambda _: True))
+    num_parameter = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    for step in range(3):
+        reduced.clear()
+        trainer.train_step(step, [random_batch(2, 56, seed=i) for i in range(num_micro)])
+        assert sum(reduced) == num_parameter
