@@ -1,0 +1,27 @@
+"""Help and a refused configuration come before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT
+
+HEAVY = {"torch", "transformers", "accelerate", "aim", "cv2"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "code"),
+    [("--help", 0), ("GENERAL.totl_step=5", 2), ("MODEL.backbone.hidden_size=7", 2), ("DATA.root=/nowhere", 2)],
+)
+def test_nothing_heavy_is_imported(argument: str, code: int) -> None:
+    config = "stage1-dino_large" if argument.startswith("DATA") else "stage1-demo"
+    command = [sys.executable, "-X", "importtime", str(ROOT / "script/stage1.py"), f"--config-name={config}", argument]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    assert done.returncode == code, done.stderr[-2000:]
+    imported = set(re.findall(r"^import time:.*\|\s+(\w+)$", done.stderr, re.MULTILINE))
+    assert "hydra" in imported
+    assert not imported & HEAVY
