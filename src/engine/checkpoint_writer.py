@@ -116,7 +116,8 @@ class CheckpointWriter:
     ) -> None:
         """Begin to write a checkpoint of this moment. Arguments as of `save_checkpoint`.
 
-        What is frozen already is taken as it is. Waits for the one before. Raises CheckpointError where that one could not be written.
+        What is frozen already is taken as it is. Waits for the one before. Raises CheckpointError where that one could
+        not be written.
         """
         self.join()
         self._reserved = True

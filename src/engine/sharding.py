@@ -38,8 +38,9 @@ def check_processes(env: Mapping[str, str] = os.environ) -> None:
 def shard(net: PoseNet, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
     """Keep this process's part of `net` and of its `optimizer` alone, moments included, on the process's device.
 
-    Both are changed in place. They come whole, on the CPU and alike on every process, so nothing is sent. A forward pass
-    from here on is a collective: every process takes part in it, validation and drawing too.
+    Both are changed in place. They come whole, on the CPU and alike on every process, so nothing is sent. From here on
+    a forward pass is a collective: every process takes part in it, validation and drawing too. Gradients are summed
+    over the processes for each micro-batch: left for the last one alone, they would lie whole on each process.
     """
     names = {parameter: name for name, parameter in net.named_parameters()}
     # each weight is cast once in a forward pass: a cache would only keep the network in bf16 as well

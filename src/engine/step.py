@@ -160,7 +160,8 @@ class Trainer:
     def _backward(self, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
         """Accumulate the gradient of one micro-batch; returns its samples' loss sums [B, NUM_TERM], detached.
 
-        DDP and FSDP average gradients over the processes, hence the factor: their sum is what a mean over global counts needs.
+        DDP and FSDP average gradients over the processes, hence the factor: their sum is what a mean over global counts
+        needs.
         """
         sums = loss_sums(self.model(batch), batch, self.net.hand)
         loss = mean_terms(sums.sum(0), counts) @ self.loss_weight
