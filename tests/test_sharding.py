@@ -108,7 +108,7 @@ def test_a_run_is_that_of_whole_weights(whole: Path, sharded: Path) -> None:
     """The same curve, validations, pictures and files of a checkpoint."""
     assert_same_rows(whole, sharded, 10)
     for one, two in zip(rows(whole, "val"), rows(sharded, "val"), strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
+        assert all(two[name] == pytest.approx(value, rel=1e-4) for name, value in one.items() if name != "subset")
     pictures = [sorted(file.name for file in (run / "images").iterdir()) for run in (whole, sharded)]
     assert pictures[0] == pictures[1] != []
     one, two = (load_file(run / "checkpoints/checkpoint-10/model.safetensors") for run in (whole, sharded))
