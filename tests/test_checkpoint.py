@@ -178,7 +178,7 @@ SAVE_FOR_EVER = """
 import sys, itertools
 from pathlib import Path
 from tests.test_checkpoint import save
-for step in itertools.count(1):
+for step in itertools.count(int(sys.argv[2])):
     save(Path(sys.argv[1]), step, keep=2, is_best=step % 2 == 0)
     print(step, flush=True)
 """
@@ -186,8 +186,9 @@ for step in itertools.count(1):
 
 def test_sigkill_while_saving_leaves_a_loadable_one(tmp_path: Path) -> None:
     generator = random.Random(0)
+    first = 1
     for _ in range(2):
-        process = run_python(SAVE_FOR_EVER, tmp_path)
+        process = run_python(SAVE_FOR_EVER, tmp_path, first)
         done = [int(process.stdout.readline()) for _ in range(4)]
         time.sleep(generator.random() * 0.02)
         process.send_signal(signal.SIGKILL)
@@ -197,6 +198,7 @@ def test_sigkill_while_saving_leaves_a_loadable_one(tmp_path: Path) -> None:
         for name in ("", "checkpoints/best"):
             step = load_checkpoint(find_checkpoint(tmp_path / name), model=model, optimizer=optimizer).step
             assert done[-1] - 1 <= step <= done[-1] + 1, name
+        first = done[-1] + 2
 
 
 SAVE_WITHOUT_ROOM = """

@@ -159,6 +159,7 @@ wait $trainer
 """
 
 
+@pytest.mark.slow
 def test_folder_that_becomes_read_only_during_training(place: Path, disk: Path) -> None:
     words = command(place, disk, "GENERAL.total_step=100000", "GENERAL.checkpoint_step=20", "GENERAL.log_step=20")
     said = in_namespace(READ_ONLY, disk, *words, code=1)

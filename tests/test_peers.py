@@ -155,3 +155,15 @@ def test_bench_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     constant = {f.name: f.value for f in figures if "without looking" in f.name}
     assert 60 < constant["mpjpe_rel, without looking"] < 140, "the mean of hands turned every way"
     assert 5 < constant["mpjpe_pa, without looking"] < 30
+
+
+def test_documented_table_is_what_the_stored_cells_say(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).resolve().parents[1]
+    figures = {f.name: f for f in accuracy.reported(root / "docs/figures/data/accuracy.json")}
+    assert capsys.readouterr().out.strip() in (root / "docs/ABLATIONS.md").read_text(encoding="utf-8")
+    assert all("over 3 seeds" in f.note for f in figures.values() if f.unit == "mm"), "the main row, nothing else"
+
+
+def test_report_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no file"):
+        accuracy.reported(tmp_path / "accuracy.json")

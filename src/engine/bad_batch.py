@@ -62,9 +62,7 @@ class BadStep:
     def advice(self) -> str:
         """Where to look for the cause."""
         if len(self.suspects()) == len(self.samples):
-            return (
-                "Every sample has it, so the weights are at fault rather than the data: try a lower TRAIN.lr"
-            )
+            return "Every sample has it, so the weights are at fault rather than the data: try a lower TRAIN.lr"
         return "Only these samples have it: look at their shards with script/check_shards.py, or leave them out"
 
 

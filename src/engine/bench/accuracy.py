@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from src.batch import Batch
 from src.config import Config
 from src.engine.bench.accuracy_data import constant_answers, digest_of, load_sets
+from src.engine.bench.accuracy_report import METHODS, markdown_table, read_cells, report
 from src.engine.bench.accuracy_train import make_cell, pretrained_backbone
 from src.engine.bench.figure import Figure
 from src.engine.run_folder import write_text_atomic
@@ -32,13 +32,10 @@ from src.hand.mano import ManoLayer
 from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
 from src.model.net import PoseNet
 
-METHODS = ("ours", "hamer", "csvit")
 # Peak learning rates; what others give is in docs/ABLATIONS.md.
 LEARNING_RATE = {"ours": 5e-4, "hamer": 5e-4, "csvit": 5e-4}
-METRICS = ("mpjpe_rel", "mpjpe_pa", "mpjpe_cam")
-MOST_OF_BETTER_PEER = {"mpjpe_rel": 0.85, "mpjpe_pa": 0.85, "mpjpe_cam": 0.7}
 BACKBONE_LR = 0.4  # of a network's own learning rate, where the backbone is pre-trained
-FULL = {"step": 4000, "pretrain": 6000, "train": 24000, "val": 1000, "seeds": [0, 1, 2]}
+FULL = {"step": 1000, "pretrain": 3000, "train": 24000, "val": 1000, "seeds": [0, 1, 2]}
 QUICK = {"step": 40, "pretrain": 40, "train": 500, "val": 100, "seeds": [0]}
 
 
@@ -69,14 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="tiny", help="a file of config/backbone, random weights (default tiny)")
     parser.add_argument("--img-size", type=int, default=70, help="patch side, px (default 70)")
     parser.add_argument("--name", default="", help="a name for this variant in the results")
+    parser.add_argument("--report", type=Path, help="train nothing: print what this file of results holds")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for stage1, e.g. LOSS.lambda_seen=0")
 
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
     """Train and measure what is missing; `say` is told what is going on."""
+    if args.report is not None:
+        return reported(args.report)
     size = QUICK if args.quick else FULL
     out = args.out / "quick" if args.quick else args.out
     out.mkdir(parents=True, exist_ok=True)
+    results = out / "accuracy.json"
     step, seeds = args.step or size["step"], args.seed or size["seeds"]
     cfg = args.compose("stage1-demo", config_overrides(args, out, size, step))
     train, val = load_sets(cfg, out, say)
@@ -88,18 +89,33 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
         for method in args.method:
             lr = args.lr or LEARNING_RATE[method]
             settings = cell_settings(cfg, method, seed, lr, pretrain) | {"name": args.name}
-            cell = _read(out).get(digest_of(settings))
+            cell = read_cells(results).get(digest_of(settings))
             if cell is None:
                 torch.manual_seed(seed)
                 net = OurNet(cfg, hand) if method == "ours" else args.peer(method)(cfg.MODEL, hand)
                 if weights is not None:
                     net.backbone.load_state_dict(weights)
                 cell = make_cell(net, cfg, settings, train, val, say)
-                text = json.dumps(_read(out) | {digest_of(settings): cell}, indent=1)
-                write_text_atomic(out / "accuracy.json", text + "\n")
+                text = json.dumps(read_cells(results) | {digest_of(settings): cell}, indent=1)
+                write_text_atomic(results, text + "\n")
             cells.append(cell)
     constant = constant_answers(train, val, ManoLayer(hand).to(train.patch.device))
     return report(cells) + [Figure(f"{metric}, without looking", mm, "mm") for metric, mm in constant.items()]
+
+
+def reported(file: Path) -> list[Figure]:
+    """Print the table of a results file; the figures of its main row: the full budget, nothing varied."""
+    if not file.is_file():
+        raise SystemExit(f"--report: no file {file}")
+    cells = list(read_cells(file).values())
+    print(markdown_table(cells))
+    return report([cell for cell in cells if is_main(cell["settings"])])
+
+
+def is_main(settings: dict[str, Any]) -> bool:
+    """Whether a cell belongs to the comparison that the defaults make."""
+    budget = (settings["step"], settings.get("pretrain", 0)) == (FULL["step"], FULL["pretrain"])
+    return budget and not settings["name"].strip() and settings["lr"] == LEARNING_RATE[settings["method"]]
 
 
 def config_overrides(args: argparse.Namespace, out: Path, size: dict[str, Any], step: int) -> list[str]:
@@ -130,7 +146,7 @@ def cell_settings(cfg: Config, method: str, seed: int, lr: float, pretrain: int)
         "seed": seed,
         "lr": lr,
         "pretrain": pretrain,
-        "backbone_lr": BACKBONE_LR * lr if pretrain else lr,
+        "backbone_lr": lr if cfg.MODEL.backbone.random_init and not pretrain else BACKBONE_LR * lr,
         "step": cfg.GENERAL.total_step,
         "batch": train.sample_per_device,
         "weight_decay": train.weight_decay,
@@ -144,34 +160,3 @@ def cell_settings(cfg: Config, method: str, seed: int, lr: float, pretrain: int)
     if method == "ours":
         settings |= {"model": model, "loss": asdict(cfg.LOSS)}
     return settings
-
-
-# ---- results --------------------------------------------------------------------------------------------------------
-
-
-def report(cells: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Mean and spread of each method and metric over the seeds, and ours over the better peer."""
-    value = {
-        method: {m: [c["metrics"][m] for c in cells if c["settings"]["method"] == method] for m in METRICS}
-        for method in METHODS
-        if any(c["settings"]["method"] == method for c in cells)
-    }
-    figures = []
-    for metric in METRICS:
-        for method, of in value.items():
-            spread = f"{min(of[metric]):.2f} to {max(of[metric]):.2f} over {len(of[metric])} seeds"
-            if len(of[metric]) > 1:
-                spread = f"sd {statistics.stdev(of[metric]):.2f}, {spread}"
-            figures.append(Figure(f"{metric}, {method}", statistics.mean(of[metric]), "mm", note=spread))
-        peers = {method: statistics.mean(of[metric]) for method, of in value.items() if method != "ours"}
-        if peers and "ours" in value:
-            better = min(peers, key=peers.__getitem__)
-            ratio = statistics.mean(value["ours"][metric]) / peers[better]
-            name = f"{metric}, ours over the better peer"
-            figures.append(Figure(name, ratio, "", at_most=MOST_OF_BETTER_PEER[metric], note=better))
-    return figures
-
-
-def _read(out: Path) -> dict[str, Any]:
-    file = out / "accuracy.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

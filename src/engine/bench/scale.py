@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -45,7 +46,9 @@ class Series:
 
     @property
     def exponent(self) -> float:
-        """b of value = a size^b, by least squares of the logarithms."""
+        """b of value = a size^b, by least squares of the logarithms; NaN for one size alone."""
+        if len(self.size) < 2:
+            return math.nan
         return float(np.polyfit(np.log(self.size), np.log(self.value), 1)[0])
 
 

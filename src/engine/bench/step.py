@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.config import Config
 from src.engine.bench.figure import Figure
+from src.engine.evaluate import evaluate
 from src.engine.run import Run
 from src.loss import loss_counts, loss_sums, mean_terms
 
@@ -28,6 +30,7 @@ from src.loss import loss_counts, loss_sums, mean_terms
 ON_GPU = ["backbone=dinov2_large", "TRAIN.sample_per_device=64", "GENERAL.num_worker=12"]
 ON_CPU = ["backbone=dinov2_small", "TRAIN.sample_per_device=4", "GENERAL.num_worker=0"]
 MOST_LOOP = {"cuda": 1.03, "cpu": 1.05}  # the loop's step over the bare one
+LEAST_VALIDATION = 0.9  # rate of a validation over that of the bare forward pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +64,7 @@ def bench_overrides(folder: Path, log_step: int) -> list[str]:
     return [
         "data=demo",
         "DATA.demo.train_sample=512",
-        "DATA.demo.val_sample=16",
+        "DATA.demo.val_sample=64",
         "DATA.demo.img_size=320",
         f"DATA.root={folder}/data",
         f"GENERAL.output_root={folder}/run",
@@ -85,16 +88,23 @@ class StepBench:
 
     def measure(self, repeat: int, block: int, say: Callable[[str], None]) -> list[Figure]:
         """Warm up, then blocks in turn; every figure is the median of its repetitions."""
-        kinds = {"loop": self.loop_block, "bare": self.bare_block, "backbone": self.backbone_block}
+        kinds = {
+            "loop": self.loop_block,
+            "bare": self.bare_block,
+            "backbone": self.backbone_block,
+            "validation": self.validation_block,
+            "forward": self.forward_block,
+        }
         for kind in kinds.values():
             say("warming up")
             kind(2)
         self.waited.clear()
-        seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "product")}
+        seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "read validation", "product")}
         for number in range(repeat):
             say(f"repetition {number + 1} of {repeat}")
             for name, kind in kinds.items():
                 seconds[name].append(self.seconds(kind, block) / block)
+            seconds["read validation"].append(self.seconds(self.read_validation, 1) / len(self.run.val_loader))
             seconds["product"].append(1.0 / self.product_rate())
         return self._figures(seconds, self.flops())
 
@@ -128,6 +138,23 @@ class StepBench:
                 token = self.run.net.backbone(image)
             token.float().mean().backward()
             self._update()
+
+    @torch.no_grad()
+    def forward_block(self, num: int) -> None:
+        """The forward pass of a validation, with nothing measured."""
+        self.run.net.eval()
+        for _ in range(num):
+            with self.run.accelerator.autocast():
+                self.run.net(self.batch)
+        self.run.net.train()
+
+    def validation_block(self, num: int) -> None:
+        """A validation over batches that are there already: forward pass, metrics and losses."""
+        evaluate(self.run.net, [self.batch] * num, self.run.accelerator, self.cfg.LOSS, self.run.mean_hand, draw=False)
+
+    def read_validation(self, _: int) -> None:
+        """The run's validation sample, read, cut and measured."""
+        evaluate(self.run.net, self.run.val_loader, self.run.accelerator, self.cfg.LOSS, self.run.mean_hand, draw=False)
 
     def product_rate(self, seconds: float = 0.5) -> float:
         """FLOP/s of a large matrix product in the precision of the run: what this machine can do at best."""
@@ -182,7 +209,7 @@ class StepBench:
         precision = self.run.accelerator.mixed_precision.replace("no", "fp32")
         return [
             _figure("bare step", [1e3 * s for s in seconds["bare"]], "ms", f"{shape}, batch {size}, {precision}"),
-            Figure(loop.name, loop.value, "", at_most=MOST_LOOP[self.device.type], note=loop.note),
+            replace(loop, at_most=MOST_LOOP[self.device.type]),
             _ratio("bare step over the backbone's", seconds["bare"], seconds["backbone"]),
             _figure("FLOP utilisation of the bare step", rates, "", f"{flops / 1e9:,.0f} GFLOP a step"),
             _figure("matrix product", [1e-9 / s for s in seconds["product"]], "GFLOP/s", precision),
@@ -193,6 +220,11 @@ class StepBench:
                 note=f"{push / bare:.4%} of a step; unchanged: a comparison",
             ),
             _figure("wait for data in a step", [1e3 * s for s in self.waited], "ms", ""),
+            replace(
+                _ratio("validation rate over forward rate", seconds["forward"], seconds["validation"]),
+                at_least=LEAST_VALIDATION,
+            ),
+            _ratio("the same with reading", seconds["forward"], seconds["read validation"]),
             _figure("the loop's samples", [size / s for s in seconds["loop"]], "samples/s", ""),
             Figure("peak memory", self._peak_megabytes(), "MB", note=self.device.type),
         ]
