@@ -63,6 +63,7 @@ class TrainConfig:
     mixed_precision: str = knob(choices=("auto", "no", "tf32", "bf16", "fp16"))
     compile: bool = knob()
     activation_checkpointing: bool = knob()
+    shard_weights: bool = knob()
     expansion_ratio: float = knob(minimum=0.1)
     scale_z_range: list[float] = knob(minimum=0.1)
     scale_f_range: list[float] = knob(minimum=0.1)
@@ -234,6 +235,12 @@ def cross_problems(cfg: Config) -> Iterator[str]:
         value = getattr(cfg.TRAIN, name)
         if len(value) != 2 or value[0] > value[1]:
             yield f"TRAIN.{name}={value}: must be [low, high] with low <= high, e.g. [0.9,1.1]"
+    if cfg.TRAIN.shard_weights and (cfg.TRAIN.compile or cfg.TRAIN.mixed_precision == "fp16"):
+        other, instead = ("compile=true", "false") if cfg.TRAIN.compile else ("mixed_precision=fp16", "bf16")
+        yield (
+            f"TRAIN.shard_weights=true: does not go together with TRAIN.{other}; "
+            f"set TRAIN.{other.split('=')[0]}={instead}, or TRAIN.shard_weights=false"
+        )
     for name in ("img_mean", "img_std"):
         if len(value := getattr(model, name)) != 3:
             yield f"MODEL.{name}={value}: must hold three numbers (R, G, B)"

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file, save_model
-from torch import nn
 
 from src.batch import Batch
 from src.data.blob import SampleError
 from src.data.dataset import HandDataset
 from src.engine.checkpoint_files import write_manifest
+from src.engine.checkpoint_writer import Frozen
 from src.engine.run_folder import write_text_atomic
 from src.loss import LOSS_TERMS
 from src.utils.checkpoint_read import MODEL, STATE
@@ -127,7 +127,7 @@ def save_batch(folder: Path, rank: int, micro_batches: list[Batch]) -> None:
     save_file(tensors, folder / f"batch-{rank}.safetensors")
 
 
-def save_step(folder: Path, bad: BadStep, how: dict[str, Any], net: nn.Module, texts: dict[str, str]) -> None:
+def save_step(folder: Path, bad: BadStep, how: dict[str, Any], net: Frozen, texts: dict[str, str]) -> None:
     """What the main process adds: the report, and a checkpoint of the network for `PoseNet.from_checkpoint`."""
     folder.mkdir(exist_ok=True)
     save_model(net, str(folder / MODEL))

@@ -20,8 +20,8 @@ from src.engine.checkpoint import TrainState, save_checkpoint
 
 
 @dataclass
-class _Frozen:
-    """Stands in for a model, an optimizer or a scaler: what it was when the copy was made."""
+class Frozen:
+    """Stands in for a model, an optimizer or a scaler: what it was when the copy was made, in host memory."""
 
     value: Any
 
@@ -108,21 +108,22 @@ class CheckpointWriter:
         self,
         run_folder: Path,
         *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        model: nn.Module | Frozen,
+        optimizer: torch.optim.Optimizer | Frozen,
         scaler: Any,
         state: TrainState,
         **how: Any,
     ) -> None:
         """Begin to write a checkpoint of this moment. Arguments as of `save_checkpoint`.
 
-        Waits for the one before. Raises CheckpointError where that one could not be written.
+        What is frozen already is taken as it is. Waits for the one before. Raises CheckpointError where that one could
+        not be written.
         """
         self.join()
         self._reserved = True
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         frozen = {
-            name: None if part is None else _Frozen(self._copy(part.state_dict(), (name,)))
+            name: part if part is None or isinstance(part, Frozen) else Frozen(self._copy(part.state_dict(), (name,)))
             for name, part in parts.items()
         }
         state = copy.deepcopy(state)

@@ -29,17 +29,17 @@ _SHARDING = {
 
 
 def check_launcher(env: Mapping[str, str]) -> None:
-    """Refuse what `accelerate launch` can ask for and this trainer cannot do: to share one copy of the weights out.
+    """Refuse what `accelerate launch` can ask for and this trainer does in its own way: to share out the weights.
 
     Raises:
-        ConfigError: naming it. A checkpoint would hold one process's part alone.
+        ConfigError: naming it, and what to use in its place. A checkpoint would hold one process's part alone.
     """
     for variable, name in _SHARDING.items():
         if env.get(variable, "").lower() == "true":
             raise ConfigError(
-                f"{variable}=true: {name} is not supported, each process holds the whole network. Launch without it; "
-                f"memory is saved by TRAIN.activation_checkpointing=true and a smaller TRAIN.sample_per_device with a "
-                f"larger TRAIN.grad_accum_step (docs/CLUSTER.md)"
+                f"{variable}=true: {name} is not supported as a plugin of Accelerate. Launch without it and spread the "
+                f"weights with TRAIN.shard_weights=true; memory is saved by TRAIN.activation_checkpointing=true and a "
+                f"smaller TRAIN.sample_per_device with a larger TRAIN.grad_accum_step, too (docs/CLUSTER.md)"
             )
 
 

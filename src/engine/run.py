@@ -22,7 +22,7 @@ from src.config import Config
 from src.data.health import merge_states
 from src.data.loader import HandLoader, build_train_loader, build_val_loader
 from src.data.mean_hand import mean_hand
-from src.engine import parts
+from src.engine import parts, sharding
 from src.engine.checkpoint import CheckpointError, TrainState, load_checkpoint
 from src.engine.checkpoint_writer import CheckpointWriter
 from src.engine.console import add_log_file, console, logger, task_bar, track
@@ -48,6 +48,8 @@ class Run:
 
     def __init__(self, cfg: Config, config_name: str, progress: Progress, signals: StopSignals | None = None) -> None:
         self.cfg, self.progress, self.signals = cfg, progress, signals or StopSignals()
+        if cfg.TRAIN.shard_weights:
+            sharding.check_processes()
         self.accelerator = build_accelerator(cfg)
         self.is_main = self.accelerator.is_main_process
         origin = find_origin(cfg, config_name, self.accelerator)
@@ -56,11 +58,10 @@ class Run:
 
         torch.manual_seed(cfg.GENERAL.seed)
         hand = load_hand(cfg.MODEL.hand_model)
-        self.net = PoseNet(cfg.MODEL, hand).to(self.accelerator.device)
+        self.net = PoseNet(cfg.MODEL, hand).to("cpu" if cfg.TRAIN.shard_weights else self.accelerator.device)
         optimizer = build_optimizer(self.net, cfg)
         self.state = self._start_from(origin.checkpoint, optimizer, config_name)
-        prepared = self.accelerator.prepare(parts.training_form(self.net, cfg), optimizer)
-        self.trainer = Trainer(cfg, self.accelerator, *prepared)
+        self.trainer = self._build_trainer(optimizer)
 
         self.train_loader, self.val_loader, self.train_eval_loader = self._build_loaders(hand.name)
         self.mean_hand = mean_hand(self.train_loader.dataset)
@@ -100,7 +101,7 @@ class Run:
         self.state.data_position += self.accelerator.num_processes * sum(len(batch) for batch in micro_batches)
         self.watch.push(self.state.step, micro_batches, result)
         self.writer.poll()
-        if self.is_main:
+        if self.is_main and not self.cfg.TRAIN.shard_weights:
             self.writer.reserve(self.net, self.trainer.optimizer)
         self.progress.update(self.task, completed=self.state.step)
         return result
@@ -126,11 +127,13 @@ class Run:
     @torch.no_grad()
     def draw(self, batch: Batch) -> None:
         """An overlay of prediction and target on training patches, as the network sees them without dropout."""
+        if not (self.is_main or self.cfg.TRAIN.shard_weights):
+            return
+        self.net.eval()
+        with self.accelerator.autocast():
+            prediction = self.net(batch)  # with sharded weights every process takes part
+        self.net.train()
         if self.is_main:
-            self.net.eval()
-            with self.accelerator.autocast():
-                prediction = self.net(batch)
-            self.net.train()
             self.tracker.image(self.state.step, "train", "overlay", overlay_sheet(batch, prediction))
 
     def validate(self) -> bool:
@@ -166,12 +169,16 @@ class Run:
         self.state.validation_due = validation_due
         self.state.extra["health"] = merge_states(gather_object([self.train_loader.health.state_dict()]))
         self.saved_at = self.state.step
+        model, optimizer = self.net, self.trainer.optimizer
+        if self.cfg.TRAIN.shard_weights:
+            self.writer.join()  # its copy lies in host memory until then
+            model, optimizer = (sharding.gather(each, keep=self.is_main) for each in (model, optimizer))
         if self.is_main:
             self.state.tracker = self.tracker.state()
             self.writer.save(
                 self.folder,
-                model=self.net,
-                optimizer=self.trainer.optimizer,
+                model=model,
+                optimizer=optimizer,
                 scaler=self.accelerator.scaler,
                 state=self.state,
                 texts=parts.network_texts(self.cfg, self.net),
@@ -228,6 +235,14 @@ class Run:
         if self.cfg.MODEL.init_from is not None:
             logger.info(str(load_weights(self.net, find_checkpoint(self.cfg.MODEL.init_from))))
         return TrainState(config_name=config_name)
+
+    def _build_trainer(self, optimizer: torch.optim.Optimizer) -> Trainer:
+        """Each process with the whole network (DDP), or with its part of it."""
+        model = parts.training_form(self.net, self.cfg)
+        if self.cfg.TRAIN.shard_weights:
+            sharding.shard(self.net, optimizer, self.accelerator)
+            return Trainer(self.cfg, self.accelerator, model, self.accelerator.prepare(optimizer))
+        return Trainer(self.cfg, self.accelerator, *self.accelerator.prepare(model, optimizer))
 
     def _build_loaders(self, hand_model: str) -> tuple[HandLoader, HandLoader, HandLoader | None]:
         """Training from where the state stands, validation, and the training frames measured beside it.

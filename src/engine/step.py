@@ -19,6 +19,7 @@ from torch import nn
 
 from src.batch import Batch
 from src.config import Config
+from src.engine.sharding import whole
 from src.loss import LOSS_TERMS, loss_counts, loss_sums, loss_weights, mean_terms
 from src.model.net import PoseNet
 from src.utils.train_utils import get_lr_factor, get_progressive_dropout
@@ -121,7 +122,7 @@ class Trainer:
         halted = self.skipped[0] >= self.cfg.TRAIN.max_skipped_step
         poison = torch.where(halted, torch.nan, total * 0.0)  # 0 where all is well
         next(p.grad for p in self.parameters if p.grad is not None).add_(poison)
-        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.cfg.TRAIN.max_grad)
+        grad_norm = whole(self.accelerator.clip_grad_norm_(self.parameters, self.cfg.TRAIN.max_grad))
         left_out = ~torch.isfinite(grad_norm)
         is_bad, scaler = left_out, self.accelerator.scaler
         if scaler is None:
@@ -159,7 +160,8 @@ class Trainer:
     def _backward(self, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
         """Accumulate the gradient of one micro-batch; returns its samples' loss sums [B, NUM_TERM], detached.
 
-        DDP averages gradients over the processes, hence the factor: their sum is what a mean over global counts needs.
+        DDP and FSDP average gradients over the processes, hence the factor: their sum is what a mean over global counts
+        needs.
         """
         sums = loss_sums(self.model(batch), batch, self.net.hand)
         loss = mean_terms(sums.sum(0), counts) @ self.loss_weight

@@ -25,6 +25,7 @@ from src.engine.bad_batch import (
 from src.engine.checkpoint import TrainState
 from src.engine.console import logger
 from src.engine.parts import network_texts
+from src.engine.sharding import gather
 from src.engine.step import StepResult, Trainer
 from src.engine.stop import StopRequested
 from src.loss import LOSS_TERMS
@@ -133,9 +134,10 @@ class StepWatch:
     def _keep(self, bad: BadStep, how: dict[str, Any], micro_batches: list[Batch]) -> NoReturn:
         folder, net = replay_folder(self.run_folder, bad.step), self.trainer.net
         save_batch(folder, self.accelerator.process_index, micro_batches)
+        weights = gather(net, keep=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            save_step(folder, bad, how, net, network_texts(self.cfg, net))
+        if weights is not None:
+            save_step(folder, bad, how, weights, network_texts(self.cfg, net))
         raise NumbersError(
             f"{bad.in_row} steps in a row were left out (TRAIN.max_skipped_step={self.cfg.TRAIN.max_skipped_step}), "
             f"the last, {bad.step}, with {bad}\n{bad.advice()}\n"

@@ -1,0 +1,135 @@
+"""Takes steps with whole and with sharded weights side by side and writes what came out as JSON; under torchrun.
+
+torchrun --nproc_per_node=2 tests/sharded_steps.py RESULT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.batch import Batch
+from src.config import Config
+from src.engine import parts, sharding
+from src.engine.processes import build_accelerator, part
+from src.engine.step import Trainer, build_optimizer
+from src.hand.standin import build_standin_hand
+from src.model.net import PoseNet
+from tests.helpers import random_batch, small_config
+
+CFG = small_config(
+    *("MODEL.backbone.swiglu=true", "TRAIN.max_skipped_step=2", "MODEL.handec.dropout=0.0"),
+    *("GENERAL.total_step=10", "GENERAL.warmup_step=3", "TRAIN.activation_checkpointing=true"),
+)
+
+
+def make_trainer(cfg: Config, is_sharded: bool, warm: int = 0) -> Trainer:
+    """`warm`: so many steps are taken with whole weights first; what is sharded then are the moments, too."""
+    accelerator = build_accelerator(cfg)
+    torch.manual_seed(0)
+    net = PoseNet(cfg.MODEL, build_standin_hand())
+    optimizer = build_optimizer(net, cfg)
+    for step in range(warm):
+        net(random_batch(2, 56, step)).joint_cam.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model = parts.training_form(net, cfg)
+    if is_sharded:
+        sharding.shard(net, optimizer, accelerator)
+        return Trainer(cfg, accelerator, model, accelerator.prepare(optimizer))
+    return Trainer(cfg, accelerator, *accelerator.prepare(model, optimizer))
+
+
+def batches(step: int, rank: int, bad: bool = False) -> list[Batch]:
+    """Two micro-batches of this process; of a bad step the last process's second one holds a NaN."""
+    both = [random_batch(2, 56, 1000 * rank + 10 * step + index) for index in range(2)]
+    if bad and rank == 1:
+        both[1].joint_cam[1, 5, 0] = float("nan")
+    return both
+
+
+def everything(trainer: Trainer) -> list[torch.Tensor]:
+    """Weights and optimizer, whole."""
+    model, optimizer = (sharding.gather(each, keep=True).state_dict() for each in (trainer.net, trainer.optimizer))
+    return [*model.values(), *(value for state in optimizer["state"].values() for value in state.values())]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def curve(trainer: Trainer, steps: int = 10) -> list[dict[str, float]]:
+    rank = trainer.accelerator.process_index
+    return [trainer.train_step(step, batches(step, rank)).metrics() for step in range(steps)]
+
+
+def both_ways(cfg: Config) -> list[list[dict[str, float]]]:
+    """Three steps with whole weights, three with sharded ones."""
+    return [curve(make_trainer(cfg, is_sharded), 3) for is_sharded in (False, True)]
+
+
+def bad_steps() -> dict[str, object]:
+    """One run with a bad step in it and one that never saw it; then more bad steps than are allowed, and a good one."""
+    one, other = make_trainer(CFG, True), make_trainer(CFG, True)
+    rank = one.accelerator.process_index
+    for trainer in (one, other):
+        trainer.train_step(0, batches(0, rank))
+    before = everything(one)
+    skipped = [one.train_step(1, batches(1, rank, bad=True)).skipped.tolist()]
+    left_out = same(everything(one), before)
+    for trainer in (one, other):
+        trainer.train_step(2, batches(2, rank))
+    without_trace = same(everything(one), everything(other)) and not same(everything(one), before)
+    for step in (3, 4):
+        skipped.append(one.train_step(step, batches(step, rank, bad=True)).skipped.tolist())
+    halted = everything(one)
+    one.train_step(5, batches(5, rank))
+    return {
+        "left_out": left_out,
+        "without_trace": without_trace,
+        "skipped": skipped,
+        "stays_halted": same(everything(one), halted),
+    }
+
+
+def main(file: Path) -> None:
+    whole, sharded = make_trainer(CFG, False, warm=2), make_trainer(CFG, True, warm=2)
+    result = {
+        "start_is_equal": same(everything(whole), everything(sharded)),
+        "numbers_held": [sum(sharding_size(p) for p in each.parameters) for each in (whole, sharded)],
+        "moments_held": [moments_size(each) for each in (whole, sharded)],
+        "whole": curve(whole),
+        "sharded": curve(sharded),
+        "bad": bad_steps(),
+    }
+    frozen, bf16 = replace(CFG.TRAIN, backbone_lr=None), replace(CFG.TRAIN, mixed_precision="bf16")
+    result["frozen"] = both_ways(replace(CFG, TRAIN=frozen))
+    result["float32"] = curve(make_trainer(CFG, False), 3)
+    AcceleratorState._reset_state()  # it keeps the first precision for good
+    result["bf16"] = both_ways(replace(CFG, TRAIN=bf16))
+    accelerator = whole.accelerator
+    if accelerator.is_main_process:
+        file.write_text(json.dumps(result))
+    part(accelerator)
+
+
+def sharding_size(tensor: torch.Tensor) -> int:
+    """Numbers that this process holds of a tensor."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
+
+
+def moments_size(trainer: Trainer) -> int:
+    return sum(
+        sharding_size(value) for state in trainer.optimizer.state.values() for value in state.values() if value.ndim
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
