@@ -102,7 +102,10 @@ def stop_early(run: Run | None, stop: StopRequested) -> NoReturn:
     from src.engine.console import logger
 
     if run is None or run.state.step == 0:
-        logger.info(f"{stop}: stopped before the first step, nothing is lost; start the same command again")
+        logger.info(
+            f"{stop}: stopped before the first step, nothing is lost; start the same command again. "
+            f"Exit code {RESUMABLE}"
+        )
     else:
         try:
             run.save_now()

@@ -20,8 +20,8 @@ class Grid:
         table = Table(title=self.title, title_justify="left", show_edge=False, pad_edge=False)
         kept = self._filled()
         for index in kept:
-            left = index == 0
-            table.add_column(self.header[index], justify="left" if left else "right", no_wrap=True)
+            left = index == 0  # names stay whole; a narrow terminal folds values
+            table.add_column(self.header[index], justify="left" if left else "right", no_wrap=left)
         for row in self.rows:
             table.add_row(*(row[index] for index in kept))
         return table

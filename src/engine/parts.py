@@ -70,6 +70,8 @@ def make_demo_data(cfg: Config, progress: Progress) -> None:
         def tell(done: int, total: int) -> None:
             if done == 0:
                 logger.info(f"rendering {total} demo hands into {cfg.DATA.root}; this happens once")
+            elif progress.disable and done * 4 // total > (done - 1) * 4 // total:
+                logger.info(f"rendered {done} of {total}")  # there is no bar to watch
             advance(done, total)
 
         make_demo_shards(
@@ -93,6 +95,17 @@ def training_sample(cfg: Config) -> Config | None:
         return None
     data = replace(cfg.DATA, val=replace(cfg.DATA.val, source=train.source, max_sample=train.eval_sample))
     return replace(cfg, DATA=data, GENERAL=replace(cfg.GENERAL, num_worker=min(1, cfg.GENERAL.num_worker)))
+
+
+def dropout_remark(cfg: Config) -> str | None:
+    """A word where the dropout gate never opens: a short trial run may not mean that."""
+    general = cfg.GENERAL
+    if cfg.MODEL.handec.dropout == 0 or general.dropout_warmup_step < general.total_step:
+        return None
+    return (
+        f"dropout stays 0 in this run: GENERAL.dropout_warmup_step={general.dropout_warmup_step} is not reached in "
+        f"GENERAL.total_step={general.total_step}"
+    )
 
 
 def describe_network(net: PoseNet, accelerator: Accelerator) -> str:

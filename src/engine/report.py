@@ -22,12 +22,16 @@ ROWS = (
 BASELINE = "mpjpe_rel_mean_hand"
 
 
-def closing_table(folder: Path, seconds: float) -> Table:
-    """What the journal of the run folder says: first and last validation, and the baseline."""
+def closing_table(folder: Path, seconds: float, since_step: int = 0) -> Table:
+    """What the journal of the run folder says: first and last validation, and the baseline.
+
+    `seconds` passed since `since_step`, where a resumed run went on.
+    """
+    since = f" since step {since_step}" if since_step else ""
     rows, _ = read_rows(folder / METRICS, 0, count=sys.maxsize)
     validations = [row for row in rows if row["subset"] == "val"]
     first, last = validations[0], validations[-1]
-    title = f"\nDone in {seconds:.0f} s. Validation at step {first['step']} and {last['step']}, mm"
+    title = f"\nDone in {seconds:.0f} s{since}. Validation at step {first['step']} and {last['step']}, mm"
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("")
     for name in ("before", "after", "mean hand", "against it"):

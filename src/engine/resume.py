@@ -62,9 +62,7 @@ def _look(cfg: Config, config_name: str) -> Origin:
         checkpoint = find_newest(Path(cfg.GENERAL.output_root), config_name)
         if checkpoint is None:
             where = f"the newest run of {config_name} below {cfg.GENERAL.output_root}"
-            logger.info(
-                f"GENERAL.resume_path=auto: {where} has no complete checkpoint, or there is none; starting anew"
-            )
+            logger.info(f"GENERAL.resume_path=auto: no complete checkpoint yet in {where}; starting anew")
             return Origin()
     else:
         checkpoint = find_checkpoint(asked)

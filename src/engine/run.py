@@ -70,10 +70,12 @@ class Run:
         self.watch = StepWatch(self.folder, self.trainer, self.train_loader.dataset, self.state)
         self.saved_at = self.state.step  # the newest step that a checkpoint was begun at, or that this run started from
         self.writer = CheckpointWriter(self.state.step if origin.in_place else None)
-        self.started = time.perf_counter()
+        self.started, self.begun_at = time.perf_counter(), self.state.step
         self.task = progress.add_task("training", total=cfg.GENERAL.total_step, completed=self.state.step)
         logger.info(parts.describe_hand(hand))
         logger.info(parts.describe_network(self.net, self.accelerator))
+        if remark := parts.dropout_remark(cfg):
+            logger.info(remark)
         self._report_damage()
 
     # ---- what the loop asks for -------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ class Run:
         self.progress.stop()
         if self.is_main:
             seconds = time.perf_counter() - self.started
-            console.print(closing_table(self.folder, seconds))
+            console.print(closing_table(self.folder, seconds, self.begun_at))
             console.print(where_to_look(self.folder, self.cfg.AIM, self.tracker.is_behind), soft_wrap=True)
 
     def close(self, patience: float = 60.0, in_order: bool = True) -> None:
