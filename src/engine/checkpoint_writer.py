@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ class HostCopy:
 
         result = walk(tree, at)
         if source:
-            torch._foreach_copy_(copies, source, non_blocking=True)
+            with _one_thread():
+                torch._foreach_copy_(copies, source, non_blocking=True)
         if any(tensor.is_cuda for tensor in source):
             torch.cuda.current_stream().synchronize()
         return result
@@ -73,6 +75,17 @@ class HostCopy:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffer[path] = buffer
         return buffer
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let this thread copy alone: where cores are busy, hundreds of small copies each wait for a helper to wake up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _tensors(tree: Any, path: tuple) -> Iterator[tuple[tuple, torch.Tensor]]:
