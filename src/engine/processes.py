@@ -33,6 +33,26 @@ class _DDPKwargs(DistributedDataParallelKwargs):
         return kwargs
 
 
+def _meet_after_restart() -> None:
+    """Make the process group under names of its own where torchrun has started the processes of one machine again.
+
+    torchrun (2.13) keeps its store over restarts: gloo would find the addresses of processes that are gone and wait for
+    them. Over several machines the count of restarts differs from node to node and cannot serve as a name.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
+        return
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
 def build_accelerator(cfg: Config) -> Accelerator:
     """Processes, device and precision. `auto` is bf16 on a GPU that has it, float32 anywhere else.
 
@@ -46,6 +66,7 @@ def build_accelerator(cfg: Config) -> Accelerator:
     precision = "no" if precision == "tf32" else precision
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = world_size > 1 and not torch.cuda.is_available()  # torchrun alone does not make Accelerate use gloo
+    _meet_after_restart()
     timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[timeout])
     accelerator.ddp_handler = _DDPKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
