@@ -66,12 +66,15 @@ def make_demo_data(cfg: Config, progress: Progress) -> None:
         return
     num_sample = {"train": demo.train_sample, "val": demo.val_sample}
     with task_bar(progress, "rendering demo hands") as advance:
+        told = 0
 
         def tell(done: int, total: int) -> None:
+            nonlocal told
             if done == 0:
                 logger.info(f"rendering {total} demo hands into {cfg.DATA.root}; this happens once")
-            elif progress.disable and done * 4 // total > (done - 1) * 4 // total:
-                logger.info(f"rendered {done} of {total}")  # there is no bar to watch
+            elif progress.disable and done * 4 // total > told:  # there is no bar to watch
+                told = done * 4 // total
+                logger.info(f"rendered {done} of {total}")
             advance(done, total)
 
         make_demo_shards(
