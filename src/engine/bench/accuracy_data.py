@@ -28,7 +28,7 @@ def load_sets(cfg: Config, out: Path, say: Callable[[str], None]) -> tuple[Batch
     say("rendering hands")
     make_demo_shards(root, number, demo.seed, demo.img_size, demo.free_rotation)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    what = {"img_size": cfg.MODEL.img_size, "expansion_ratio": cfg.TRAIN.expansion_ratio, **asdict(demo)}
+    what = {"img_size": cfg.MODEL.img_size, "expansion_ratio": cfg.TRAIN.expansion_ratio, "demo": asdict(demo)}
     file = out / f"patches-{digest_of(what)}.pt"
     if not file.is_file():
         say("cropping patches")
