@@ -119,7 +119,7 @@ def turn_samples(
         **_turned_joints(samples, view),
         **_turned_hands(samples, view),
     }
-    labels = {name: list(value.astype(np.float32, copy=False)) for name, value in labels.items()}
+    labels = {name: value.astype(np.float32, copy=False) for name, value in labels.items()}
     rows = [
         PatchSample(
             key=sample.key,
@@ -130,9 +130,9 @@ def turn_samples(
             has_mano=float(sample.has_mano),
             flat_hand_mean=sample.flat_hand_mean,
             has_intr=float(sample.has_intr),
-            **dict(zip(labels, values)),
+            **{name: values[i] for name, values in labels.items()},
         )
-        for sample, position, patch, *values in zip(samples, positions, patches, *labels.values())
+        for i, (sample, position, patch) in enumerate(zip(samples, positions, patches))
     ]
     return rows, view
 
