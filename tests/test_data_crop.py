@@ -21,7 +21,7 @@ from src.data.augment import (
     draw_augmentation,
     identity_augmentation,
 )
-from src.data.crop import crop_sample, padding_patch, view_of_sample
+from src.data.crop import crop_sample, crop_samples, padding_patch, view_of_sample
 from src.data.rng import uniforms
 from src.geometry.patch import mirror_pose, warp_image
 from src.geometry.rotation import axis_angle_to_matrix
@@ -210,3 +210,20 @@ def test_a_turn_that_leaves_the_scene_is_not_carried_out(hand: ManoLayer) -> Non
     view = view_of_sample(sample, Augmentation(roll=0.3, tilt=(1.4, 0.0)), 64, 2.0)
     assert view.cam_rot[2, 2] == 1.0
     assert cv2.Rodrigues(view.cam_rot)[0][2, 0] == pytest.approx(0.3)
+
+
+def test_a_batch_is_cut_as_its_samples_are_one_by_one(hand: ManoLayer) -> None:
+    """To the last bit, whoever the neighbours are: a dropped turn, no turn at all, a hand without parameters."""
+    samples = [make_sample(hand, seed, bool(seed % 2)) for seed in range(12)]
+    pictures = [np.random.default_rng(i).integers(0, 256, s.image.shape, np.uint8) for i, s in enumerate(samples)]
+    samples = [
+        dataclasses.replace(sample, image=picture, has_mano=i != 7)
+        for i, (sample, picture) in enumerate(zip(samples, pictures))
+    ]
+    draws = [draw_augmentation(uniforms("batch", i, num=NUM_UNIFORM), KNOBS) for i in range(12)]
+    draws[2], draws[5] = Augmentation(roll=0.3, tilt=(1.4, 0.0)), identity_augmentation()
+    together = crop_samples(samples, draws, 48, 2.0, list(range(12)))
+    for i, row in enumerate(together):
+        alone = crop_sample(samples[i], draws[i], 48, 2.0, i)
+        for name, value in vars(row).items():
+            assert np.array_equal(value, getattr(alone, name)), (i, name)

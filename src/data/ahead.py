@@ -9,6 +9,7 @@ the others some microseconds. Where the system cannot do this, or has too little
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
@@ -79,9 +80,10 @@ class ReadAhead:
 
     def _ask(self, source: SourcePlan, turn: Turn, share: float) -> None:
         """See to it that this share of a group's blocks has been announced, in the order of the archive."""
-        blocks = source.epoch(turn.epoch).blocks(turn.group)
-        asked, wanted = self.num_asked.get(turn, 0), int(np.ceil(share * len(blocks)))
+        order = source.epoch(turn.epoch)
+        asked, wanted = self.num_asked.get(turn, 0), math.ceil(share * order.num_block(turn.group))
         if wanted > asked:
+            blocks = order.blocks(turn.group)
             blocks = blocks[np.argsort(blocks[:, 0])]
             self.todo.extend((turn.source, begin, end) for begin, end in blocks[asked:wanted].tolist())
             self.num_asked[turn] = wanted

@@ -1,11 +1,13 @@
 """From a Sample to a row of a Batch: one homography moves image, 2D, 3D and MANO root together.
 
 The camera that takes the patch is that of src/geometry/patch.py; turn, zoom and shift are drawn in src/data/augment.py.
-Shape legend: J = 21 joints, S patch side. Computed in float64, returned in float32.
+All samples of a batch are turned at once (`turn_samples`); their pictures are cut one by one (`fill_patch`).
+Shape legend: N samples, J = 21 joints, S patch side. Computed in float64, returned in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -16,14 +18,15 @@ from src.data.augment import Augmentation, PixelAugmentation, augment_pixels
 from src.geometry.patch import (
     BORDER,
     MIRROR,
+    MIRROR_AXIS,
     Aim,
     PatchView,
     Warp,
     apply_warp,
-    mirror_pose,
-    plan_warp,
-    turn_root,
+    plan_warps,
+    turn_roots,
     view_of_patch,
+    views_of_patches,
 )
 
 
@@ -53,9 +56,12 @@ class PatchSample:
 
 def view_of_sample(sample: Sample, augmentation: Augmentation, img_size: int, expansion_ratio: float) -> PatchView:
     """The camera that looks at the hand of `sample`; a perspective turn that would leave the scene is dropped."""
+    return view_of_patch(_aim(sample, augmentation, expansion_ratio), img_size)
+
+
+def _aim(sample: Sample, augmentation: Augmentation, expansion_ratio: float) -> Aim:
     turn = (augmentation.roll, augmentation.tilt, augmentation.zoom, augmentation.shift)
-    aim = Aim(sample.hand_bbox, sample.focal, sample.princpt, sample.is_right, expansion_ratio, *turn)
-    return view_of_patch(aim, img_size)
+    return Aim(sample.hand_bbox, sample.focal, sample.princpt, sample.is_right, expansion_ratio, *turn)
 
 
 def crop_sample(
@@ -70,10 +76,23 @@ def crop_sample(
         expansion_ratio: side of the square over the longer side of `hand_bbox`.
         position: place in the data order, handed through.
     """
-    planes = np.empty((3, img_size, img_size), np.uint8)
-    row, view = turn_sample(sample, augmentation, planes, expansion_ratio, position)
-    fill_patch(planes, sample.image, plan_warp(sample.image.shape[1::-1], view, img_size), augmentation.pixel)
-    return row
+    return crop_samples([sample], [augmentation], img_size, expansion_ratio, [position])[0]
+
+
+def crop_samples(
+    samples: Sequence[Sample],
+    augmentations: Sequence[Augmentation],
+    img_size: int,
+    expansion_ratio: float,
+    positions: Sequence[int],
+) -> list[PatchSample]:
+    """As `crop_sample`, of N samples: at a fraction of the cost, and to the bit the same."""
+    patches = np.empty((len(samples), 3, img_size, img_size), np.uint8)
+    rows, views = turn_samples(samples, augmentations, patches, expansion_ratio, positions)
+    warps = plan_warps([sample.image.shape[1::-1] for sample in samples], views, img_size)
+    for patch, sample, warp, augmentation in zip(patches, samples, warps, augmentations):
+        fill_patch(patch, sample.image, warp, augmentation.pixel)
+    return rows
 
 
 def fill_patch(planes: np.ndarray, image: np.ndarray, warp: Warp | None, pixel: PixelAugmentation) -> None:
@@ -81,42 +100,76 @@ def fill_patch(planes: np.ndarray, image: np.ndarray, warp: Warp | None, pixel: 
     cv2.split(augment_pixels(apply_warp(image, warp, planes.shape[-1]), pixel), list(planes))
 
 
-def turn_sample(
-    sample: Sample, augmentation: Augmentation, planes: np.ndarray, expansion_ratio: float, position: int = 0
-) -> tuple[PatchSample, PatchView]:
-    """The annotations of `sample` as its patch camera sees them, beside a patch `planes` [3, S, S] still to be painted;
-    and that camera. Other arguments as `crop_sample`; the image is not looked at."""
-    view = view_of_sample(sample, augmentation, planes.shape[-1], expansion_ratio)
-    valid_2d, valid_3d = sample.joint_2d_valid[:, None], sample.joint_3d_valid[:, None]
-    joint = sample.joint_img @ view.image_to_patch[:, :2].T + view.image_to_patch[:, 2]
+def turn_samples(
+    samples: Sequence[Sample],
+    augmentations: Sequence[Augmentation],
+    patches: Sequence[np.ndarray],
+    expansion_ratio: float,
+    positions: Sequence[int],
+) -> tuple[list[PatchSample], PatchView]:
+    """The annotations of N samples as their patch cameras see them, beside `patches` [3, S, S] still to be painted; and
+    those cameras. Other arguments as `crop_sample`, one for each sample; the images are not looked at."""
+    aims = [_aim(sample, augmentation, expansion_ratio) for sample, augmentation in zip(samples, augmentations)]
+    view = views_of_patches(aims, patches[0].shape[-1])
+    labels = {
+        "patch_focal": np.stack([view.focal, view.focal], axis=1),
+        "patch_princpt": view.princpt,
+        "cam_rot": view.cam_rot,
+        "image_to_patch": view.image_to_patch,
+        **_turned_joints(samples, view),
+        **_turned_hands(samples, view),
+    }
+    labels = {name: value.astype(np.float32, copy=False) for name, value in labels.items()}
+    rows = [
+        PatchSample(
+            key=sample.key,
+            source=sample.source,
+            position=position,
+            is_right=sample.is_right,
+            patch=patch,
+            has_mano=float(sample.has_mano),
+            flat_hand_mean=sample.flat_hand_mean,
+            has_intr=float(sample.has_intr),
+            **{name: values[i] for name, values in labels.items()},
+        )
+        for i, (sample, position, patch) in enumerate(zip(samples, positions, patches))
+    ]
+    return rows, view
+
+
+def _stack(samples: Sequence[Sample], name: str) -> np.ndarray:
+    """[N, ...] one field of all samples, float64."""
+    return np.array([getattr(sample, name) for sample in samples], np.float64)
+
+
+def _mirror(samples: Sequence[Sample], axes: np.ndarray) -> np.ndarray:
+    """[N, 1, 3] the factors that make a right hand of each sample's: `axes` where it is a left one."""
+    return np.array([np.ones(3) if sample.is_right else axes for sample in samples])[:, None]
+
+
+def _turned_joints(samples: Sequence[Sample], view: PatchView) -> dict[str, np.ndarray]:
+    """The joints' labels, float64: [N, J, 2] px of the patch, [N, J, 3] mm, 0 where they are not known."""
+    valid_2d, valid_3d = _stack(samples, "joint_2d_valid"), _stack(samples, "joint_3d_valid")
+    homography = view.image_to_patch
+    joint = _stack(samples, "joint_img") @ homography[..., :2].swapaxes(1, 2) + homography[:, None, :, 2]
     # Only a joint annotated as visible and yet behind the turned camera could divide by zero; it is kept finite.
-    joint_patch = joint[:, :2] / np.maximum(joint[:, 2:], 1e-3)
-    joint_cam, pose = sample.joint_cam, sample.mano_pose
-    if not sample.is_right:
-        joint_cam, pose = joint_cam * MIRROR, mirror_pose(pose)
-    if sample.has_mano:
-        pose = turn_root(pose, view.cam_rot)
-    row = PatchSample(
-        key=sample.key,
-        source=sample.source,
-        position=position,
-        is_right=sample.is_right,
-        patch=planes,
-        patch_focal=np.array((view.focal, view.focal), np.float32),
-        patch_princpt=view.princpt.astype(np.float32),
-        cam_rot=view.cam_rot.astype(np.float32),
-        image_to_patch=view.image_to_patch.astype(np.float32),
-        joint_patch=(joint_patch * valid_2d).astype(np.float32),
-        joint_2d_valid=sample.joint_2d_valid.astype(np.float32, copy=False),
-        joint_cam=((joint_cam @ view.cam_rot.T) * valid_3d).astype(np.float32),
-        joint_3d_valid=sample.joint_3d_valid.astype(np.float32, copy=False),
-        mano_pose=(pose * sample.has_mano).astype(np.float32),
-        mano_shape=(sample.mano_shape * sample.has_mano).astype(np.float32),
-        has_mano=float(sample.has_mano),
-        flat_hand_mean=sample.flat_hand_mean,
-        has_intr=float(sample.has_intr),
-    )
-    return row, view
+    joint_patch = joint[..., :2] / np.maximum(joint[..., 2:], 1e-3)
+    joint_cam = (_stack(samples, "joint_cam") * _mirror(samples, MIRROR)) @ view.cam_rot.swapaxes(1, 2)
+    return {
+        "joint_patch": joint_patch * valid_2d[..., None],
+        "joint_2d_valid": valid_2d,
+        "joint_cam": joint_cam * valid_3d[..., None],
+        "joint_3d_valid": valid_3d,
+    }
+
+
+def _turned_hands(samples: Sequence[Sample], view: PatchView) -> dict[str, np.ndarray]:
+    """The MANO parameters, float64: [N, 48] axis-angle and [N, 10], 0 where they are not known."""
+    has_mano = _stack(samples, "has_mano")[:, None]
+    pose = _stack(samples, "mano_pose").reshape(len(samples), -1, 3) * _mirror(samples, MIRROR_AXIS)
+    pose, known = pose.reshape(len(samples), -1), np.flatnonzero(has_mano)
+    pose[known] = turn_roots(pose[known], view.cam_rot[known])
+    return {"mano_pose": pose * has_mano, "mano_shape": _stack(samples, "mano_shape") * has_mano}
 
 
 def padding_patch(img_size: int, planes: np.ndarray | None = None) -> PatchSample:

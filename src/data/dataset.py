@@ -3,8 +3,9 @@
 Runs in worker processes and needs no torch. Shards are opened on first use and read with `pread`, so a dataset may be
 copied into any number of processes. What cannot be used is reported beside the patches, with the reason.
 
-A batch is made in two passes. The first reads, checks and turns all annotations; the second decodes and paints one
-picture after the other. Python's own work then finds its code in the processor's caches, which every decode clears.
+A batch is made in two passes. The first reads and checks all frames, then turns their annotations, all at once. The
+second decodes and paints one picture after the other. Python's own work then finds its code in the processor's caches,
+which every decode clears.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import numpy as np
 
 from src.batch import Sample
 from src.data.ahead import ReadAhead
-from src.data.augment import NUM_UNIFORM, Augmentation, PixelAugmentation, draw_augmentation, identity_augmentation
+from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation, identity_augmentation
 from src.data.blob import SampleError
-from src.data.crop import PatchSample, fill_patch, padding_patch, turn_sample
+from src.data.crop import PatchSample, fill_patch, padding_patch, turn_samples
 from src.data.image import decode_image, image_info
 from src.data.index import ShardIndex
 from src.data.plan import MixedPlan, Place
@@ -28,7 +29,7 @@ from src.data.reader import ClipCache, ShardReader
 from src.data.rng import uniforms
 from src.data.sample import annotated_sample, make_sample
 from src.data.schema import Clip
-from src.geometry.patch import Warp, plan_warp
+from src.geometry.patch import Warp, plan_warps
 
 _MAX_OPEN = 512  # shards held open by one process: an order works on some 256 blocks at a time
 _MAX_ATTEMPT = 20
@@ -64,17 +65,25 @@ class Fetched:
 
 
 @dataclass
-class _Turn:
-    """A position in the making: the frame that was read for it, and how its picture is to be painted."""
+class _Frame:
+    """The frame that was read for a position, its picture still encoded."""
 
     position: int
     place: Place
     attempt: int  # how many frames were tried before
     image: memoryview  # encoded
+    size: tuple[int, int]  # of the image, px
+    sample: Sample
+    augmentation: Augmentation
+
+
+@dataclass
+class _Turn:
+    """A frame with its row, whose patch is still to be painted as `warp` says."""
+
+    frame: _Frame
     row: PatchSample
     warp: Warp | None
-    pixel: PixelAugmentation
-    size: tuple[int, int]  # of the image, px
 
 
 def open_file_limit() -> int:
@@ -134,16 +143,17 @@ class HandDataset:
             self.ahead.go_on(positions)
         patches = np.empty((len(positions), 3, self.img_size, self.img_size), np.uint8)
         fetched = Fetched(patches=patches)
-        turns = [self._turn(position, patch, fetched.bad) for position, patch in zip(positions, patches)]
+        turns = self._turn([self._find(position, fetched.bad) for position in positions], patches)
         for turn, patch in zip(turns, patches):
             while turn is not None and not self._paint(turn, fetched.bad):
-                turn = self._turn(turn.position, patch, fetched.bad, turn.attempt + 1)
+                frame = self._find(turn.frame.position, fetched.bad, turn.frame.attempt + 1)
+                (turn,) = self._turn([frame], [patch])
             fetched.rows.append(padding_patch(self.img_size, patch) if turn is None else turn.row)
         fetched.bad.sort(key=lambda bad: positions.index(bad.position))
         return fetched
 
-    def _turn(self, position: int, patch: np.ndarray, bad: list[BadFrame], attempt: int = 0) -> _Turn | None:
-        """Read and turn the frame at `position`, or the first of its substitutes that can be read; None: padding."""
+    def _find(self, position: int, bad: list[BadFrame], attempt: int = 0) -> _Frame | None:
+        """Read the frame at `position`, or the first of its substitutes that can be read; None: padding."""
         can_replace = isinstance(self.plan, MixedPlan)
         while position >= 0 and (attempt == 0 or can_replace):
             if attempt == _MAX_ATTEMPT:
@@ -151,32 +161,43 @@ class HandDataset:
                 raise RuntimeError(f"position {position}: {attempt} frames in a row cannot be used, the last: {last}")
             place = self.plan.substitute(position, attempt) if attempt else self.plan.locate(position)
             try:
-                return self._begin(position, place, attempt, patch)
+                return self._open(position, place, attempt)
             except (SampleError, OSError) as error:
                 bad.append(self._report(position, place, error))
             attempt += 1
         return None
 
-    def _begin(self, position: int, place: Place, attempt: int, patch: np.ndarray) -> _Turn:
-        """Everything that can be done for a frame before its picture is decoded. Raises SampleError, OSError."""
+    def _open(self, position: int, place: Place, attempt: int) -> _Frame:
+        """A frame with all that its header and annotations say. Raises SampleError, OSError."""
         key, clip, number, image = self.fetch(place)
         _, size = image_info(image)
         sample = annotated_sample(clip, number, size, key, self.hand_model)
-        augmentation = self._augmentation(position)
-        row, view = turn_sample(sample, augmentation, patch, self.expansion_ratio, position)
-        warp = plan_warp(size, view, self.img_size)
-        return _Turn(position, place, attempt, image, row, warp, augmentation.pixel, size)
+        return _Frame(position, place, attempt, image, size, sample, self._augmentation(position))
+
+    def _turn(self, frames: Sequence[_Frame | None], patches: Sequence[np.ndarray]) -> list[_Turn | None]:
+        """The rows of frames, everything that can be done before pictures are decoded; None stays None."""
+        some = [(frame, patch) for frame, patch in zip(frames, patches) if frame is not None]
+        if not some:
+            return [None] * len(frames)
+        found, planes = zip(*some)
+        samples, augmentations = [frame.sample for frame in found], [frame.augmentation for frame in found]
+        positions = [frame.position for frame in found]
+        rows, views = turn_samples(samples, augmentations, planes, self.expansion_ratio, positions)
+        warps = plan_warps([frame.size for frame in found], views, self.img_size)
+        turns = iter([_Turn(*parts) for parts in zip(found, rows, warps)])
+        return [None if frame is None else next(turns) for frame in frames]
 
     def _paint(self, turn: _Turn, bad: list[BadFrame]) -> bool:
         """Decode the picture and paint its patch; False where it does not decode."""
+        frame = turn.frame
         try:
-            image = decode_image(turn.image)
-            if image.shape[1::-1] != turn.size:
-                raise SampleError("undecodable_image", f"{image.shape[1::-1]} pixels behind a header of {turn.size}")
+            image = decode_image(frame.image)
+            if image.shape[1::-1] != frame.size:
+                raise SampleError("undecodable_image", f"{image.shape[1::-1]} pixels behind a header of {frame.size}")
         except SampleError as error:
-            bad.append(self._report(turn.position, turn.place, error))
+            bad.append(self._report(frame.position, frame.place, error))
             return False
-        fill_patch(turn.row.patch, image, turn.warp, turn.pixel)
+        fill_patch(turn.row.patch, image, turn.warp, frame.augmentation.pixel)
         return True
 
     def read(self, place: Place) -> Sample:

@@ -35,7 +35,7 @@ def collate(fetched: Fetched) -> tuple[Batch, list[BadFrame]]:
     rows = fetched.rows
 
     def stack(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([getattr(row, name) for row in rows]))
+        return torch.from_numpy(np.array([getattr(row, name) for row in rows]))
 
     def flag(name: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([getattr(row, name) for row in rows], dtype=dtype)

@@ -76,6 +76,10 @@ class EpochOrder:
         apart = distance(self.block, self.rounds.step)
         return min(_APART, max(0, apart - 1) * self._round_size + 1)
 
+    def num_block(self, group: int) -> int:
+        """How many blocks a group has."""
+        return int(self.group_block[group + 1] - self.group_block[group])
+
     def blocks(self, group: int) -> np.ndarray:
         """[n, 2] first frame of each block of a group, and the first one behind it; in the order they are dealt."""
         begin = self.block_order[self.group_block[group] : self.group_block[group + 1]].astype(np.int64) * self.block

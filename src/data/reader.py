@@ -1,6 +1,6 @@
 """Reads single frames of one shard: the bytes that its index points to, checked against its checksums, then parsed.
 
-Most samples of a shard have members of the same names and sizes. So the layout of an earlier sample of the same size is
+Most samples of a shard have members of the same names and sizes. So the layouts of earlier samples of the same size are
 tried first: a look at names and sizes is enough then.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from zlib import crc32
 
 from src.data.blob import SampleError
@@ -19,6 +19,7 @@ from src.data.tar import BLOCK, TarError, is_plain, padded, plain_key, read_head
 _WHOLE_SIZE = 1 << 18  # samples up to this size are read in one piece
 _CLIP_MEMORY = 64 << 20  # bytes of annotations that one process keeps
 _FRAME_SIZE = 1200  # bytes of a frame's annotations, about
+_NUM_LAYOUT = 4  # kept for each size of a sample: "left" and "right" alone make two
 
 
 class Layout:
@@ -88,7 +89,7 @@ class ShardReader:
         self.tables = index.tables()
         self.rows = self.tables.rows(stride)
         self.clips = ClipCache() if clips is None else clips
-        self._layouts: dict[int, Layout] = {}  # by the size of a sample without its images
+        self._layouts: dict[int, deque[Layout]] = {}  # by the size of a sample without its images, last found first
 
     def close(self) -> None:
         """Close the shard; a reader that nobody holds any more does so by itself."""
@@ -158,16 +159,22 @@ class ShardReader:
         """(key, members by suffix) of a sample whose bytes without images have the checksum `crc`."""
         if crc32(note) != crc:
             raise self._changed("crc_note", f"annotations {self._key_of(note)}")
-        layout = self._layouts.get(len(note))
-        key = layout.key(note) if layout else None
-        if layout is None or key is None:
-            try:
-                key, places = span_layout(note)
-            except TarError as error:
-                raise self._changed("crc_note", f"a header does not parse ({error})") from None
-            layout = self._layouts[len(note)] = Layout(note, places)
+        key, places = self._places(note)
         view = memoryview(note)
-        return key, {suffix: view[begin:end] for suffix, (begin, end) in layout.places.items()}
+        return key, {suffix: view[begin:end] for suffix, (begin, end) in places.items()}
+
+    def _places(self, note: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
+        """(key, where each member begins and ends, by suffix) of a sample."""
+        layouts = self._layouts.setdefault(len(note), deque(maxlen=_NUM_LAYOUT))
+        for layout in layouts:
+            if (key := layout.key(note)) is not None:
+                return key, layout.places
+        try:
+            key, places = span_layout(note)
+        except TarError as error:
+            raise self._changed("crc_note", f"a header does not parse ({error})") from None
+        layouts.appendleft(Layout(note, places))
+        return key, places
 
     @staticmethod
     def _key_of(note: bytes) -> str:

@@ -145,10 +145,17 @@ def _lengths(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _json(members: Mapping[str, memoryview | bytes], suffix: str) -> Any:
+    """What a json member says; shared with other samples, so not to be changed."""
     try:
-        return json.loads(bytes(members[suffix]))
+        return _parsed(bytes(members[suffix]))
     except (ValueError, RecursionError):
         raise SampleError("bad_json", f"{suffix} does not parse") from None
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: bytes) -> Any:
+    """Cached: the meta data of a set's single frames are mostly the same."""
+    return json.loads(text)
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -210,13 +217,13 @@ def _constant(value: float, *shape: int) -> np.ndarray:
     return array
 
 
-def _flag(num_frame: int, arrays: dict[str, np.ndarray], needs: tuple[str, ...], names: tuple[str, ...]) -> np.ndarray:
+def _flag(num_frame: int, arrays: dict[str, np.ndarray], needs: set[str], names: tuple[str, ...]) -> np.ndarray:
     """[T, ...] the first flag of `names` that is there, else 1; all 0 where an array that it speaks of is absent."""
-    shape = (num_frame, *FIELDS[names[0]])
-    if any(name not in arrays for name in needs):
-        return _constant(0.0, *shape)
-    found = next((arrays[name] for name in names if name in arrays), None)
-    return _constant(1.0, *shape) if found is None else found
+    is_known = needs <= arrays.keys()
+    for name in names:
+        if is_known and name in arrays:
+            return arrays[name]
+    return _constant(float(is_known), num_frame, *FIELDS[names[0]])
 
 
 def _known(arrays: dict[str, np.ndarray], name: str, flag: np.ndarray) -> np.ndarray:
@@ -232,10 +239,10 @@ def _complete(
     meta: dict[str, Any], default_mean: bool | None, arrays: dict[str, np.ndarray], num_frame: int, check: bool
 ) -> Clip:
     """Fill in what is absent, zero what is flagged as unknown, and find the frames that cannot be used."""
-    valid_2d = _flag(num_frame, arrays, ("joint_img",), ("joint_2d_valid", "joint_valid"))
-    valid_3d = _flag(num_frame, arrays, ("joint_cam",), ("joint_3d_valid", "joint_valid"))
-    has_mano = _flag(num_frame, arrays, ("mano_pose", "mano_shape"), ("has_mano", "mano_valid"))
-    has_intr = _flag(num_frame, arrays, ("focal", "princpt"), ("has_intr",))
+    valid_2d = _flag(num_frame, arrays, {"joint_img"}, ("joint_2d_valid", "joint_valid"))
+    valid_3d = _flag(num_frame, arrays, {"joint_cam"}, ("joint_3d_valid", "joint_valid"))
+    has_mano = _flag(num_frame, arrays, {"mano_pose", "mano_shape"}, ("has_mano", "mano_valid"))
+    has_intr = _flag(num_frame, arrays, {"focal", "princpt"}, ("has_intr",))
     if meta.get("intr_type") == "none":
         has_intr = _constant(0.0, num_frame)
     elif "has_intr" not in arrays and "focal" in arrays and "princpt" in arrays:

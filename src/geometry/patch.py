@@ -8,13 +8,15 @@ nothing is approximated. `K_patch` has one focal length for both axes: pixels of
 of the source are not.
 
 Numpy and OpenCV. Training (src/data/crop.py) and prediction (src/model/predict.py) cut their patches here.
-Shape legend: S patch side. Computed in float64.
+Shape legend: N patches, S patch side. Computed in float64.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -42,14 +44,18 @@ class Aim:
 
 @dataclass(frozen=True)
 class PatchView:
-    """The virtual camera of one patch (float64)."""
+    """The virtual camera of one patch, or those of N: then every field has a leading N (float64)."""
 
-    focal: float  # px, both axes
+    focal: np.ndarray  # [] px, both axes
     princpt: np.ndarray  # [2] px
     cam_rot: np.ndarray  # [3, 3]
     image_to_patch: np.ndarray  # [3, 3]
     patch_to_image: np.ndarray  # [3, 3]
-    scale: float  # patch px per source px at the centre of the hand's box
+    scale: np.ndarray  # [] patch px per source px at the centre of the hand's box
+
+    def __getitem__(self, index: Any) -> PatchView:
+        """The camera of one of N patches; of one, `view[None]` makes N = 1."""
+        return PatchView(*(value[index] for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -62,80 +68,109 @@ class Warp:
     matrix: np.ndarray  # [3, 3] homography from patch px to px of the shrunk part
 
 
-def rotation_of_camera(roll: float, tilt: tuple[float, float]) -> np.ndarray:
-    """[3, 3] roll about the principal axis after a perspective turn by the rotation vector (tilt x, tilt y, 0); rad."""
-    cos, sin = math.cos(roll), math.sin(roll)
-    turn = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
-    return turn if tilt == (0.0, 0.0) else turn @ cv2.Rodrigues(np.array([tilt[0], tilt[1], 0.0]))[0]
-
-
 def view_of_patch(aim: Aim, img_size: int) -> PatchView:
     """The camera that `aim` asks for; a perspective turn that would leave the scene is dropped."""
-    view = _view(aim, rotation_of_camera(aim.roll, aim.tilt), img_size)
-    if view is None:
-        view = _view(aim, rotation_of_camera(aim.roll, (0.0, 0.0)), img_size)
-        assert view is not None
+    return views_of_patches([aim], img_size)[0]
+
+
+def views_of_patches(aims: Sequence[Aim], img_size: int) -> PatchView:
+    """The cameras that `aims` [N] ask for, all at once, to the bit as one by one."""
+    rolled = np.array([_roll_of_camera(aim.roll) for aim in aims])
+    rotation, tilted = rolled.copy(), [i for i, aim in enumerate(aims) if aim.tilt != (0.0, 0.0)]
+    if tilted:
+        tilt = np.array([cv2.Rodrigues(np.array([*aims[i].tilt, 0.0]))[0] for i in tilted])
+        rotation[tilted] = rolled[tilted] @ tilt
+    view, is_outside = _turned_views(aims, rotation, img_size)
+    if is_outside.any():
+        view, is_outside = _turned_views(aims, np.where(is_outside[:, None, None], rolled, rotation), img_size)
+        assert not is_outside.any()
     return view
 
 
-def _view(aim: Aim, rotation: np.ndarray, img_size: int) -> PatchView | None:
-    """The camera turned by `rotation`, or None where that shows the hand too obliquely."""
-    (fx, fy), (cx, cy) = aim.focal.tolist(), aim.princpt.tolist()
-    x0, y0, x1, y1 = aim.box.tolist()
-    focal = math.sqrt(fx * fy)
-    # Mirroring the image (x' = W - 1 - x, with the principal point) mirrors the rays, so W drops out.
-    side_sign = 1.0 if aim.is_right else -1.0
-    to_ray = np.array([[side_sign / fx, 0.0, -side_sign * cx / fx], [0.0, 1.0 / fy, -cy / fy], [0.0, 0.0, 1.0]])
-    center = np.array([0.5 * (x0 + x1), 0.5 * (y0 + y1), 1.0])
-    to_plane = (rotation * ((focal,), (focal,), (1.0,))) @ to_ray
-    center_x, center_y, depth = (to_plane @ center).tolist()
-    is_tilted = rotation[2, 2] != 1.0
-    if is_tilted and depth < _MIN_COS * math.hypot(*(to_ray @ center)):
-        return None
+def _roll_of_camera(roll: float) -> list[list[float]]:
+    """[3, 3] rotation about the principal axis; rad. A perspective turn comes before it."""
+    cos, sin = math.cos(roll), math.sin(roll)
+    return [[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]
+
+
+def _turned_views(aims: Sequence[Aim], rotation: np.ndarray, img_size: int) -> tuple[PatchView, np.ndarray]:
+    """The cameras turned by `rotation` [N, 3, 3], and which of them [N] look too obliquely at the hand."""
+    box, focal, princpt, shift = (
+        np.array([getattr(aim, name) for aim in aims], np.float64) for name in ("box", "focal", "princpt", "shift")
+    )
+    to_ray = _rays(focal, princpt, np.array([1.0 if aim.is_right else -1.0 for aim in aims]))
+    center = np.ones((len(aims), 3, 1))
+    center[:, :2, 0] = 0.5 * (box[:, :2] + box[:, 2:])
+    focal = np.sqrt(focal[:, 0] * focal[:, 1])
+    to_plane = (rotation * np.stack([focal, focal, np.ones_like(focal)], axis=1)[..., None]) @ to_ray
+    center_on_plane = (to_plane @ center)[..., 0]
+    depth = center_on_plane[:, 2]
+    is_tilted = rotation[:, 2, 2] != 1.0
+    is_outside = is_tilted & (depth < _MIN_COS * np.linalg.norm(to_ray @ center, axis=1)[:, 0])
+    depth = np.where(is_outside, 1.0, depth)
     # det(to_plane) = 1 up to the mirror's sign, so the plane is magnified by depth^-3 in area about this point.
     magnification = depth**-1.5
-    side = max(x1 - x0, y1 - y0) * aim.expansion_ratio * aim.zoom * magnification
+    expansion, zoom = np.array([(aim.expansion_ratio, aim.zoom) for aim in aims]).T
+    side = (box[:, 2:] - box[:, :2]).max(axis=1) * expansion * zoom * magnification
     scale = img_size / side
-    shift_x, shift_y = aim.shift
-    middle = 0.5 * (img_size - 1)
-    princpt = np.array(
-        [middle - scale * (center_x / depth + shift_x * side), middle - scale * (center_y / depth + shift_y * side)]
-    )
-    to_patch = np.array([[scale, 0.0, princpt[0]], [0.0, scale, princpt[1]], [0.0, 0.0, 1.0]])
-    image_to_patch = to_patch @ to_plane
+    princpt = 0.5 * (img_size - 1) - scale[:, None] * (center_on_plane[:, :2] / depth[:, None] + shift * side[:, None])
+    image_to_patch = _scale_and_shift(scale, princpt) @ to_plane
     patch_to_image = np.linalg.inv(image_to_patch)
-    if is_tilted and min(depth for _, _, depth in _corners(patch_to_image, img_size)) <= 0.1:
-        return None  # a corner of the patch looks at what lies behind the source camera
-    return PatchView(scale * focal, princpt, rotation, image_to_patch, patch_to_image, scale * magnification)
+    # Also outside: a corner of the patch looks at what lies behind the source camera.
+    is_outside |= is_tilted & (_corners(patch_to_image, img_size)[..., 2].min(axis=1) <= 0.1)
+    view = PatchView(scale * focal, princpt, rotation, image_to_patch, patch_to_image, scale * magnification)
+    return view, is_outside
 
 
-def _corners(patch_to_image: np.ndarray, img_size: int) -> list[list[float]]:
-    """Homogeneous image coordinates of the patch's four outer corners."""
+def _rays(focal: np.ndarray, princpt: np.ndarray, sign: np.ndarray) -> np.ndarray:
+    """[N, 3, 3] from px of the source to rays of the camera, mirrored where `sign` [N] is -1.
+
+    Mirroring the image (x' = W - 1 - x, with the principal point) mirrors the rays, so W drops out.
+    """
+    to_ray = np.zeros((len(sign), 3, 3))
+    to_ray[:, 0, 0], to_ray[:, 0, 2] = sign / focal[:, 0], -sign * princpt[:, 0] / focal[:, 0]
+    to_ray[:, 1, 1], to_ray[:, 1, 2] = 1.0 / focal[:, 1], -princpt[:, 1] / focal[:, 1]
+    to_ray[:, 2, 2] = 1.0
+    return to_ray
+
+
+def _scale_and_shift(scale: np.ndarray, shift: np.ndarray, divisor: np.ndarray | float = 1.0) -> np.ndarray:
+    """[N, 3, 3] homographies x -> (scale x + shift) / divisor; scale, divisor [N], shift [N, 2]."""
+    matrix = np.zeros((len(shift), 3, 3))
+    matrix[:, 0, 0] = matrix[:, 1, 1] = scale
+    matrix[:, :2, 2], matrix[:, 2, 2] = shift, divisor
+    return matrix
+
+
+def _corners(patch_to_image: np.ndarray, img_size: int) -> np.ndarray:
+    """[N, 4, 3] homogeneous image coordinates of the patches' four outer corners."""
     low, high = -0.5, img_size - 0.5
-    rows = patch_to_image.tolist()
-    return [[a * x + b * y + c for a, b, c in rows] for x, y in ((low, low), (high, low), (high, high), (low, high))]
+    x, y = np.array([[low, high, high, low], [low, low, high, high]])[..., None]
+    columns = patch_to_image[:, None]
+    return columns[..., 0] * x + columns[..., 1] * y + columns[..., 2]
 
 
-def plan_warp(size: tuple[int, int], view: PatchView, img_size: int) -> Warp | None:
-    """What of an image of `size` (width, height) the patch shows, and how; None where that is next to nothing."""
-    factor = int(1.0 / view.scale) if view.scale <= _SHRINK_FROM else 1
-    corners = [(x / depth, y / depth) for x, y, depth in _corners(view.patch_to_image, img_size)]
-    edges = []
-    for values, limit in zip(zip(*corners), size):
-        begin = min(max(math.floor(min(values)) - 1 - factor, 0), limit)
-        count = (min(max(math.ceil(max(values)) + 2 + factor, 0), limit) - begin) // factor
-        if count < 1:
-            return None
-        edges.append((begin, begin + count * factor))
-    (left, right), (top, bottom) = edges
-    middle = 0.5 * (factor - 1)
-    to_part = np.array([[1.0, 0.0, -left - middle], [0.0, 1.0, -top - middle], [0.0, 0.0, factor]])
-    return Warp((left, top), (right, bottom), factor, to_part @ view.patch_to_image)
+def plan_warps(sizes: Sequence[tuple[int, int]], views: PatchView, img_size: int) -> list[Warp | None]:
+    """What of images of `sizes` [N] (width, height) the patches of N views show, and how; None for next to nothing."""
+    limit = np.array(sizes)
+    factor = np.where(views.scale <= _SHRINK_FROM, 1.0 / views.scale, 1.0).astype(np.int64)[:, None]
+    corner = _corners(views.patch_to_image, img_size)
+    corner = corner[..., :2] / corner[..., 2:]
+    begin = np.clip(np.floor(corner.min(axis=1)) - 1 - factor, 0, limit).astype(np.int64)
+    count = (np.clip(np.ceil(corner.max(axis=1)) + 2 + factor, 0, limit).astype(np.int64) - begin) // factor
+    to_part = _scale_and_shift(1.0, -begin - 0.5 * (factor - 1), factor[:, 0])
+    matrix = to_part @ views.patch_to_image
+    columns = (column.tolist() for column in (count.min(axis=1), begin, begin + count * factor, factor[:, 0]))
+    return [
+        Warp(tuple(begin), tuple(end), factor, matrix) if count > 0 else None
+        for count, begin, end, factor, matrix in zip(*columns, matrix)
+    ]
 
 
 def warp_image(image: np.ndarray, view: PatchView, img_size: int) -> np.ndarray:
     """The patch [S, S, 3] uint8 of `image` [H, W, 3] uint8; the source is sampled once, outside of it lies grey."""
-    return apply_warp(image, plan_warp(image.shape[1::-1], view, img_size), img_size)
+    (warp,) = plan_warps([image.shape[1::-1]], view[None], img_size)
+    return apply_warp(image, warp, img_size)
 
 
 def apply_warp(image: np.ndarray, warp: Warp | None, img_size: int) -> np.ndarray:
@@ -165,8 +200,9 @@ def mirror_pose(pose: np.ndarray) -> np.ndarray:
     return (pose.reshape(-1, 3) * MIRROR_AXIS).reshape(pose.shape)
 
 
-def turn_root(pose: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """MANO pose [48] seen from a camera turned by `rotation`: only the root is not relative to a parent."""
+def turn_roots(pose: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """MANO poses [N, 48] seen from cameras turned by `rotation` [N, 3, 3]: only roots are not relative to a parent."""
     turned = pose.astype(np.float64)
-    turned[:3] = cv2.Rodrigues(rotation @ cv2.Rodrigues(turned[:3])[0])[0][:, 0]
+    root = rotation @ np.array([cv2.Rodrigues(vector)[0] for vector in turned[:, :3]]).reshape(-1, 3, 3)
+    turned[:, :3] = np.array([cv2.Rodrigues(matrix)[0] for matrix in root]).reshape(-1, 3)
     return turned

@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
-from src.batch import Batch
+from src.batch import Batch, Sample
 from src.config import Config
-from src.data.augment import NUM_UNIFORM, draw_augmentation
+from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation
 from src.data.convert.native import write_shards
-from src.data.crop import crop_sample, turn_sample
+from src.data.crop import crop_samples, turn_samples
 from src.data.dataset import Fetched, HandDataset
 from src.data.loader import collate
 from src.data.rng import uniforms
@@ -190,24 +190,36 @@ class Peer:
         return norm
 
 
-class _HamerRows(Dataset):
-    """The patch as normalised float32, made in the worker, with its labels."""
+class _Rows(Dataset):
+    """What the peers' rows share: the samples at positions of our order, with the draws of our augmentation."""
 
     def __init__(self, dataset: HandDataset) -> None:
         self.dataset = dataset
-        self.mean = np.array([123.675, 116.28, 103.53], np.float32)[:, None, None]
-        self.std = np.array([58.395, 57.12, 57.375], np.float32)[:, None, None]
 
     def __len__(self) -> int:
         return EPOCH
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, Any]:
-        sample = self.dataset.read(self.dataset.plan.locate(position))
-        augmentation = draw_augmentation(uniforms("augment", position, num=NUM_UNIFORM), self.dataset.augment)
-        row = crop_sample(sample, augmentation, self.dataset.img_size, self.dataset.expansion_ratio)
+    def samples(self, positions: list[int]) -> tuple[list[Sample], list[Augmentation]]:
+        """The decoded samples, and what is to be done to them."""
+        samples = [self.dataset.read(self.dataset.plan.locate(position)) for position in positions]
+        draws = [uniforms("augment", position, num=NUM_UNIFORM) for position in positions]
+        return samples, [draw_augmentation(draw, self.dataset.augment) for draw in draws]
+
+
+class _HamerRows(_Rows):
+    """The patch as normalised float32, made in the worker, with its labels."""
+
+    mean = np.array([123.675, 116.28, 103.53], np.float32)[:, None, None]
+    std = np.array([58.395, 57.12, 57.375], np.float32)[:, None, None]
+
+    def __getitems__(self, positions: list[int]) -> list[tuple[np.ndarray, Any]]:
+        size, ratio = self.dataset.img_size, self.dataset.expansion_ratio
+        rows = crop_samples(*self.samples(positions), size, ratio, positions)
+        return [(self._normalised(row.patch, position), row) for row, position in zip(rows, positions)]
+
+    def _normalised(self, patch: np.ndarray, position: int) -> np.ndarray:
         colour = np.random.default_rng(position).uniform(0.8, 1.2, (3, 1, 1)).astype(np.float32)
-        patch = np.clip(row.patch.astype(np.float32) * colour, 0, 255)
-        return (patch - self.mean) / self.std, row
+        return (np.clip(patch.astype(np.float32) * colour, 0, 255) - self.mean) / self.std
 
 
 class Hamer(Peer):
@@ -226,21 +238,15 @@ class Hamer(Peer):
         float(norm), loss.item()  # error_if_nonfinite and the progress bar
 
 
-class _FrameRows(Dataset):
+class _FrameRows(_Rows):
     """The whole frame as uint8 with the labels and the homography to the patch."""
 
-    def __init__(self, dataset: HandDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return EPOCH
-
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, Any]:
-        sample = self.dataset.read(self.dataset.plan.locate(position))
-        frame = torch.from_numpy(sample.image).permute(2, 0, 1).contiguous()
-        augmentation = draw_augmentation(uniforms("augment", position, num=NUM_UNIFORM), self.dataset.augment)
-        empty = np.empty((3, self.dataset.img_size, self.dataset.img_size), np.uint8)  # cut on the device
-        return frame, turn_sample(sample, augmentation, empty, self.dataset.expansion_ratio)[0]
+    def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, Any]]:
+        samples, augmentations = self.samples(positions)
+        empty = np.empty((len(samples), 3, self.dataset.img_size, self.dataset.img_size), np.uint8)  # cut on the device
+        rows, _ = turn_samples(samples, augmentations, empty, self.dataset.expansion_ratio, positions)
+        frames = [torch.from_numpy(sample.image).permute(2, 0, 1).contiguous() for sample in samples]
+        return list(zip(frames, rows))
 
 
 class CsVit(Peer):
