@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"{time.monotonic() - start:.0f} s")
     if args.json is not None:
         args.json.write_text(json.dumps(figure_json(args.subject, figures), indent=1) + "\n", encoding="utf-8")
-        console.print(f"written to {args.json}", soft_wrap=True)
+        console.print(f"written to {args.json}", soft_wrap=True, markup=False)
     return 0
 
 

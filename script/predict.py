@@ -117,11 +117,11 @@ def predict(args: argparse.Namespace) -> int:
         def tell(path: Path, problem: str | None) -> None:
             progress.advance(task)
             if problem:
-                progress.console.print(f"skipped {path}: {problem}", markup=False, soft_wrap=True)
+                progress.console.print(f"skipped {path}: {problem}", soft_wrap=True)
 
         tally = predict_photos(net, photos, boxes, outputs, given, tell)
     for line in tally.lines(args.output, strangers, len(finished) if args.skip_existing else 0):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return SKIPPED_SOME if tally.skipped else DONE
 
 

@@ -17,7 +17,12 @@ from src.engine.append_file import AppendFile
 
 T = TypeVar("T")
 
-console = Console(highlight=False)
+PLAIN_WIDTH = 120  # columns of what is no terminal, a pipe or a job's log; COLUMNS may say otherwise
+
+# no markup: a folder may be called [x]
+console = Console(highlight=False, markup=False)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = PLAIN_WIDTH
 logger = logging.getLogger("stage1")
 
 
@@ -25,7 +30,7 @@ class _ConsoleHandler(logging.Handler):
     """Prints through rich, so that a line scrolls above a live progress bar instead of tearing it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(self.format(record), markup=False, soft_wrap=True)
+        console.print(self.format(record), soft_wrap=True)
 
 
 class _FileHandler(logging.Handler):
