@@ -84,7 +84,8 @@ def predict(args: argparse.Namespace) -> int:
     photos = find_photos(args.photos)
     boxes, strangers = read_boxes(args.boxes, photos) if args.boxes else (None, [])
     if boxes is not None and not any(boxes.values()):
-        raise ValueError(f"{args.boxes} names none of the pictures at {args.photos}, but {strangers[:1]} and so on")
+        instead = f"but {strangers[0]} and so on" if strangers else "nor any other"
+        raise ValueError(f"{args.boxes} names none of the pictures at {args.photos}, {instead}")
     if args.output.resolve() in {photo.parent.resolve() for photo in photos}:
         raise ValueError(f"--output {args.output} is where the pictures lie; name another folder")
     outputs = name_outputs(photos, args.output)

@@ -148,6 +148,8 @@ def test_damaged_pictures_are_named_and_skipped(
         (["RUN", "nowhere.jpg"], "nowhere.jpg: there is no such picture or folder"),
         (["nowhere", "PHOTOS"], "no checkpoint at nowhere"),
         (["RUN", "PHOTOS", "--boxes", "nowhere.json"], "nowhere.json cannot be read"),
+        (["RUN", "PHOTOS", "--boxes", "EMPTY"], "names none of the pictures at PHOTOS, nor any other"),
+        (["RUN", "PHOTOS", "--boxes", "OTHER"], "names none of the pictures at PHOTOS, but x.jpg and so on"),
         (["RUN", "PHOTOS", "--device", "quantum"], "--device quantum"),
         (["RUN", "PHOTOS", "--hand_model", "nowhere.pkl"], "nowhere.pkl: there is no such file"),
     ],
@@ -155,9 +157,10 @@ def test_damaged_pictures_are_named_and_skipped(
 def test_wrong_arguments_are_told(
     run: Path, photos: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"RUN": run, "PHOTOS": photos}
+    names = {"RUN": run, "PHOTOS": photos, "EMPTY": write_boxes(tmp_path / "empty.json")}
+    names["OTHER"] = write_boxes(tmp_path / "other.json", {"image": "x.jpg", "bbox": BOX})
     assert predict(*(names.get(a, a) for a in arguments), "--output", tmp_path / "out") == script.WRONG_ARGUMENTS
-    assert message in capsys.readouterr().err
+    assert message.replace("PHOTOS", str(photos)) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

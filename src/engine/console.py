@@ -19,10 +19,16 @@ T = TypeVar("T")
 
 PLAIN_WIDTH = 120  # columns of what is no terminal, a pipe or a job's log; COLUMNS may say otherwise
 
-# no markup: a folder may be called [x]
-console = Console(highlight=False, markup=False)
-if not console.is_terminal and "COLUMNS" not in os.environ:
-    console.width = PLAIN_WIDTH
+
+def make_console(markup: bool = False) -> Console:
+    """A console on stdout; without markup, since a folder may be called [x]."""
+    made = Console(highlight=False, markup=markup)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = PLAIN_WIDTH
+    return made
+
+
+console = make_console()
 logger = logging.getLogger("stage1")
 
 
