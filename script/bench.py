@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
@@ -24,6 +23,7 @@ from script.peers import load_peer
 from src.config import Config
 from src.config_parse import check_overrides, parse_config
 from src.engine.bench.figure import figure_json, figure_table, machine
+from src.engine.console import make_console
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 # sub-command -> (what it measures, module with add_arguments(parser) and run(args, say) -> list[Figure])
@@ -62,7 +62,7 @@ def compose_config(name: str, overrides: list[str]) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     args.compose, args.peer = compose_config, load_peer
-    console, start = Console(highlight=False), time.monotonic()
+    console, start = make_console(markup=True), time.monotonic()
     with console.status("starting") as status:
         module = importlib.import_module(SUBJECTS[args.subject][1])
         figures = module.run(args, lambda text: status.update(text))
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"{time.monotonic() - start:.0f} s")
     if args.json is not None:
         args.json.write_text(json.dumps(figure_json(args.subject, figures), indent=1) + "\n", encoding="utf-8")
-        console.print(f"written to {args.json}", soft_wrap=True)
+        console.print(f"written to {args.json}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for grid in grids(comparison):
         console.print(grid.as_rich(), "")
     for note in notes(comparison):
-        console.print(f"- {note}", markup=False, soft_wrap=True)
+        console.print(f"- {note}", soft_wrap=True)
     console.print(f"written to {folder}: {FIGURE}, {MARKDOWN}, {DATA}", soft_wrap=True)
     return 0
 

@@ -90,8 +90,8 @@ def export_all(args: argparse.Namespace) -> int:
         table = Table("output", "what", "largest difference", "allowed", title=f"{kind}: {file}", title_justify="left")
         for d in differences:
             table.add_row(d.name, OUTPUTS[d.name][0], f"{d.largest:.2g}", f"{d.allowed:.2g}")
-        console.print(table, markup=False)
-        console.print(f"{file.stat().st_size / 1e6:.1f} MB, read back and compared", markup=False)
+        console.print(table)
+        console.print(f"{file.stat().st_size / 1e6:.1f} MB, read back and compared")
     if net.hand.name != "standin":
         console.print("the files hold MANO's arrays: its licence does not let you pass them on")
     return DONE

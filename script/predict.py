@@ -84,7 +84,8 @@ def predict(args: argparse.Namespace) -> int:
     photos = find_photos(args.photos)
     boxes, strangers = read_boxes(args.boxes, photos) if args.boxes else (None, [])
     if boxes is not None and not any(boxes.values()):
-        raise ValueError(f"{args.boxes} names none of the pictures at {args.photos}, but {strangers[:1]} and so on")
+        instead = f"but {strangers[0]} and so on" if strangers else "nor any other"
+        raise ValueError(f"{args.boxes} names none of the pictures at {args.photos}, {instead}")
     if args.output.resolve() in {photo.parent.resolve() for photo in photos}:
         raise ValueError(f"--output {args.output} is where the pictures lie; name another folder")
     outputs = name_outputs(photos, args.output)
@@ -117,11 +118,11 @@ def predict(args: argparse.Namespace) -> int:
         def tell(path: Path, problem: str | None) -> None:
             progress.advance(task)
             if problem:
-                progress.console.print(f"skipped {path}: {problem}", markup=False, soft_wrap=True)
+                progress.console.print(f"skipped {path}: {problem}", soft_wrap=True)
 
         tally = predict_photos(net, photos, boxes, outputs, given, tell)
     for line in tally.lines(args.output, strangers, len(finished) if args.skip_existing else 0):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     return SKIPPED_SOME if tally.skipped else DONE
 
 

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from script.peers import load_peer
 from src.data.convert.native import write_shards
@@ -85,6 +87,18 @@ def test_gpu_tried_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     profile = (tmp_path / "profile.txt").read_text()
     assert "steps of the loop in" in profile
     assert "aten::" in profile
+
+
+def test_the_time_of_kernels_counts_once() -> None:
+    """The profiler gives it to the kernel, to the operator that launched it, and to annotations around both."""
+
+    def event(device: DeviceType, device_us: float, cpu_us: float = 0.0, note: bool = False) -> SimpleNamespace:
+        times = {"self_device_time_total": device_us, "self_cpu_time_total": cpu_us}
+        return SimpleNamespace(device_type=device, is_user_annotation=note, **times)
+
+    averages = [event(DeviceType.CPU, 3e6, 1e6), event(DeviceType.CUDA, 3e6), event(DeviceType.CUDA, 4e6, note=True)]
+    assert gpu.busy_seconds(averages, on_gpu=True) == pytest.approx(3.0)
+    assert gpu.busy_seconds(averages, on_gpu=False) == pytest.approx(1.0)
 
 
 def test_gpu_without_time_names_what_it_leaves_out(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from scipy import stats
 
 from script.compare import main, side_names
 from src.engine.comparison.curves import ComparisonError, Curve, differences
-from src.engine.comparison.measure import Window, _draw, _interval, changes, measure_run, tail_share
+from src.engine.comparison.measure import Window, _draw, _interval, _percent, changes, measure_run, tail_share
 from src.engine.comparison.read import find_runs, read_run, read_sides
-from src.engine.comparison.report import Comparison, Options, notes, read_data, write_data
+from src.engine.comparison.report import Comparison, Options, grids, notes, read_data, write_data
 from tests.helpers import ROOT
 
 OPTIONS = Options(early=0.5, late=0.5, num_draw=500, seed=0)
@@ -95,7 +95,7 @@ def test_interval_covers_the_truth(num: int, is_paired: bool) -> None:
     rng, hits = np.random.default_rng(0), 0
     for trial in range(300):
         a, b = rng.normal(9, 1, num), rng.normal(10, 1, num)
-        low, high = _interval(a, b, _draw(num, num, is_paired, 4000, trial))
+        low, high = _interval(a, b, _draw(num, num, is_paired, 4000, trial), _percent)
         hits += low <= -10 <= high
     assert 0.90 <= hits / 300 <= 0.99
 
@@ -150,6 +150,43 @@ def test_gap_that_was_not_there(tmp_path: Path) -> None:
     gap = next(change for change in comparison.changes()["ours"] if change.measure.key == "gap_late")
     assert np.isnan(gap.percent)
     assert gap.difference == pytest.approx(2.0)
+
+
+def test_a_gap_near_zero_has_an_interval_in_mm(tmp_path: Path) -> None:
+    """Where some draws of the other side are below 0 a percentage means nothing; the difference still does."""
+    for seed, gap in enumerate((-1.0, 0.5, 2.0)):
+        write_run(tmp_path / f"ours/{seed}", seed, gap=gap + 3.0)
+        write_run(tmp_path / f"theirs/{seed}", seed, gap=gap)
+    comparison = compared(tmp_path, [tmp_path / "ours"], [tmp_path / "theirs"])
+    gap = next(change for change in comparison.changes()["ours"] if change.measure.key == "gap_late")
+    assert np.isnan(gap.percent)
+    assert (gap.difference, gap.low, gap.high) == pytest.approx((3.0, 3.0, 3.0))
+    assert ("(+3.00 mm)", "([+3.00, +3.00] mm)") in [row[3:] for row in grids(comparison)[0].rows]
+    assert any("in parentheses is a difference" in note for note in notes(comparison))
+
+
+def test_what_is_missing_is_explained(tmp_path: Path) -> None:
+    """A single checkpoint has no spread and no early part; runs that diverged are named, and drawn without a word."""
+    once = write_run(tmp_path / "once", val={0: 90.0, 40: 12.0})
+    good = write_run(tmp_path / "good")
+    comparison = compared(tmp_path, [once], [good])
+    told = "\n".join(notes(comparison))
+    assert f"No row `validation, std`: {tmp_path.name}/once would need two validations" in told
+    assert f"No row `gap, early`: {tmp_path.name}/once would need a validation up to step 20" in told
+    assert "No generalisation gap" not in told
+    rows = [row[0] for row in grids(comparison)[0].rows]
+    assert "gap, late" in rows
+    assert not {"validation, std", "gap, early"} & set(rows)
+
+    lost = [write_run(tmp_path / f"lost{i}", i, {0: 90.0, 20: np.nan, 40: np.nan}, None, np.nan) for i in range(4)]
+    half = write_run(tmp_path / "half", val={0: 90.0, 20: 13.0, 40: np.nan})
+    told = "\n".join(notes(compared(tmp_path, [half, lost[0]], [good])))
+    assert "half: 1 of 2 validations were not finite" in told
+    assert "lost0: 2 of 2 validations were not finite" in told
+    assert f"No row `validation, mean`: {tmp_path.name}/lost0 would need a finite value" in told
+    both = [*map(str, lost[:2]), "--against", *map(str, lost[2:]), "--output", str(tmp_path / "out")]
+    assert main(both) == 0, "four runs without a number are no error of this program"
+    assert (tmp_path / "out" / "curves.png").is_file()
 
 
 def test_resumed_journal_and_torn_line(tmp_path: Path) -> None:

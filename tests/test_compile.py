@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 
 from src.engine.evaluate import evaluate
 from src.engine.parts import training_form
@@ -65,6 +67,27 @@ def test_compiled_agrees_with_eager(net: PoseNet) -> None:
             gradients.append(net.decoder.query.grad.clone())
         torch.testing.assert_close(*outputs)
         torch.testing.assert_close(*gradients)
+
+
+def test_compiled_agrees_under_ddp(net: PoseNet) -> None:
+    """DDP around the compiled network, as Accelerate wraps it: the gradients of the eager one, two compilations."""
+    counter, batch = CompileCounterWithBackend("eager"), random_batch(2, 56)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(torch.compile(net, backend=counter, fullgraph=True))
+        for rate in (0.0, 0.1, 0.2):
+            net.set_dropout_rate(rate)
+            gradients = []
+            for forward in (net, wrapped):
+                torch.manual_seed(3)
+                net.zero_grad()
+                prediction = forward(batch)
+                (prediction.joint_cam.mean() + prediction.joint_seen.mean()).backward()
+                gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+            torch.testing.assert_close(*gradients)
+    finally:
+        dist.destroy_process_group()
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -240,6 +241,15 @@ def test_tables_fit_a_terminal_and_leave_out_what_is_absent() -> None:
     assert "Procrustes" in partial
     assert not any(word in partial for word in ("camera", "root-relative", "MPVPE", "F@5", "0.0"))
     assert joint_grid(groups[1]) is None
+
+
+def test_names_in_brackets_are_told_whole_and_a_pipe_is_wide() -> None:
+    """rich would take `[x]` for markup and leave it out, and fold what goes to a job's log at 80 columns."""
+    code = "from src.engine.console import console\nfrom src.engine.grid import Grid\n"
+    code += "console.print(Grid('runs [x]', ('', 'side [y]'), [('[z]', '[a] ' * 25)]).as_rich(), 'to [b]')"
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in ("runs [x]", "side [y]", "[z]", "to [b]", ("[a] " * 25).strip()))
 
 
 # ---- left hands, sheets ----------------------------------------------------------------------------------------------

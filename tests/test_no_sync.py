@@ -6,16 +6,23 @@ On a CPU nothing waits, so the ways to read a value are forbidden instead: the o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from src.engine.checkpoint import TrainState
+from src.engine.prefetch import to_device
 from src.engine.processes import build_accelerator
 from src.engine.step import Trainer, build_optimizer
+from src.engine.watch import DelayedRead, StepWatch
 from src.hand.standin import build_standin_hand
 from src.model.net import PoseNet
 from tests.helpers import random_batch, small_config
@@ -65,13 +72,99 @@ def make_trainer(*overrides: str) -> Trainer:
 
 
 @pytest.mark.parametrize("num_micro", [1, 2])
-def test_a_step_reads_nothing(num_micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_nothing(num_micro: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does what watches it; that reads the step before, which tests/test_bad_numbers.py shows."""
     trainer = make_trainer()
+    watch = StepWatch(tmp_path, trainer, SimpleNamespace(), TrainState())
+    monkeypatch.setattr(DelayedRead, "_read", lambda self, keep: [])
     micro_batches = [random_batch(2, 56, seed=i) for i in range(num_micro)]
+    results = []
     with no_reading(monkeypatch):
-        results = [trainer.train_step(step, micro_batches) for step in range(4)]  # across the dropout gate
+        for step in range(4):  # across the dropout gate
+            results.append(trainer.train_step(step, micro_batches))
+            watch.push(step + 1, micro_batches, results[-1])
     assert [result.dropout_rate > 0 for result in results] == [False, False, True, True]
     assert results[-1].metrics()["loss_total"] > 0
+
+
+def test_a_step_is_made_of_the_fast_operators() -> None:
+    """One kernel for AdamW, one for all norms, and every attention in one call while nothing is dropped."""
+    trainer, called = make_trainer(), Counter()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        trainer.train_step(0, [random_batch(2, 56)])
+    num_group = len(trainer.optimizer.param_groups)
+    assert called["_fused_adamw_"] == num_group
+    assert called["_foreach_norm"] == 1
+    attentions = {name: number for name, number in called.items() if name.startswith("_scaled_dot_product")}
+    forward = sum(number for name, number in attentions.items() if "backward" not in name)
+    assert forward == 2 + 2 * 2, f"2 layers of the backbone, 2 x 2 of the decoder: {attentions}"
+
+
+@pytest.mark.parametrize(
+    ("asked", "autocast", "products"),
+    [("auto", "no", "highest"), ("no", "no", "highest"), ("tf32", "no", "high"), ("bf16", "bf16", "highest")],
+)
+def test_precision(asked: str, autocast: str, products: str) -> None:
+    """`auto` is float32 where there is no GPU; TF32 is for who asks for it, in all float32 matrix products."""
+    if asked == "auto" and torch.cuda.is_available():
+        pytest.skip("there is a GPU, where auto is bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = build_accelerator(small_config(f"TRAIN.mixed_precision={asked}"))
+        assert (accelerator.mixed_precision, torch.get_float32_matmul_precision()) == (autocast, products)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_float32_matmul_precision("highest")
+
+
+class _Streams:
+    """Stands in for torch's streams and batches where there is no GPU, and writes down what is asked of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        self.inside = "main"
+        main = SimpleNamespace(wait_stream=lambda stream: self.said.append(f"main waits for {stream}"), name="main")
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
+        monkeypatch.setattr(torch.cuda, "stream", self.entered)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+
+    @contextmanager
+    def entered(self, stream: str) -> Iterator[None]:
+        self.inside = stream
+        yield
+        self.inside = "main"
+
+    def batch(self, name: str) -> Any:
+        def to(device: torch.device, non_blocking: bool = False) -> Any:
+            self.said.append(f"{name} copied in {self.inside}, {'no wait' if non_blocking else 'waits'}")
+            return SimpleNamespace(name=name, record_stream=lambda s: self.said.append(f"{name} kept for {s.name}"))
+
+        return SimpleNamespace(to=to)
+
+
+def test_the_next_batch_travels_beside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a stream of its own, without a wait of the host, and not before it is asked for."""
+    streams = _Streams(monkeypatch)
+    batches = to_device([streams.batch("first"), streams.batch("second")], torch.device("cuda"))
+    for name in ("first", "second"):
+        streams.said.clear()
+        assert next(batches).name == name
+        assert streams.said == [f"{name} copied in side, no wait", "main waits for side", f"{name} kept for main"]
+
+
+def test_every_tensor_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from memory that is not pinned would make the host wait, whatever it is asked."""
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(id(self)) or self)
+    batch = random_batch(2, 56)
+    batch.pin_memory()
+    assert sorted(pinned) == sorted(id(v) for v in vars(batch).values() if isinstance(v, torch.Tensor))
 
 
 def test_reading_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

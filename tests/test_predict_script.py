@@ -17,6 +17,7 @@ from PIL.ExifTags import IFD, Base
 
 from script import predict as script
 from src.engine.predict.boxes import HandBox, read_boxes
+from src.engine.predict.outputs import name_outputs
 from src.engine.predict.photo import GUESS, PhotoError, read_photo
 from src.model.net import PoseNet
 from src.utils.mesh_overlay import SIDE_RGB, Mesh, draw_meshes
@@ -147,6 +148,8 @@ def test_damaged_pictures_are_named_and_skipped(
         (["RUN", "nowhere.jpg"], "nowhere.jpg: there is no such picture or folder"),
         (["nowhere", "PHOTOS"], "no checkpoint at nowhere"),
         (["RUN", "PHOTOS", "--boxes", "nowhere.json"], "nowhere.json cannot be read"),
+        (["RUN", "PHOTOS", "--boxes", "EMPTY"], "names none of the pictures at PHOTOS, nor any other"),
+        (["RUN", "PHOTOS", "--boxes", "OTHER"], "names none of the pictures at PHOTOS, but x.jpg and so on"),
         (["RUN", "PHOTOS", "--device", "quantum"], "--device quantum"),
         (["RUN", "PHOTOS", "--hand_model", "nowhere.pkl"], "nowhere.pkl: there is no such file"),
     ],
@@ -154,9 +157,10 @@ def test_damaged_pictures_are_named_and_skipped(
 def test_wrong_arguments_are_told(
     run: Path, photos: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"RUN": run, "PHOTOS": photos}
+    names = {"RUN": run, "PHOTOS": photos, "EMPTY": write_boxes(tmp_path / "empty.json")}
+    names["OTHER"] = write_boxes(tmp_path / "other.json", {"image": "x.jpg", "bbox": BOX})
     assert predict(*(names.get(a, a) for a in arguments), "--output", tmp_path / "out") == script.WRONG_ARGUMENTS
-    assert message in capsys.readouterr().err
+    assert message.replace("PHOTOS", str(photos)) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -252,15 +256,33 @@ def test_camera_of_the_command_line_comes_first(run: Path, tmp_path: Path) -> No
     assert (hand["focal"], hand["princpt"], hand["camera_from"]) == ([250, 250], [90, 80], "the command line")
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "I;16", "I"])
 def test_any_kind_of_picture(tmp_path: Path, mode: str) -> None:
     grey = photograph()[..., 0]
-    image = Image.fromarray(grey.astype(np.uint16) << 8) if mode == "I;16" else Image.fromarray(grey).convert(mode)
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    wide = {"I;16": np.uint16, "I": np.int32}.get(mode)  # 16 bits of grey, the latter in a file that has room for 32
+    image = Image.fromarray(grey.astype(wide) << 8) if wide else Image.fromarray(grey).convert(mode)
+    path = tmp_path / {"CMYK": "a.jpg", "I": "a.tif"}.get(mode, "a.png")
     image.save(path, quality=100)
     read = read_photo(path).image
     assert (read.dtype, read.shape) == (np.uint8, (*grey.shape, 3))
     assert np.abs(read.astype(int) - grey[..., None]).max() <= 4
+
+
+@pytest.mark.parametrize("pixel", [photograph()[..., 0] / np.float32(255), photograph()[..., 0].astype(np.int32) << 20])
+def test_a_picture_without_a_white_is_no_photograph(tmp_path: Path, pixel: np.ndarray) -> None:
+    """Pillow would make the one black and the other white, and a network would find a hand in either."""
+    Image.fromarray(pixel).save(tmp_path / "a.tif")
+    with pytest.raises(PhotoError, match="32 bits a pixel"):
+        read_photo(tmp_path / "a.tif")
+
+
+def test_no_two_pictures_share_their_outputs(tmp_path: Path) -> None:
+    for names in (["a.jpg", "a.png", "a_jpg.png"], ["a_jpg_png.jpg", "a.jpg", "a.png", "a_jpg.png"]):
+        outputs = name_outputs([Path(name) for name in names], tmp_path)
+        assert list(outputs) == [Path(name) for name in names]
+        assert len({each.json for each in outputs.values()}) == len(names)
+    plain = name_outputs([Path("a.jpg"), Path("b.c.jpg"), Path("b.c.png")], tmp_path)
+    assert [each.name for each in plain.values()] == ["a", "b_c_jpg", "b_c_png"]
 
 
 def test_truncated_picture_is_an_error(tmp_path: Path) -> None:
@@ -294,6 +316,28 @@ def test_overlay_lies_where_the_camera_says() -> None:
         black, [Mesh(square - np.array([0, 0, 500]), face, True)], np.array([400.0, 400.0]), np.zeros(2)
     )
     assert not behind.any()
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_overlay_of_a_prediction_lies_on_its_vertices(run: Path, is_right: bool) -> None:
+    """From the network to the picture: what changes is where the camera sees the mesh, from its outside."""
+    image = np.full((150, 201, 3), 60, np.uint8)
+    hands = PoseNet.from_checkpoint(run).predict([image], [BOX], 300, [100, 70], is_right=is_right)
+    mesh = Mesh(hands.vert_cam[0], hands.faces_of(0), is_right)
+    drawn = draw_meshes(image, [mesh], hands.focal[0], hands.princpt[0])
+    point = hands.vert_cam[0, :, :2] / hands.vert_cam[0, :, 2:] * hands.focal[0] + hands.princpt[0]
+    rows, columns = np.nonzero((drawn != image).any(axis=-1))
+    found = (columns.min(), rows.min(), columns.max(), rows.max())
+    assert found == pytest.approx(
+        (*np.clip(point.min(axis=0), 0, None), *np.minimum(point.max(axis=0), (200, 149))), abs=1.5
+    )
+    joint = np.rint(hands.joint_img[0]).astype(int)
+    inside = ((joint >= 0) & (joint < (201, 150))).all(axis=1)
+    assert inside.sum() > 10
+    assert (drawn != image).any(axis=-1)[tuple(joint[inside].T[::-1])].mean() > 0.9
+    colour = drawn[rows, columns].mean(axis=0)
+    assert (colour[0] > colour[2]) == is_right, "warm or cool, where the dark inside is neither"
+    assert abs(colour[0] - colour[2]) > 30
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -25,3 +26,17 @@ def test_nothing_heavy_is_imported(argument: str, code: int) -> None:
     imported = set(re.findall(r"^import time:.*\|\s+(\w+)$", done.stderr, re.MULTILINE))
     assert "hydra" in imported
     assert not imported & HEAVY
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks GNU's OpenMP, which torch brings on Linux")
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_wait_asleep(given: dict[str, str], policy: str) -> None:
+    """torch's OpenMP, asked itself: a thread that spins takes the core that it waits for. The user's word is last."""
+    for package in ("src.config", "tests"):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {package}, torch"],
+            capture_output=True, text=True, cwd=ROOT, timeout=300, check=True,
+            env={**clean, **given, "OMP_DISPLAY_ENV": "TRUE"},
+        )  # fmt: skip
+        assert re.search(r"OMP_WAIT_POLICY = '(\w+)'", done.stderr)[1] == policy

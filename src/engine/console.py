@@ -17,7 +17,18 @@ from src.engine.append_file import AppendFile
 
 T = TypeVar("T")
 
-console = Console(highlight=False)
+PLAIN_WIDTH = 120  # columns of what is no terminal, a pipe or a job's log; COLUMNS may say otherwise
+
+
+def make_console(markup: bool = False) -> Console:
+    """A console on stdout; without markup, since a folder may be called [x]."""
+    made = Console(highlight=False, markup=markup)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = PLAIN_WIDTH
+    return made
+
+
+console = make_console()
 logger = logging.getLogger("stage1")
 
 
@@ -25,7 +36,7 @@ class _ConsoleHandler(logging.Handler):
     """Prints through rich, so that a line scrolls above a live progress bar instead of tearing it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(self.format(record), markup=False, soft_wrap=True)
+        console.print(self.format(record), soft_wrap=True)
 
 
 class _FileHandler(logging.Handler):

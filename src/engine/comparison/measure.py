@@ -11,7 +11,7 @@ should know about the bootstrap", The American Statistician 69, 2015).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -27,6 +27,11 @@ class Measure:
     key: str
     label: str
     unit: str
+
+    @property
+    def needs_train_eval(self) -> bool:
+        """Whether it takes the training frames that are measured beside the validation."""
+        return self.key.startswith(("gap", "eval"))
 
 
 # everything that is compared, in the order of the table; over the checkpoints, or the logged steps, of a run
@@ -81,8 +86,10 @@ class Change:
     side: Side
     against: Side
     difference: float  # in the measure's unit
-    percent: float  # NaN where the other side's value is not above 0
-    low: float  # bounds of `percent`'s 95 % interval; NaN where there is none
+    percent: (
+        float  # NaN where the other side's value, or a draw of it, is not above 0: then the difference alone is told
+    )
+    low: float  # bounds of the 95 % interval, of the difference where `percent` is NaN; NaN where there is none
     high: float
     is_paired: bool
 
@@ -127,9 +134,18 @@ def changes(side: Sequence[Run], against: Sequence[Run], window: Window, num_dra
     for measure in MEASURES:
         a, b = (Side(np.array([values[measure.key] for values in group])) for group in (ours, theirs))
         if np.isfinite(a.value).all() and np.isfinite(b.value).all():
-            low, high = _interval(a.value, b.value, draws)
-            found.append(Change(measure, a, b, a.mean - b.mean, float(_percent(a.mean, b.mean)), low, high, is_paired))
+            percent, low, high = float(_percent(a.mean, b.mean)), *_interval(a.value, b.value, draws, _percent)
+            if draws is not None and not np.isfinite(low):
+                percent, low, high = float("nan"), *_interval(a.value, b.value, draws, np.subtract)
+            found.append(Change(measure, a, b, a.mean - b.mean, percent, low, high, is_paired))
     return found
+
+
+def without(runs: Sequence[Run], window: Window) -> dict[Measure, list[Run]]:
+    """The measures that some of the runs lack, and which runs: a table of these runs leaves them out."""
+    values = [measure_run(run, window) for run in runs]
+    lacking = {m: [run for run, v in zip(runs, values) if not np.isfinite(v[m.key])] for m in MEASURES}
+    return {measure: found for measure, found in lacking.items() if found}
 
 
 def _match(side: Sequence[Run], against: Sequence[Run]) -> tuple[list[Run], list[Run], bool]:
@@ -151,14 +167,20 @@ def _draw(
     return ours, ours if is_paired else rng.integers(0, num_against, (num_draw, num_against))
 
 
-def _interval(a: np.ndarray, b: np.ndarray, draws: tuple[np.ndarray, np.ndarray] | None) -> tuple[float, float]:
+def _interval(
+    a: np.ndarray,
+    b: np.ndarray,
+    draws: tuple[np.ndarray, np.ndarray] | None,
+    change: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> tuple[float, float]:
+    """Bounds of the 95 % interval of `change` of the means; NaN without draws, or where one has no change."""
     if draws is None:
         return float("nan"), float("nan")
-    percent = _percent(a[draws[0]].mean(axis=1), b[draws[1]].mean(axis=1))
-    if not np.isfinite(percent).all():  # in some draws the other side is not above 0: no percentage means anything
+    changed = change(a[draws[0]].mean(axis=1), b[draws[1]].mean(axis=1))
+    if not np.isfinite(changed).all():  # in some draws the other side is not above 0: no percentage means anything
         return float("nan"), float("nan")
     tail = tail_share(min(len(a), len(b)))
-    low, high = np.quantile(percent, [tail, 1 - tail])
+    low, high = np.quantile(changed, [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -55,7 +55,10 @@ def _metric_range(comparison: Comparison) -> tuple[float, float]:
     """What is measured after step 0, mm: the untrained network would take most of the axis."""
     curves = [curve for run in comparison.runs for curve in (run.val, run.train_eval) if curve is not None]
     value = np.concatenate([curve.value[curve.step > 0] for curve in curves])
-    low, high = np.nanmin(value), np.nanmax(value)
+    value = value[np.isfinite(value)]
+    if not len(value):  # every run diverged before its first validation
+        return 0.0, 1.0
+    low, high = value.min(), value.max()
     return low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
 
 

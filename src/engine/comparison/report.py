@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from src.engine.comparison.curves import SEED, ComparisonError, Run, differences, from_json, to_json
-from src.engine.comparison.measure import Change, Side, Window, changes
+from src.engine.comparison.measure import Change, Side, Window, changes, without
 from src.engine.grid import Grid
 
 MARKDOWN, DATA, FIGURE = "comparison.md", "comparison.json", "curves.png"
@@ -70,12 +72,13 @@ def count_runs(runs: Sequence[Run]) -> str:
 
 
 def grids(comparison: Comparison) -> list[Grid]:
-    """One table a side."""
+    """One table a side; none where there is nothing that all runs have."""
     found = []
     for name, rows in comparison.changes().items():
         header = ("", name, comparison.baseline, "change, %", "95 % interval")
         title = f"{name} against {comparison.baseline}, {comparison.metric} in mm"
-        found.append(Grid(title, header, [_row(change) for change in rows]))
+        if rows:
+            found.append(Grid(title, header, [_row(change) for change in rows]))
     return found
 
 
@@ -84,6 +87,8 @@ def _row(change: Change) -> tuple[str, ...]:
     if math.isnan(change.percent):
         percent = f"({change.difference:+.2f} {change.measure.unit})"
     interval = f"[{change.low:+.1f}, {change.high:+.1f}]" if math.isfinite(change.low) else ""
+    if interval and math.isnan(change.percent):
+        interval = f"([{change.low:+.2f}, {change.high:+.2f}] {change.measure.unit})"
     return change.measure.label, _spread(change.side), _spread(change.against), percent, interval
 
 
@@ -108,6 +113,7 @@ def notes(comparison: Comparison) -> list[str]:
     )
     said += _interval_notes(comparison)
     said += _run_notes(comparison)
+    said += _absence_notes(comparison)
     said += _difference_notes(comparison)
     return said
 
@@ -122,11 +128,15 @@ def _interval_notes(comparison: Comparison) -> list[str]:
                 f"{pair}: a side has a single run, so nothing is known of the spread over seeds and no interval is "
                 "given. A change of this size may be chance; train more seeds."
             )
-        else:
+        elif rows:
             how = "in pairs of equal seed" if rows[0].is_paired else "on each side by itself, as the seeds do not match"
             few = " Fewer than 5 runs say little." if min(sizes) < 5 else ""
             draws = f"{comparison.options.num_draw} draws, widened for {min(sizes)} runs"
             said.append(f"{pair}: bootstrap over runs, drawn {how}, {draws}.{few}")
+        if any(math.isnan(change.percent) for change in rows):
+            said.append(
+                f"{pair}: what is in parentheses is a difference, as {comparison.baseline} is not surely above 0."
+            )
     return said
 
 
@@ -145,11 +155,33 @@ def _run_notes(comparison: Comparison) -> list[str]:
         said.append(
             "The runs were not validated at the same steps: their means over checkpoints weigh steps differently."
         )
-    if without := [run.name for run in comparison.runs if run.train_eval is None]:
+    for run in comparison.runs:
+        value = run.val.between(0, comparison.window.end).value
+        if lost := int((~np.isfinite(value)).sum()):
+            said.append(f"{run.name}: {lost} of {len(value)} validations were not finite and do not count.")
+    return said
+
+
+def _absence_notes(comparison: Comparison) -> list[str]:
+    """Why rows are missing from the tables."""
+    said, window = [], comparison.window
+    blind = [run for run in comparison.runs if run.train_eval is None]
+    if blind:
         said.append(
-            f"No generalisation gap: {_some(without)} did not measure training frames. "
+            f"No generalisation gap: {_some(run.name for run in blind)} did not measure training frames. "
             "DATA.train.eval_sample=500 makes a run do so at every validation."
         )
+    reasons = {
+        "val_std": "two validations in these steps",
+        "gap_early": f"a validation up to step {window.early}; --early makes that part longer",
+        "gap_late": f"a validation after step {window.late}; --late makes that part longer",
+    }
+    for measure, runs in without(comparison.runs, window).items():
+        if measure.needs_train_eval:
+            runs = [run for run in runs if run not in blind]
+        if runs:
+            need = reasons.get(measure.key, "a finite value in these steps")
+            said.append(f"No row `{measure.label}`: {_some(run.name for run in runs)} would need {need}.")
     return said
 
 

@@ -51,6 +51,13 @@ class Outputs:
 
 
 def name_outputs(photos: Sequence[Path], folder: Path) -> dict[Path, Outputs]:
-    """Output names after the photographs' own; with the suffix where two differ in nothing else."""
+    """Output names after the photographs' own; with the suffix where two differ in nothing else (`a_jpg`, `a_png`), and
+    with a further `_` where another photograph has that name already (`a_jpg.png` beside these)."""
     count = Counter(photo.stem for photo in photos)
-    return {p: Outputs(folder, p.stem if count[p.stem] == 1 else p.name.replace(".", "_")) for p in photos}
+    names: dict[str, Path] = {}
+    for photo in photos:
+        name = photo.stem if count[photo.stem] == 1 else photo.name.replace(".", "_")
+        while name in names:
+            name += "_"
+        names[name] = photo
+    return {photo: Outputs(folder, name) for name, photo in names.items()}

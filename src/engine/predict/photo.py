@@ -80,8 +80,12 @@ def read_photo(path: Path, sensor_width: float | None = None) -> Photo:
 
 
 def _as_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I;16"):  # 16 bits of grey, which Pillow would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """[H, W, 3] uint8. 16 bits of grey lose their lower half, where Pillow would clip them."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        value = np.asarray(image)
+        if image.mode == "F" or value.min() < 0 or value.max() > 0xFFFF:
+            raise PhotoError("has 32 bits a pixel, and nothing says which number is white; save it with 8 or 16")
+        image = Image.fromarray((value >> 8).astype(np.uint8))
     return np.array(image.convert("RGB"))
 
 
