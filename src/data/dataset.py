@@ -19,7 +19,7 @@ import numpy as np
 from src.batch import Sample
 from src.data.ahead import ReadAhead
 from src.data.augment import NUM_UNIFORM, Augmentation, PixelAugmentation, draw_augmentation, identity_augmentation
-from src.data.blob import SampleError
+from src.data.blob import SampleError, reason_of
 from src.data.crop import PatchSample, fill_patch, padding_patch, turn_sample
 from src.data.image import decode_image, image_info
 from src.data.index import ShardIndex
@@ -31,7 +31,7 @@ from src.data.schema import Clip
 from src.geometry.patch import Warp, plan_warp
 
 _MAX_OPEN = 512  # shards held open by one process: an order works on some 256 blocks at a time
-_MAX_ATTEMPT = 20
+MAX_ATTEMPT = 20  # frames that are tried for a position
 
 
 class Plan(Protocol):
@@ -146,13 +146,12 @@ class HandDataset:
         """Read and turn the frame at `position`, or the first of its substitutes that can be read; None: padding."""
         can_replace = isinstance(self.plan, MixedPlan)
         while position >= 0 and (attempt == 0 or can_replace):
-            if attempt == _MAX_ATTEMPT:
-                last = next(frame for frame in reversed(bad) if frame.position == position)
-                raise RuntimeError(f"position {position}: {attempt} frames in a row cannot be used, the last: {last}")
+            if attempt == MAX_ATTEMPT:
+                return None  # src/data/health.py stops the run
             place = self.plan.substitute(position, attempt) if attempt else self.plan.locate(position)
             try:
                 return self._begin(position, place, attempt, patch)
-            except (SampleError, OSError) as error:
+            except Exception as error:
                 bad.append(self._report(position, place, error))
             attempt += 1
         return None
@@ -168,15 +167,15 @@ class HandDataset:
         return _Turn(position, place, attempt, image, row, warp, augmentation.pixel, size)
 
     def _paint(self, turn: _Turn, bad: list[BadFrame]) -> bool:
-        """Decode the picture and paint its patch; False where it does not decode."""
+        """Decode the picture and paint its patch; False where that is not possible."""
         try:
             image = decode_image(turn.image)
             if image.shape[1::-1] != turn.size:
                 raise SampleError("undecodable_image", f"{image.shape[1::-1]} pixels behind a header of {turn.size}")
-        except SampleError as error:
+            fill_patch(turn.row.patch, image, turn.warp, turn.pixel)
+        except Exception as error:
             bad.append(self._report(turn.position, turn.place, error))
             return False
-        fill_patch(turn.row.patch, image, turn.warp, turn.pixel)
         return True
 
     def read(self, place: Place) -> Sample:
@@ -210,7 +209,6 @@ class HandDataset:
 
     def _report(self, position: int, place: Place, error: Exception) -> BadFrame:
         shard = str(self.sources[place.source][place.shard].shard)
-        reason = error.reason if isinstance(error, SampleError) else "unreadable"
         reader = self._readers.get((place.source, place.shard))
         key = reader.describe(place.row) if reader else f"row {place.row}"
-        return BadFrame(position, shard, key, reason, str(error))
+        return BadFrame(position, shard, key, reason_of(error), str(error) or repr(error))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from src.data.dataset import BadFrame
+from src.data.dataset import MAX_ATTEMPT, BadFrame
 from src.data.index import ShardIndex
 
 logger = logging.getLogger("stage1.data")  # below the logger of src/engine/console.py
@@ -36,7 +36,7 @@ class DataHealth:
             self.example += [f"{bad.reason}: {bad.key} in {shard.shard}" for bad in shard.bad[: max(0, room)]]
 
     def add(self, num_read: int, bad: Sequence[BadFrame]) -> None:
-        """Take in the rows of a batch. Raises BadDataError when it is too much."""
+        """Take in the rows of a batch. Raises BadDataError when it is too much, or a position has no frame left."""
         self.num_read += num_read
         for frame in bad:
             self.read[frame.reason] += 1
@@ -45,6 +45,7 @@ class DataHealth:
                 logger.warning(f"bad frame: {self.read_example[-1]}")
         if bad:
             self.check()
+            self._check_position(bad)
 
     def counts(self) -> dict[str, int]:
         """Bad frames by reason, from indexes and from reading."""
@@ -58,6 +59,15 @@ class DataHealth:
             raise BadDataError(
                 f"DATA.max_bad_fraction={self.max_bad_fraction}: {self.summary()}\n{self.table()}\n"
                 "Look closer with script/check_shards.py; repair or leave them out, or raise DATA.max_bad_fraction"
+            )
+
+    def _check_position(self, bad: Sequence[BadFrame]) -> None:
+        """Raises BadDataError where every frame that was tried for a position was bad."""
+        position, count = Counter(frame.position for frame in bad).most_common(1)[0]
+        if count >= MAX_ATTEMPT:
+            raise BadDataError(
+                f"position {position}: {count} frames in a row cannot be used; {self.summary()}\n{self.table()}\n"
+                "Look closer with script/check_shards.py; repair the shards or leave them out"
             )
 
     def summary(self) -> str:

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import numpy as np
 
-from src.data.blob import SampleError
+from src.data.blob import SampleError, reason_of
 from src.data.index import (
     FRAME,
     MAX_NAMED,
@@ -47,8 +47,10 @@ class _Builder:
         """Take in a sample."""
         try:
             self._add(key, members)
-        except SampleError as error:
-            self.bad.append(Bad(key, error.reason))
+        except OSError:
+            raise
+        except Exception as error:
+            self.bad.append(Bad(key, reason_of(error)))
 
     def finish(self) -> None:
         """Count the damage; a sample beside it counts as complete only if healthy samples have the same members."""
