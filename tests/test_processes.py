@@ -15,11 +15,15 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 from src.config import ConfigError
+from src.data.index_build import open_indexes
+from src.data.source import resolve_source
 from src.engine import failure
 from src.engine.launch import asked_processes, check_launcher, requeue_slurm_job, slurm_step
+from src.engine.parts import make_demo_data
 from tests.helpers import ROOT, compose_config
 
 SMALL = (
@@ -46,7 +50,18 @@ DROPOUT = "MODEL.handec.dropout=0.1"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("processes")
+    """A folder with the demo's shards, of which three pictures have rotted after they were indexed."""
+    place = tmp_path_factory.mktemp("processes")
+    cfg = compose_config("stage1-demo", *SMALL[1:], f"DATA.root={place}/data")
+    make_demo_data(cfg, Progress(disable=True))
+    (shard,) = resolve_source(cfg.DATA.root, cfg.DATA.train.source)
+    (index,) = open_indexes([shard])
+    tables, stat, data = index.tables(), shard.stat(), bytearray(shard.read_bytes())
+    for row in (10, 40, 70):
+        data[int(tables.sample["offset"][row]) + int(tables.frame["begin"][row]) + 300] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return place
 
 
 def command(place: Path, runs: str, *overrides: str, launcher: tuple[str, ...], script: str) -> list[str]:
@@ -90,10 +105,12 @@ def rows(run: Path, subset: str = "train") -> list[dict]:
 
 
 def assert_same_curve(run: Path, other: Path) -> None:
-    """Every loss term within 1e-5, the learning rate to the last bit, over 20 steps."""
+    """Every loss term within 1e-5, the learning rate and the count of bad frames exactly, over 20 steps."""
     assert len(rows(run)) == len(rows(other)) == 20
+    assert rows(run)[-1]["bad_crc_image"] > rows(run)[5]["bad_crc_image"] > 0
     for one, two in zip(rows(run), rows(other), strict=True):
         assert one["lr"] == two["lr"]
+        assert one.get("bad_crc_image") == two.get("bad_crc_image")
         for name in (name for name in one if name.startswith("loss_")):
             assert two[name] == pytest.approx(one[name], rel=1e-5), (one["step"], name)
 

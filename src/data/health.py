@@ -12,6 +12,7 @@ from src.data.index import ShardIndex
 
 logger = logging.getLogger("stage1.data")  # below the logger of src/engine/console.py
 _MAX_EXAMPLE = 20
+_AT = ", at position "  # what an example ends with
 _MIN_READ = 1000  # fewer frames than this say little about a fraction
 
 
@@ -41,7 +42,8 @@ class DataHealth:
         for frame in bad:
             self.read[frame.reason] += 1
             if len(self.read_example) < _MAX_EXAMPLE:
-                self.read_example.append(f"{frame.reason}: {frame.key} in {frame.shard}, at position {frame.position}")
+                where = f"{frame.key} in {frame.shard}{_AT}{frame.position}"
+                self.read_example.append(f"{frame.reason}: {where}")
                 logger.warning(f"bad frame: {self.read_example[-1]}")
         if bad:
             self.check()
@@ -95,6 +97,11 @@ class DataHealth:
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The `state_dict` of all ranks together, from those of each. Only one rank may load it again."""
     read = sum((Counter(state["read"]) for state in states), Counter())
-    example = [text for state in states for text in state.get("example", [])][:_MAX_EXAMPLE]
+    example = sorted((text for state in states for text in state.get("example", [])), key=_position)[:_MAX_EXAMPLE]
     num_read = sum(state["num_read"] for state in states)
     return {"num_read": num_read, "read": dict(sorted(read.items())), "example": example}
+
+
+def _position(example: str) -> int:
+    """The position that an example was read at. Sorted by it, the first of all ranks do not depend on resumes."""
+    return int(example.rpartition(_AT)[2])
