@@ -28,7 +28,7 @@ from src.data.index import (
     save_index,
 )
 from src.data.schema import find_images, is_image, parse_clip
-from src.data.tar import Damage, Member, TarWalk, split_name
+from src.data.tar import BLOCK, Damage, Member, TarWalk, split_name
 
 
 class _Builder:
@@ -148,7 +148,9 @@ def _fill(builder: _Builder, walk: TarWalk) -> None:
     for item in walk:
         if isinstance(item, Damage):
             builder.damage.append(item)
-            if members:
+            if members and _may_reach_into(item, members[-1]):
+                builder.bad.append(Bad(key, "incomplete"))
+            elif members:
                 builder.suspect.append((key, members))
             key, members, hurt = "", [], True
             continue
@@ -162,6 +164,13 @@ def _fill(builder: _Builder, walk: TarWalk) -> None:
         members.append(item)
     if members:
         builder.suspect.append((key, members)) if hurt else builder.close(key, members)
+
+
+def _may_reach_into(damage: Damage, member: Member) -> bool:
+    """Whether damage found at the next header may have begun in the data of the member before it, which has the right
+    length whatever stands there: always for bytes of any kind; for zeros where its last block is zeros, too."""
+    last = member.data[-(len(member.data) % BLOCK or BLOCK) :]
+    return damage.reason == "bad_header" or (damage.reason == "zeroed" and not last.strip(b"\0"))
 
 
 def _find_index(shard: Path, index_dir: str | Path | None) -> ShardIndex | None:
