@@ -145,7 +145,8 @@ def build(kind: Callable[..., T], *parts: object) -> T:
     except OSError as error:
         if error.errno not in DISK_REFUSES:
             raise
-        leave(f"stage1: cannot begin: {error}\nMake room or the folder writable, then start the same command again", 1)
+        advice = "Make room, or what is named here readable or writable, then start the same command again"
+        leave(f"stage1: cannot begin: {error}\n{advice}", 1)
 
 
 def refuse(error: ValueError) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from src.data.index import FRAME, index_path, load_index
 from src.data.index_build import build_index, open_indexes
 from src.data.loader import build_train_loader
 from src.data.sheet import contact_sheet
-from src.data.tar import BLOCK
+from src.data.tar import BLOCK, TarWalk
 from src.engine.console import add_log_file, logger, set_up_logging
 from tests.data_shards import (
     data_config,
@@ -134,6 +135,18 @@ def test_an_index_with_a_flipped_bit_is_made_anew(tmp_path: Path, byte: str) -> 
     assert load_index(shard, path) is None
     assert (open_indexes([shard])[0].tables().frame == expected).all()
     assert load_index(shard, path) is not None
+
+
+def test_a_shard_that_the_disk_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = write_shard(tmp_path / "a.tar", [native_sample(0)])
+
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(TarWalk, "_read", refuse)
+    with pytest.raises(OSError, match=f"Input/output error: '{shard}'") as caught:
+        open_indexes([shard])
+    assert caught.value.errno == errno.EIO
 
 
 def test_values_that_make_the_geometry_fail_are_replaced(tmp_path: Path) -> None:

@@ -108,10 +108,13 @@ def _image_region(members: list[Member]) -> tuple[int, int]:
 def build_index(shard: Path) -> ShardIndex:
     """Read a shard from end to end. Damage is counted in the result; only an unreadable file raises (OSError)."""
     stat = shard.stat()
-    with shard.open("rb", buffering=1 << 22) as file:
-        builder = _Builder(file.fileno())
-        _fill(builder, TarWalk(file, stat.st_size))
-        builder.finish()
+    try:
+        with shard.open("rb", buffering=1 << 22) as file:
+            builder = _Builder(file.fileno())
+            _fill(builder, TarWalk(file, stat.st_size))
+            builder.finish()
+    except OSError as error:  # a failed read does not know its file's name
+        raise OSError(error.errno, error.strerror or str(error), str(shard)) from error
     if not builder.sample_rows and not builder.bad:
         builder.bad.append(Bad("", "empty_shard"))
     tables = Tables(np.array(sorted(builder.sample_rows), SAMPLE), _sorted_frames(builder))
