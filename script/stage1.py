@@ -132,7 +132,8 @@ def break_off(run: Run | None, error: Exception) -> NoReturn:
     log = run and run.folder / "log.txt"
     if is_lost_contact(error):
         step = f" at step {run.state.step}; {run.how_to_go_on()}" if run else ""
-        leave_after_peer(f"lost contact with another process{step}\n({str(error).splitlines()[0]})", log=log)
+        text = f"lost contact with another process{step}\n({str(error).splitlines()[0]})"
+        leave_after_peer(text, asked=SIGNALS.requested is not None, log=log)
     leave(traceback.format_exc(), 1, log=log)
 
 
