@@ -132,7 +132,8 @@ def break_off(run: Run | None, error: Exception) -> NoReturn:
     log = run and run.folder / "log.txt"
     if is_lost_contact(error):
         step = f" at step {run.state.step}; {run.how_to_go_on()}" if run else ""
-        leave_after_peer(f"lost contact with another process{step}\n({str(error).splitlines()[0]})", log=log)
+        text = f"lost contact with another process{step}\n({str(error).splitlines()[0]})"
+        leave_after_peer(text, asked=SIGNALS.requested is not None, log=log)
     leave(traceback.format_exc(), 1, log=log)
 
 
@@ -145,7 +146,8 @@ def build(kind: Callable[..., T], *parts: object) -> T:
     except OSError as error:
         if error.errno not in DISK_REFUSES:
             raise
-        leave(f"stage1: cannot begin: {error}\nMake room or the folder writable, then start the same command again", 1)
+        advice = "Make room, or what is named here readable or writable, then start the same command again"
+        leave(f"stage1: cannot begin: {error}\n{advice}", 1)
 
 
 def refuse(error: ValueError) -> NoReturn:

@@ -1,6 +1,7 @@
 """script/stage1.py with a fault: `FAULT=<kind>:<rank>:<step>` strikes one process at the beginning of one step.
 
-Kinds: error (an exception nobody foresaw), data (BadDataError), kill (SIGKILL). Once: after a restart nothing happens.
+Kinds: error (an exception nobody foresaw), data (BadDataError), kill (SIGKILL), busy (as error, and the other process
+computes for 3 s more before it can notice). Once: after a restart nothing happens.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,10 +25,15 @@ take_step = Run.step
 
 def step(run: Run, *args: object) -> object:
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if first and os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == RANK and run.state.step == int(STEP):
+    is_here = os.environ.get("RANK", os.environ.get("SLURM_PROCID")) == RANK
+    if KIND == "busy" and not is_here and run.state.step == int(STEP):
+        end = time.monotonic() + 3.0
+        while time.monotonic() < end:
+            time.sleep(0.05)
+    if first and is_here and run.state.step == int(STEP):
         if KIND == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise {"error": RuntimeError, "data": BadDataError}[KIND]("the fault of this test")
+        raise {"error": RuntimeError, "busy": RuntimeError, "data": BadDataError}[KIND]("the fault of this test")
     return take_step(run, *args)
 
 

@@ -143,7 +143,7 @@ def test_peers() -> None:
 def test_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SIZES", {"tiny": ("stage1-demo", list(TINY))})
     figures = measure("checkpoint", "--repeat", "2")
-    assert_measured(figures, ["tiny: standstill", "tiny: write", "tiny: standstill / write"])
+    assert_measured(figures, ["tiny: standstill", "tiny: copy complete", "tiny: write", "tiny: standstill / write"])
     assert figures["tiny: standstill"].value < figures["tiny: write"].value
 
 

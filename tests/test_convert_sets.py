@@ -265,7 +265,11 @@ def test_hamer_survives_hostile_and_damaged_tars(make: Callable[..., SimpleNames
         truth = convert_sets.write_hamer(root, mano, ("coco-train",))
         first, second = sorted((root / "coco-train").iterdir())
         with convert_sets.tarfile.open(first, "a") as tar:
-            for key, data in (("x", pickle.dumps([Bomb(tmp_path / "trace")])), ("y", b"nonsense"), ("z", None)):
+            ragged = pickle.dumps(
+                [{"keypoints_2d": [[1.0, 2.0], [3.0]]}, {"keypoints_2d": np.ones((21, 3)), "right": 10**400}]
+            )
+            hostile = pickle.dumps([Bomb(tmp_path / "trace")])
+            for key, data in (("x", hostile), ("y", b"nonsense"), ("z", None), ("w", ragged)):
                 convert_sets.add(tar, f"{key}.jpg", convert_sets.picture(1, (64, 64)))
                 if data:
                     convert_sets.add(tar, f"{key}.data.pyd", data)
@@ -275,7 +279,7 @@ def test_hamer_survives_hostile_and_damaged_tars(make: Callable[..., SimpleNames
     done = make("hamer", "--split", "coco-train", write=write)
     assert done.code == 0
     assert not (tmp_path / "trace").exists()
-    for reason in ("unsafe_pickle 1", "bad_pickle 1", "missing_member 1", "damaged_truncated 1"):
+    for reason in ("unsafe_pickle 1", "bad_pickle 1", "missing_member 1", "damaged_truncated 1", "unforeseen 2"):
         assert reason in done.said
     assert sorted(done.got) == sorted(k for k in done.truth if "coco-train-0" in k)
 

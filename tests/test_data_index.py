@@ -77,6 +77,21 @@ def test_the_walk_goes_on_behind_damage(shard: Path, fill: bytes) -> None:
     assert bad["incomplete"] == 2
 
 
+@pytest.mark.parametrize("how", ["zero", "garbage", "cut"])
+def test_damage_that_begins_in_the_last_member_of_a_sample(shard: Path, how: str) -> None:
+    """The member keeps its length, so only the broken header behind it tells that its data are not its own."""
+    end = spans(shard)[2][1]
+    data = bytearray(shard.read_bytes())
+    rest = data[end : end + BLOCK]  # the next header
+    damage = {"zero": bytes(2 * BLOCK), "garbage": b"\xa5" * (2 * BLOCK), "cut": rest}[how]
+    data[end - BLOCK : end + BLOCK] = damage
+    shard.write_bytes(data)
+    assert keys(shard) == [f"{n:05d}" for n in (0, 1, 4, 5, 6, 7)]
+    bad = build_index(shard).bad_count
+    assert bad["incomplete"] + bad.get("missing_member", 0) == 2
+    assert bad["zeroed" if how == "zero" else "bad_header"] == 1
+
+
 def test_empty_shards_and_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty.tar").touch()
     (tmp_path / "text.tar").write_bytes(b"no archive" * 400)

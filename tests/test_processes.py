@@ -15,11 +15,17 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 from src.config import ConfigError
+from src.data.index import ShardIndex
+from src.data.index_build import open_indexes
+from src.data.plan import SourcePlan
+from src.data.source import resolve_source
 from src.engine import failure
 from src.engine.launch import asked_processes, check_launcher, requeue_slurm_job, slurm_step
+from src.engine.parts import make_demo_data
 from tests.helpers import ROOT, compose_config
 
 SMALL = (
@@ -46,7 +52,22 @@ DROPOUT = "MODEL.handec.dropout=0.1"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("processes")
+    """A folder with the demo's shards, of which a picture in each has rotted after it was indexed."""
+    place = tmp_path_factory.mktemp("processes")
+    cfg = compose_config("stage1-demo", *SMALL[1:], f"DATA.root={place}/data")
+    make_demo_data(cfg, Progress(disable=True))
+    for section, position in ((cfg.DATA.train, 20), (cfg.DATA.val, 7)):  # the one in training is met in step 3
+        (index,) = open_indexes(resolve_source(cfg.DATA.root, section.source))
+        rot(index, SourcePlan([index], 1, cfg.GENERAL.seed).locate(position)[1])
+    return place
+
+
+def rot(index: ShardIndex, row: int) -> None:
+    """Flip a bit in the picture of a row, and leave the shard's time as it was."""
+    tables, stat, data = index.tables(), index.shard.stat(), bytearray(index.shard.read_bytes())
+    data[int(tables.sample["offset"][row]) + int(tables.frame["begin"][row]) + 300] ^= 1
+    index.shard.write_bytes(data)
+    os.utime(index.shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def command(place: Path, runs: str, *overrides: str, launcher: tuple[str, ...], script: str) -> list[str]:
@@ -90,12 +111,25 @@ def rows(run: Path, subset: str = "train") -> list[dict]:
 
 
 def assert_same_curve(run: Path, other: Path) -> None:
-    """Every loss term within 1e-5, the learning rate to the last bit, over 20 steps."""
+    """Every loss term within 1e-5 and the learning rate to the last bit, over 20 steps; the same books of damage."""
     assert len(rows(run)) == len(rows(other)) == 20
     for one, two in zip(rows(run), rows(other), strict=True):
         assert one["lr"] == two["lr"]
         for name in (name for name in one if name.startswith("loss_")):
             assert two[name] == pytest.approx(one[name], rel=1e-5), (one["step"], name)
+    for each in (run, other):
+        assert [row.get("bad_crc_image", 0) for row in rows(each)] == [0] * 2 + [1] * 12 + [2] * 6, "of two epochs"
+        assert [row["bad_crc_image"] for row in rows(each, "val")] == [1] * 5
+    first, second = (books(each) for each in (run, other))
+    assert first == second
+    assert first["health"]["num_read"] == 160
+    assert first["val_bad"] == {"bad_crc_image": 1}
+    assert next(text.rpartition(" ")[2] for text in first["health"]["example"]) == "20"
+
+
+def books(run: Path) -> dict:
+    """What the last checkpoint knows of damaged frames."""
+    return json.loads((run / "checkpoints/checkpoint-20/state.json").read_text())["extra"]
 
 
 def torchrun(number: int, *options: str) -> tuple[str, ...]:
@@ -153,10 +187,11 @@ def test_a_killed_worker_is_started_again(place: Path, rank: int) -> None:
         ("data", "BadDataError"),
         pytest.param("error", "RuntimeError: the fault of this test", marks=pytest.mark.slow),
         pytest.param("kill", "Signal 9 (SIGKILL) received by PID", marks=pytest.mark.slow),
+        pytest.param("busy", "RuntimeError: the fault of this test", marks=pytest.mark.slow),
     ],
 )
 def test_one_process_fails_all_end(place: Path, kind: str, told: str) -> None:
-    """Within a minute of the fault, and the cause stands once, among the last lines."""
+    """Within 25 s of the fault (torchrun kills after 30), and the cause stands once, among the last lines."""
     how = {"launcher": torchrun(2), "script": "tests/failing_stage1.py", "FAULT": f"{kind}:1:3"}
     told = "stopped at step 3: the fault of this test" if kind == "data" else told
     done = start(place, f"fails-{kind}", "TRAIN.sample_per_device=4", **how)
@@ -164,11 +199,19 @@ def test_one_process_fails_all_end(place: Path, kind: str, told: str) -> None:
     assert done.returncode == 1
     assert done.stdout.count(told) == 1, done.stdout
     assert told in "\n".join(done.stdout.splitlines()[-12:])
-    assert done.stdout.count("Traceback") == (2 if kind == "error" else 1), "the launcher's own is one"
+    assert done.stdout.count("Traceback") == (2 if kind in ("error", "busy") else 1), "the launcher's own is one"
     (run,) = (place / f"fails-{kind}").glob("*/*_stage1-demo*")
-    assert ended - (run / "metrics.jsonl").stat().st_mtime < 60
+    assert ended - (run / "metrics.jsonl").stat().st_mtime < 25
     if kind != "kill":
         assert "the fault of this test" in (run / "log.txt").read_text()
+
+
+def test_one_that_was_asked_to_end_waits_for_no_second_signal(as_worker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failure, "_wait_to_be_ended", lambda _: pytest.fail("it waited"))
+    monkeypatch.setattr(failure.os, "_exit", sys.exit)
+    (as_worker.parent.parent / "told").touch()
+    with pytest.raises(SystemExit, match="1"):
+        failure.leave_after_peer("lost", asked=True)
 
 
 def test_a_refused_configuration_is_told_once(place: Path) -> None:

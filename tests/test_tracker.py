@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from src.engine.aim_state import read_state
 from src.engine.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +159,18 @@ def test_resume_cuts_what_came_after_the_checkpoint_and_keeps_it_beside(tmp_path
         assert (tmp_path / "metrics.jsonl").read_text() == whole
         tail = (tmp_path / f"metrics.jsonl.discarded-{number}").read_text()
         assert tail == whole[state["metrics.jsonl"] :] + '{"step": 99'
+
+
+def test_files_that_a_crash_of_the_machine_left_empty_stop_nothing(tmp_path: Path, said) -> None:
+    for name in ("tracker.json", "aim_state.json"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    tracker = start(tmp_path, tmp_path / "repo", use_aim=False, resume={"metrics.jsonl": 12})
+    tracker.log(2, "train", {"a": 1.0})
+    tracker.close()
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+    assert "tracker.json does not parse" in said.text
+    assert read_state(tmp_path) == {}
 
 
 def test_wrong_address_is_explained(tmp_path: Path) -> None:

@@ -34,6 +34,14 @@ class SampleError(Exception):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
+def reason_of(error: Exception) -> str:
+    """The code under which whatever was raised while a sample was read is counted. Hostile bytes may provoke anything:
+    it costs their sample, not the run."""
+    if isinstance(error, SampleError):
+        return error.reason
+    return "unreadable" if isinstance(error, OSError) else "unforeseen"
+
+
 def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
     """(dtype, shape, fortran order) that a header dictionary states."""
     try:
@@ -41,7 +49,7 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
         descr, shape, fortran = fields["descr"], fields["shape"], fields["fortran_order"]
         dtype = np.dtype(descr) if isinstance(descr, str) else None
         shape = tuple(int(n) for n in shape)
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
+    except (ValueError, SyntaxError, TypeError, KeyError, OverflowError, RecursionError, MemoryError):
         raise SampleError("bad_npy", "the array header does not parse") from None
     if dtype is None or dtype.hasobject or dtype.kind not in "biuf":
         reason = "object_array" if dtype is None or dtype.hasobject else "wrong_dtype"
@@ -61,7 +69,10 @@ def parse_npy(data: bytes | memoryview) -> np.ndarray:
     if len(data) - begin != count * dtype.itemsize:
         raise SampleError("bad_npy", f"{len(data) - begin} bytes for {shape} of {dtype}")
     array = np.frombuffer(data, dtype, count, begin)
-    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+    try:
+        return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+    except (ValueError, OverflowError):  # more dimensions, or (of an empty array) larger ones, than numpy can have
+        raise SampleError("bad_npy", f"no array can have {len(shape)} dimensions of this size") from None
 
 
 def _header_end(data: bytes | memoryview) -> int:
@@ -103,7 +114,7 @@ def pickled_image_spans(data: bytes) -> list[tuple[int, int]]:
     try:
         for opcode, argument, at in pickletools.genops(data):
             machine.step(opcode.name, argument, at)
-    except (ValueError, IndexError, KeyError, TypeError, struct.error, UnicodeDecodeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
         raise SampleError("bad_pickle", f"the image list does not parse ({error})") from None
     return machine.result()
 

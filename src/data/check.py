@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.blob import SampleError
+from src.data.blob import reason_of
 from src.data.image import decode_image
 from src.data.index import MAX_NAMED, Bad, ShardIndex, load_index
 from src.data.index_build import build_index, index_places, worker_context
@@ -133,8 +133,10 @@ def _decode(report: ShardReport, index: ShardIndex) -> None:
         try:
             key, clip, number, data = reader.read(row)
             make_sample(clip, number, decode_image(data), key, clip.hand_model)
-        except SampleError as error:
-            report.add(Bad(reader.describe(row), error.reason))
+        except OSError:
+            raise
+        except Exception as error:
+            report.add(Bad(reader.describe(row), reason_of(error)))
     reader.close()
 
 
@@ -147,8 +149,13 @@ def examples(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[
     """The first few `key in shard` of one reason, one shard after the other in turn."""
     by_shard = [[bad.key for bad in report.bad if bad.reason == reason] for report in reports]
     found = [
-        (turn, f"{key or '(no key)'} in {report.shard}")
+        (turn, f"{_printable(key) or '(no key)'} in {report.shard}")
         for report, keys in zip(reports, by_shard)
         for turn, key in enumerate(keys[:num])
     ]
     return [text for _, text in sorted(found, key=lambda item: item[0])[:num]]
+
+
+def _printable(key: str) -> str:
+    """A key in characters that every terminal takes: a tar's names may hold any bytes."""
+    return key.encode("utf-8", "backslashreplace").decode()

@@ -20,7 +20,7 @@ import numpy as np
 from src.batch import Sample
 from src.data.ahead import ReadAhead
 from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation, identity_augmentation
-from src.data.blob import SampleError
+from src.data.blob import SampleError, reason_of
 from src.data.crop import PatchSample, fill_patch, padding_patch, turn_samples
 from src.data.image import decode_image, image_info
 from src.data.index import ShardIndex
@@ -32,7 +32,7 @@ from src.data.schema import Clip
 from src.geometry.patch import Warp, plan_warps
 
 _MAX_OPEN = 512  # shards held open by one process: an order works on some 256 blocks at a time
-_MAX_ATTEMPT = 20
+MAX_ATTEMPT = 20  # frames that are tried for a position
 
 
 class Plan(Protocol):
@@ -143,11 +143,11 @@ class HandDataset:
             self.ahead.go_on(positions)
         patches = np.empty((len(positions), 3, self.img_size, self.img_size), np.uint8)
         fetched = Fetched(patches=patches)
-        turns = self._turn([self._find(position, fetched.bad) for position in positions], patches)
+        turns = self._turned([self._find(position, fetched.bad) for position in positions], patches, fetched.bad)
         for turn, patch in zip(turns, patches):
             while turn is not None and not self._paint(turn, fetched.bad):
                 frame = self._find(turn.frame.position, fetched.bad, turn.frame.attempt + 1)
-                (turn,) = self._turn([frame], [patch])
+                turn = self._turned_alone(frame, patch, fetched.bad)
             fetched.rows.append(padding_patch(self.img_size, patch) if turn is None else turn.row)
         fetched.bad.sort(key=lambda bad: positions.index(bad.position))
         return fetched
@@ -156,23 +156,41 @@ class HandDataset:
         """Read the frame at `position`, or the first of its substitutes that can be read; None: padding."""
         can_replace = isinstance(self.plan, MixedPlan)
         while position >= 0 and (attempt == 0 or can_replace):
-            if attempt == _MAX_ATTEMPT:
-                last = next(frame for frame in reversed(bad) if frame.position == position)
-                raise RuntimeError(f"position {position}: {attempt} frames in a row cannot be used, the last: {last}")
+            if attempt == MAX_ATTEMPT:
+                return None  # src/data/health.py stops the run
             place = self.plan.substitute(position, attempt) if attempt else self.plan.locate(position)
             try:
                 return self._open(position, place, attempt)
-            except (SampleError, OSError) as error:
+            except Exception as error:
                 bad.append(self._report(position, place, error))
             attempt += 1
         return None
 
     def _open(self, position: int, place: Place, attempt: int) -> _Frame:
-        """A frame with all that its header and annotations say. Raises SampleError, OSError."""
+        """A frame with all that its header and annotations say. Hostile bytes may raise anything."""
         key, clip, number, image = self.fetch(place)
         _, size = image_info(image)
         sample = annotated_sample(clip, number, size, key, self.hand_model)
         return _Frame(position, place, attempt, image, size, sample, self._augmentation(position))
+
+    def _turned(
+        self, frames: Sequence[_Frame | None], patches: Sequence[np.ndarray], bad: list[BadFrame]
+    ) -> list[_Turn | None]:
+        """`_turn`; where one frame's values stop the arithmetic of all, frame by frame."""
+        try:
+            return self._turn(frames, patches)
+        except Exception:
+            return [self._turned_alone(frame, patch, bad) for frame, patch in zip(frames, patches)]
+
+    def _turned_alone(self, frame: _Frame | None, patch: np.ndarray, bad: list[BadFrame]) -> _Turn | None:
+        """The row of a frame, or of the first of its substitutes that has one."""
+        while frame is not None:
+            try:
+                return self._turn([frame], [patch])[0]
+            except Exception as error:
+                bad.append(self._report(frame.position, frame.place, error))
+            frame = self._find(frame.position, bad, frame.attempt + 1)
+        return None
 
     def _turn(self, frames: Sequence[_Frame | None], patches: Sequence[np.ndarray]) -> list[_Turn | None]:
         """The rows of frames, everything that can be done before pictures are decoded; None stays None."""
@@ -188,16 +206,16 @@ class HandDataset:
         return [None if frame is None else next(turns) for frame in frames]
 
     def _paint(self, turn: _Turn, bad: list[BadFrame]) -> bool:
-        """Decode the picture and paint its patch; False where it does not decode."""
+        """Decode the picture and paint its patch; False where that is not possible."""
         frame = turn.frame
         try:
             image = decode_image(frame.image)
             if image.shape[1::-1] != frame.size:
                 raise SampleError("undecodable_image", f"{image.shape[1::-1]} pixels behind a header of {frame.size}")
-        except SampleError as error:
+            fill_patch(turn.row.patch, image, turn.warp, frame.augmentation.pixel)
+        except Exception as error:
             bad.append(self._report(frame.position, frame.place, error))
             return False
-        fill_patch(turn.row.patch, image, turn.warp, frame.augmentation.pixel)
         return True
 
     def read(self, place: Place) -> Sample:
@@ -231,7 +249,6 @@ class HandDataset:
 
     def _report(self, position: int, place: Place, error: Exception) -> BadFrame:
         shard = str(self.sources[place.source][place.shard].shard)
-        reason = error.reason if isinstance(error, SampleError) else "unreadable"
         reader = self._readers.get((place.source, place.shard))
         key = reader.describe(place.row) if reader else f"row {place.row}"
-        return BadFrame(position, shard, key, reason, str(error))
+        return BadFrame(position, shard, key, reason_of(error), str(error) or repr(error))

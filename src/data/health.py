@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from src.data.dataset import BadFrame
+from src.data.dataset import MAX_ATTEMPT, BadFrame
 from src.data.index import ShardIndex
 
 logger = logging.getLogger("stage1.data")  # below the logger of src/engine/console.py
 _MAX_EXAMPLE = 20
+_AT = ", at position "  # what an example ends with
 _MIN_READ = 1000  # fewer frames than this say little about a fraction
 
 
@@ -36,15 +37,17 @@ class DataHealth:
             self.example += [f"{bad.reason}: {bad.key} in {shard.shard}" for bad in shard.bad[: max(0, room)]]
 
     def add(self, num_read: int, bad: Sequence[BadFrame]) -> None:
-        """Take in the rows of a batch. Raises BadDataError when it is too much."""
+        """Take in the rows of a batch. Raises BadDataError when it is too much, or a position has no frame left."""
         self.num_read += num_read
         for frame in bad:
             self.read[frame.reason] += 1
             if len(self.read_example) < _MAX_EXAMPLE:
-                self.read_example.append(f"{frame.reason}: {frame.key} in {frame.shard}, at position {frame.position}")
+                where = f"{frame.key} in {frame.shard}{_AT}{frame.position}"
+                self.read_example.append(f"{frame.reason}: {where}")
                 logger.warning(f"bad frame: {self.read_example[-1]}")
         if bad:
             self.check()
+            self._check_position(bad)
 
     def counts(self) -> dict[str, int]:
         """Bad frames by reason, from indexes and from reading."""
@@ -58,6 +61,15 @@ class DataHealth:
             raise BadDataError(
                 f"DATA.max_bad_fraction={self.max_bad_fraction}: {self.summary()}\n{self.table()}\n"
                 "Look closer with script/check_shards.py; repair or leave them out, or raise DATA.max_bad_fraction"
+            )
+
+    def _check_position(self, bad: Sequence[BadFrame]) -> None:
+        """Raises BadDataError where every frame that was tried for a position was bad."""
+        position, count = Counter(frame.position for frame in bad).most_common(1)[0]
+        if count >= MAX_ATTEMPT:
+            raise BadDataError(
+                f"position {position}: {count} frames in a row cannot be used; {self.summary()}\n{self.table()}\n"
+                "Look closer with script/check_shards.py; repair the shards or leave them out"
             )
 
     def summary(self) -> str:
@@ -85,6 +97,11 @@ class DataHealth:
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The `state_dict` of all ranks together, from those of each. Only one rank may load it again."""
     read = sum((Counter(state["read"]) for state in states), Counter())
-    example = [text for state in states for text in state.get("example", [])][:_MAX_EXAMPLE]
+    example = sorted((text for state in states for text in state.get("example", [])), key=_position)[:_MAX_EXAMPLE]
     num_read = sum(state["num_read"] for state in states)
     return {"num_read": num_read, "read": dict(sorted(read.items())), "example": example}
+
+
+def _position(example: str) -> int:
+    """The position that an example was read at. Sorted by it, the first of all ranks do not depend on resumes."""
+    return int(example.rpartition(_AT)[2])

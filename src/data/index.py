@@ -5,7 +5,8 @@ that twenty million frames cost address space and not memory. It remembers the s
 when they change. It is written to a temporary name and renamed: builders may race.
 
     <shard>.index (beside the shards, or in index_dir)
-        8 bytes magic, uint32 header length, header (JSON), zeros up to a multiple of 64, SAMPLE rows, FRAME rows
+        8 bytes magic, uint32 header length, uint32 crc32 of all that follows,
+        header (JSON), zeros up to a multiple of 64, SAMPLE rows, FRAME rows
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
-VERSION = 2
+VERSION = 3
 _MAGIC = b"HANDIDX\0"
+_HEAD = struct.Struct("<8sII")  # magic, length of the header, checksum of everything behind this
 _ALIGN = 64
 MAX_NAMED = 200  # damaged samples that are listed by key; the counts are complete
 
@@ -135,14 +138,14 @@ def save_index(index: ShardIndex, path: Path) -> ShardIndex:
         "bad": [asdict(bad) for bad in index.bad],
     }
     text = json.dumps(header).encode()
-    start = -(-(len(_MAGIC) + 4 + len(text)) // _ALIGN) * _ALIGN
+    start = -(-(_HEAD.size + len(text)) // _ALIGN) * _ALIGN
+    rest = text.ljust(start - _HEAD.size, b"\0") + tables.sample.tobytes() + tables.frame.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write((_MAGIC + struct.pack("<I", len(text)) + text).ljust(start, b"\0"))
-            file.write(tables.sample.tobytes())
-            file.write(tables.frame.tobytes())
+            file.write(_HEAD.pack(_MAGIC, len(text), crc32(rest)))
+            file.write(rest)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -156,21 +159,19 @@ def load_index(shard: Path, path: Path) -> ShardIndex | None:
     try:
         stat = shard.stat()
         with path.open("rb") as file:
-            head = file.read(len(_MAGIC) + 4)
-            if len(head) < len(_MAGIC) + 4 or not head.startswith(_MAGIC):
+            head = file.read(_HEAD.size)
+            if len(head) < _HEAD.size or not head.startswith(_MAGIC):
                 return None
-            (length,) = struct.unpack_from("<I", head, len(_MAGIC))
-            header = json.loads(file.read(length))
-            file_size = os.fstat(file.fileno()).st_size
-    except (OSError, ValueError):
-        return None
-    if header.get("version") != VERSION:
+            _, length, checksum = _HEAD.unpack(head)
+            rest = file.read()
+        header = json.loads(rest[:length])
+        if header["version"] != VERSION or crc32(rest) != checksum:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if (header["shard_size"], header["shard_mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
         return None
-    start = -(-(len(_MAGIC) + 4 + length) // _ALIGN) * _ALIGN
-    if file_size != start + header["num_sample"] * SAMPLE.itemsize + sum(header["frame_number_count"]) * FRAME.itemsize:
-        return None
+    start = -(-(_HEAD.size + length) // _ALIGN) * _ALIGN
     return ShardIndex(
         shard=shard,
         shard_size=stat.st_size,

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import numpy as np
 
-from src.data.blob import SampleError
+from src.data.blob import SampleError, reason_of
 from src.data.index import (
     FRAME,
     MAX_NAMED,
@@ -28,7 +28,7 @@ from src.data.index import (
     save_index,
 )
 from src.data.schema import find_images, is_image, parse_clip
-from src.data.tar import Damage, Member, TarWalk, split_name
+from src.data.tar import BLOCK, Damage, Member, TarWalk, split_name
 
 
 class _Builder:
@@ -47,8 +47,10 @@ class _Builder:
         """Take in a sample."""
         try:
             self._add(key, members)
-        except SampleError as error:
-            self.bad.append(Bad(key, error.reason))
+        except OSError:
+            raise
+        except Exception as error:
+            self.bad.append(Bad(key, reason_of(error)))
 
     def finish(self) -> None:
         """Count the damage; a sample beside it counts as complete only if healthy samples have the same members."""
@@ -106,10 +108,13 @@ def _image_region(members: list[Member]) -> tuple[int, int]:
 def build_index(shard: Path) -> ShardIndex:
     """Read a shard from end to end. Damage is counted in the result; only an unreadable file raises (OSError)."""
     stat = shard.stat()
-    with shard.open("rb", buffering=1 << 22) as file:
-        builder = _Builder(file.fileno())
-        _fill(builder, TarWalk(file, stat.st_size))
-        builder.finish()
+    try:
+        with shard.open("rb", buffering=1 << 22) as file:
+            builder = _Builder(file.fileno())
+            _fill(builder, TarWalk(file, stat.st_size))
+            builder.finish()
+    except OSError as error:  # a failed read does not know its file's name
+        raise OSError(error.errno, error.strerror or str(error), str(shard)) from error
     if not builder.sample_rows and not builder.bad:
         builder.bad.append(Bad("", "empty_shard"))
     tables = Tables(np.array(sorted(builder.sample_rows), SAMPLE), _sorted_frames(builder))
@@ -146,7 +151,9 @@ def _fill(builder: _Builder, walk: TarWalk) -> None:
     for item in walk:
         if isinstance(item, Damage):
             builder.damage.append(item)
-            if members:
+            if members and _may_reach_into(item, members[-1]):
+                builder.bad.append(Bad(key, "incomplete"))
+            elif members:
                 builder.suspect.append((key, members))
             key, members, hurt = "", [], True
             continue
@@ -160,6 +167,13 @@ def _fill(builder: _Builder, walk: TarWalk) -> None:
         members.append(item)
     if members:
         builder.suspect.append((key, members)) if hurt else builder.close(key, members)
+
+
+def _may_reach_into(damage: Damage, member: Member) -> bool:
+    """Whether damage found at the next header may have begun in the data of the member before it, which has the right
+    length whatever stands there: always for bytes of any kind; for zeros where its last block is zeros, too."""
+    last = member.data[-(len(member.data) % BLOCK or BLOCK) :]
+    return damage.reason == "bad_header" or (damage.reason == "zeroed" and not last.strip(b"\0"))
 
 
 def _find_index(shard: Path, index_dir: str | Path | None) -> ShardIndex | None:

@@ -14,7 +14,6 @@ import cv2
 import numpy as np
 
 from src.data.augment import NUM_UNIFORM, draw_augmentation, identity_augmentation
-from src.data.blob import SampleError
 from src.data.crop import PatchSample, crop_sample
 from src.data.dataset import HandDataset
 from src.data.index import ShardIndex
@@ -65,12 +64,12 @@ def contact_sheet(
     )
     columns = []
     for number, place in enumerate(places):
+        strong = draw_augmentation(uniforms("sheet", number, num=NUM_UNIFORM), STRONG)
         try:
             sample = dataset.read(place)
-        except (SampleError, OSError):
-            continue  # counted by the check
-        strong = draw_augmentation(uniforms("sheet", number, num=NUM_UNIFORM), STRONG)
-        plain, moved = (crop_sample(sample, a, side, expansion_ratio) for a in (identity_augmentation(), strong))
+            plain, moved = (crop_sample(sample, a, side, expansion_ratio) for a in (identity_augmentation(), strong))
+        except Exception:
+            continue  # counted where the loader reads it
         columns.append((_with_2d(plain), _with_2d(moved), _with_3d(moved)))
     if not columns:
         return None
@@ -102,6 +101,7 @@ def _with_3d(row: PatchSample) -> np.ndarray:
 
 
 def _label(image: np.ndarray, text: str) -> np.ndarray:
+    text = text.encode("ascii", "replace").decode()  # OpenCV draws no others, and half a surrogate pair crashes it
     font, origin = cv2.FONT_HERSHEY_SIMPLEX, (4, image.shape[0] - 6)
     cv2.putText(image, text, origin, font, 0.38, (0, 0, 0), 3, cv2.LINE_AA)
     return cv2.putText(image, text, origin, font, 0.38, _LABEL_RGB, 1, cv2.LINE_AA)

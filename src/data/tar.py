@@ -84,6 +84,8 @@ def read_header(block: bytes, check: bool = True) -> tuple[str, int, int]:
         size = _number(block[124:136])
     except (ValueError, IndexError) as error:
         raise TarError(str(error)) from None
+    if size < 0:  # an octal field takes a sign: a walk would go back, and on for ever
+        raise TarError(f"size {size}")
     name = _text(block[:100])
     if block[345] and block[257:263] == b"ustar\0":  # GNU tar uses the prefix field otherwise
         name = f"{_text(block[345:500])}/{name}"
@@ -176,6 +178,8 @@ class TarWalk:
             try:
                 name, size, flag = read_header(block)
                 size = int(override.get("size", size)) if flag in _REGULAR else size
+                if size < 0:
+                    raise TarError(f"size {size}")
             except (TarError, ValueError):
                 begin, override = self._resync(header_at + BLOCK), {}
                 yield Damage(header_at, "bad_header", size=begin - header_at)

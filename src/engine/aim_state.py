@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from src.engine.run_folder import write_text_atomic
-from src.engine.tracker import CHILD_STATE, JOURNALS
+from src.engine.tracker import CHILD_STATE, JOURNALS, read_object
 
 
 def read_state(run_folder: Path) -> dict[str, Any]:
-    """The whole file; empty where there is none yet."""
-    path = run_folder / CHILD_STATE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """The whole file; empty where there is none yet. Without it the run gets a new AIM run."""
+    return read_object(run_folder / CHILD_STATE)
 
 
 def acknowledge(run_folder: Path, target: str, run_hash: str, offset: dict[str, int], cuts_seen: int) -> None:

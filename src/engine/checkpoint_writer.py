@@ -1,14 +1,17 @@
 """Writes checkpoints while training goes on: a copy of every tensor in host memory, then a thread with the files.
 
-The loop stands still for the copy alone, into buffers that are kept from one checkpoint to the next. A disk that
-refuses is told by the next call of `poll`, `save` or `join`.
+The copy goes into buffers that are kept from one checkpoint to the next. On a GPU the loop stands still for it. On a
+CPU the thread makes that of weights and moments too: until the optimizer's next step nobody changes them, and that step
+waits for whatever is left (`settle`). A disk that refuses is told by the next call of `poll`, `save` or `join`.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +102,14 @@ def _tensors(tree: Any, path: tuple) -> Iterator[tuple[tuple, torch.Tensor]]:
             yield from _tensors(item, (*path, index))
 
 
+def _is_live(part: Any) -> bool:
+    return part is not None and not isinstance(part, Frozen)
+
+
+def _without(tree: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in tree.items() if name not in names}
+
+
 class CheckpointWriter:
     """One checkpoint at a time, in a thread."""
 
@@ -106,6 +117,9 @@ class CheckpointWriter:
         self.saved_step = saved_step  # step of the newest checkpoint that is known to be whole
         self._copy = HostCopy()
         self._reserved = False
+        self._copied = threading.Event()  # not set while the thread copies what the optimizer's next step will change
+        self._copied.set()
+        self._hooked: weakref.ref | None = None  # the optimizer whose steps wait for that
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -135,17 +149,43 @@ class CheckpointWriter:
         self.join()
         self._reserved = True
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        frozen = {
-            name: part if part is None or isinstance(part, Frozen) else Frozen(self._copy(part.state_dict(), (name,)))
-            for name, part in parts.items()
-        }
+        values = {name: part.state_dict() for name, part in parts.items() if _is_live(part)}
+        late = self._left_to_the_thread(values, model, optimizer)
+        early = {name: self._copy(_without(tree, late.get(name, ())), (name,)) for name, tree in values.items()}
         state = copy.deepcopy(state)
 
         def write() -> None:
-            save_checkpoint(run_folder, state=state, **frozen, **how)
+            try:
+                copies = {name: {**early[name], **self._copy(tree, (name,))} for name, tree in late.items()}
+            finally:
+                self._copied.set()
+            frozen = {name: Frozen(tree) for name, tree in {**early, **copies}.items()}
+            save_checkpoint(run_folder, state=state, **{**parts, **frozen}, **how)
             self.saved_step = state.step
 
+        self._copied.clear()
         self._start(write)
+
+    def settle(self) -> None:
+        """Wait until the copy is complete; the optimizer whose moments are in it does so before each step."""
+        self._copied.wait()
+
+    def _left_to_the_thread(
+        self, values: dict[str, dict[str, Any]], model: nn.Module | Frozen, optimizer: torch.optim.Optimizer | Frozen
+    ) -> dict[str, dict[str, Any]]:
+        """Of the values what nobody changes before the optimizer's next step, which waits for the copy from now on:
+        weights and moments that lie in host memory."""
+        if not (_is_live(model) and _is_live(optimizer)) or any(p.device.type != "cpu" for p in model.parameters()):
+            return {}
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # within Accelerate's wrapper
+        if self._hooked is None or self._hooked() is not optimizer:
+            optimizer.register_step_pre_hook(lambda *_: self.settle())
+            self._hooked = weakref.ref(optimizer)
+        weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        return {
+            "model": {name: value for name, value in values["model"].items() if name in weights},
+            "optimizer": {"state": values["optimizer"]["state"]},
+        }
 
     def poll(self) -> None:
         """Raises CheckpointError where a checkpoint could not be written. Costs nothing."""
@@ -163,6 +203,7 @@ class CheckpointWriter:
 
     def _start(self, work: Any) -> None:
         def run() -> None:
+            time.sleep(0.001)  # lets go of Python's lock, so that the loop goes on first
             try:
                 work()
             except Exception as error:

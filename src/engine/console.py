@@ -32,11 +32,16 @@ console = make_console()
 logger = logging.getLogger("stage1")
 
 
+def _printable(text: str) -> str:
+    """Text that can be encoded: the name of a sample may hold bytes that are no UTF-8 (as surrogates)."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class _ConsoleHandler(logging.Handler):
     """Prints through rich, so that a line scrolls above a live progress bar instead of tearing it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(self.format(record), soft_wrap=True)
+        console.print(_printable(self.format(record)), soft_wrap=True)
 
 
 class _FileHandler(logging.Handler):
@@ -47,7 +52,7 @@ class _FileHandler(logging.Handler):
         self._file = AppendFile(path)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._file.append(self.format(record).encode() + b"\n")
+        self._file.append(_printable(self.format(record)).encode() + b"\n")
 
 
 class _Beginning(MemoryHandler):

@@ -55,8 +55,14 @@ def leave(
     sys.exit(code)
 
 
-def leave_after_peer(text: str, **how: object) -> NoReturn:
-    """Leave because another process is gone. It or the launcher tells why; `text` is for where nobody does."""
+def leave_after_peer(text: str, *, asked: bool = False, **how: object) -> NoReturn:
+    """Leave because another process is gone. It or the launcher tells why; `text` is for where nobody does.
+
+    `asked`: a signal to stop has come before the loss was noticed. It was the launcher's, if a process has told of a
+    failure, and no second one would come: waiting for it would last until the launcher kills, after 30 s.
+    """
+    if asked and is_told():
+        os._exit(1)
     _wait_to_be_ended(PEER_SPEAKS_WITHIN)
     leave(text, 1, **how)
 

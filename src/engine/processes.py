@@ -89,6 +89,21 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     dist.destroy_process_group(group)
 
 
+class HostTalk:
+    """What processes tell each other from host to host: by gloo, so that no device is waited for."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._number = accelerator.num_processes
+        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self._number > 1 else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank, on each of them. Every process has to call it."""
+        values = [value] * self._number
+        if self._group is not None:
+            dist.all_gather_object(values, value, self._group)
+        return values
+
+
 def part(accelerator: Accelerator) -> None:
     """The orderly end: nobody leaves before all are ready to, for a launcher ends those that stay.
 

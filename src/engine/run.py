@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -14,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from rich.progress import Progress
 
 from src.batch import Batch
 from src.config import Config
-from src.data.health import merge_states
+from src.data.health import DataHealth, merge_states
 from src.data.loader import HandLoader, build_train_loader, build_val_loader
 from src.data.mean_hand import mean_hand
 from src.engine import parts, sharding
@@ -28,7 +28,7 @@ from src.engine.checkpoint_writer import CheckpointWriter
 from src.engine.console import add_log_file, console, logger, task_bar, track
 from src.engine.evaluate import Validation, describe, evaluate, key_metric
 from src.engine.prefetch import to_device
-from src.engine.processes import build_accelerator, main_process_first, part
+from src.engine.processes import HostTalk, build_accelerator, main_process_first, part
 from src.engine.report import closing_table, where_to_look
 from src.engine.resume import find_origin
 from src.engine.run_folder import lock_run_folder
@@ -52,6 +52,7 @@ class Run:
             sharding.check_processes()
         self.accelerator = build_accelerator(cfg)
         self.is_main = self.accelerator.is_main_process
+        self.talk = HostTalk(self.accelerator)
         origin = find_origin(cfg, config_name, self.accelerator)
         with main_process_first(self.accelerator):
             parts.make_demo_data(cfg, progress)
@@ -120,11 +121,16 @@ class Run:
 
     def log(self, result: StepResult) -> None:
         """The log line, the journal's row and with it AIM's points."""
+        bad = self._bad_frames(self.train_loader.health, self.train_loader.health.read)
         if self.is_main:
             metrics = result.metrics()
             logger.info(log_line(self.state.step, self.cfg.GENERAL.total_step, metrics))
-            bad = {f"bad_{reason}": count for reason, count in self.train_loader.health.counts().items()}
             self.tracker.log(self.state.step, "train", metrics | bad)
+
+    def _bad_frames(self, health: DataHealth, read: Counter[str]) -> dict[str, int]:
+        """`bad_<reason>`: frames that the indexes know of, and those `read` by all processes together, who all ask."""
+        total = sum(self.talk.gather(read), Counter(health.indexed))
+        return {f"bad_{reason}": count for reason, count in sorted(total.items())}
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> None:
@@ -143,11 +149,14 @@ class Run:
 
         Raises StopRequested, without a trace of this validation, when a process is asked to stop meanwhile.
         """
+        health = self.val_loader.health
+        before = Counter(health.read)
         result = self._evaluate(self.val_loader, "validation", mean_hand=self.mean_hand)
+        self.state.extra["val_bad"] = bad = self._bad_frames(health, health.read - before)
         if self.train_eval_loader is not None:
             seen = self._evaluate(self.train_eval_loader, "training sample", draw=False)
             self.tracker.log(self.state.step, "train_eval", seen.metrics)
-        self.tracker.log(self.state.step, "val", result.metrics)
+        self.tracker.log(self.state.step, "val", result.metrics | bad)
         if result.sheet is not None:
             self.tracker.image(self.state.step, "val", "overlay", result.sheet)
         value = key_metric(result.metrics)
@@ -169,7 +178,7 @@ class Run:
         """Begin to write a checkpoint; training goes on meanwhile."""
         self.watch.flush()
         self.state.validation_due = validation_due
-        self.state.extra["health"] = merge_states(gather_object([self.train_loader.health.state_dict()]))
+        self.state.extra["health"] = merge_states(self.talk.gather(self.train_loader.health.state_dict()))
         self.saved_at = self.state.step
         model, optimizer = self.net, self.trainer.optimizer
         if self.cfg.TRAIN.shard_weights:

@@ -82,7 +82,7 @@ class Tracker:
         if server_url is not None and not server_url.startswith("aim://"):
             raise ValueError(f"AIM.server_url must look like aim://127.0.0.1:53800 or be null, not {server_url!r}")
         run_folder = Path(run_folder).resolve()
-        cuts = _read_header(run_folder).get("cuts", [])
+        cuts = read_object(run_folder / HEADER).get("cuts", [])
         if resume is not None:
             end = {name: resume.get(name, 0) for name in JOURNALS}
             if any(_length(run_folder / name) > at for name, at in end.items()):
@@ -237,9 +237,16 @@ def read_rows(path: Path, offset: int, limit: int | None = None, count: int = 25
     return rows, offset
 
 
-def _read_header(run_folder: Path) -> dict[str, Any]:
-    path = run_folder / HEADER
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, or a crash of the machine has left none that parses."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logger.warning("%s does not parse (%s): going on without it", path, error)
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _length(path: Path) -> int:

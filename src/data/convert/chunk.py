@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.data.blob import reason_of
 from src.data.convert.native import HandRecord
 
 
@@ -16,6 +17,11 @@ class Skip:
 
     reason: str
     detail: str = ""
+
+    @classmethod
+    def because_of(cls, error: Exception) -> Skip:
+        """What hostile annotations may provoke costs their hand, not the conversion."""
+        return cls(reason_of(error), getattr(error, "detail", repr(error)))
 
 
 Records = Iterator["HandRecord | Skip"]

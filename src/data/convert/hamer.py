@@ -84,14 +84,14 @@ def read_hands(path: Path, subset: str) -> Records:
             if not isinstance(hands, list) or not all(isinstance(hand, dict) for hand in hands):
                 raise SampleError("bad_pickle", f"{key}: data.pyd holds no list of dicts")
             image_type, size = image_info(members[kind])
-        except SampleError as error:
-            yield Skip(error.reason, error.detail)
+        except Exception as error:
+            yield Skip.because_of(error)
             continue
         for number, hand in enumerate(hands):
             try:
                 yield _read_hand(key, number, hand, members[kind], image_type, size, subset)
-            except SampleError as error:
-                yield Skip(error.reason, error.detail)
+            except Exception as error:
+                yield Skip.because_of(error)
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | str]]:

@@ -92,8 +92,10 @@ def read_hands(folder: Path, split: str, sequence: str, frames: list[str]) -> Re
     for frame in frames:
         try:
             yield _read_hand(folder, split, sequence, frame)
-        except SampleError as error:
-            yield Skip(error.reason, error.detail)
+        except OSError:
+            raise
+        except Exception as error:
+            yield Skip.because_of(error)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

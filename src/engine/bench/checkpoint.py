@@ -1,6 +1,10 @@
 """`script/bench.py checkpoint`: how long training stands still for a checkpoint, and how long writing one takes.
 
 Networks of the demo's and of DINOv2-base's size with AdamW's moments, random weights, written to a temporary folder.
+Checkpoints in pairs. In one, training goes on with the least that a step computes, one sample forward and backward;
+standstill is the call that begins the checkpoint and what the optimizer's step then still waits for. The other has the
+machine to itself: when its copy is complete (an optimizer that stepped at once would wait that long), and when it is
+written.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 
 from src.config import Config
 from src.engine.bench.figure import Figure
+from src.engine.bench.scale_network import grey_batch, step
 from src.engine.checkpoint import TrainState
 from src.engine.checkpoint_writer import CheckpointWriter
 from src.engine.step import build_optimizer
@@ -47,7 +52,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
 
 
 def measure(name: str, cfg: Config, repeat: int, say: Callable[[str], None]) -> list[Figure]:
-    """Write `repeat` checkpoints of this configuration's network; each ratio is of one checkpoint."""
+    """Write `repeat` pairs of checkpoints of this configuration's network; each ratio is of one pair."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = PoseNet(cfg.MODEL, build_standin_hand()).to(device)
     optimizer = build_optimizer(net, cfg)
@@ -55,24 +60,35 @@ def measure(name: str, cfg: Config, repeat: int, say: Callable[[str], None]) -> 
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    writer, stood, wrote = CheckpointWriter(), [], []
+    writer, stood, copied, wrote = CheckpointWriter(), [], [], []
     writer.reserve(net, optimizer)
     writer.join()
+    batch = grey_batch(1, net.img_size).to(device)
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
+        what = {"model": net, "optimizer": optimizer, "scaler": None, "state": TrainState(step=1), "keep": 1}
         for number in range(repeat):
-            say(f"{name}: checkpoint {number + 1} of {repeat}")
-            start = time.perf_counter()
-            state = TrainState(step=number + 1)
-            writer.save(Path(folder), model=net, optimizer=optimizer, scaler=None, state=state, keep=1)
-            stood.append(time.perf_counter() - start)
+            say(f"{name}: checkpoints {number + 1} of {repeat}")
+            begin = seconds(lambda: writer.save(Path(folder), **what))
+            step(net, net.hand, batch)
+            stood.append(begin + seconds(writer.settle))
             writer.join()
-            wrote.append(time.perf_counter() - start)
-        files = (Path(folder) / "checkpoints" / f"checkpoint-{repeat}").iterdir()
+            begin = seconds(lambda: writer.save(Path(folder), **what))
+            copied.append(begin + seconds(writer.settle))
+            wrote.append(copied[-1] + seconds(writer.join))
+        files = (Path(folder) / "checkpoints" / "checkpoint-1").iterdir()
         size = sum(file.stat().st_size for file in files) / 2**20
     share = [100 * a / b for a, b in zip(stood, wrote, strict=True)]
     spread = f"{min(share):.2g} to {max(share):.2g} over {repeat}, {size:,.0f} MiB"
     return [
         Figure(f"{name}: standstill", 1000 * statistics.median(stood), "ms"),
+        Figure(f"{name}: copy complete", 1000 * statistics.median(copied), "ms"),
         Figure(f"{name}: write", 1000 * statistics.median(wrote), "ms"),
         Figure(f"{name}: standstill / write", statistics.median(share), "%", at_most=MOST_STANDSTILL, note=spread),
     ]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long a call takes, by the clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,174 @@
+"""Bytes that somebody made on purpose, or that rotted badly: each costs its sample, not the shard nor the run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from src.data.health import BadDataError
+from src.data.index import FRAME, index_path, load_index
+from src.data.index_build import build_index, open_indexes
+from src.data.loader import build_train_loader
+from src.data.sheet import contact_sheet
+from src.data.tar import BLOCK, TarWalk
+from src.engine.console import add_log_file, logger, set_up_logging
+from tests.data_shards import (
+    data_config,
+    encode,
+    image_of,
+    lab_sample,
+    native_sample,
+    raw_members,
+    write_shard,
+    write_tar,
+)
+
+
+def npy(shape: str, data: bytes = b"") -> bytes:
+    """An array file that claims this shape."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape}), }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def beside_healthy(path: Path, sample: dict[str, Any], **members: bytes) -> Path:
+    """A shard of two healthy samples and between them `bad`, some members of which are replaced."""
+    first, bad, last = (raw_members(s) for s in (native_sample(0), {**sample, "__key__": "bad"}, native_sample(2)))
+    return write_tar(path, {**first, **bad, **{f"bad.{name}": data for name, data in members.items()}, **last})
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        npy("1e999,"),
+        npy(f"0, {2**70}"),
+        npy(f"0, {2**40}, {2**40}"),
+        npy("1," * 70, bytes(4)),
+        npy("-1, -42", bytes(168)),
+    ],
+)
+def test_shapes_that_no_array_can_have(tmp_path: Path, array: bytes) -> None:
+    index = build_index(beside_healthy(tmp_path / "a.tar", native_sample(1), **{"joint_img.npy": array}))
+    assert (index.bad_count, index.num_frame()) == ({"bad_npy": 1}, 2)
+
+
+IMAGE = encode(image_of(1), "webp")
+BYTES = b"B" + len(IMAGE).to_bytes(4, "little") + IMAGE  # opcode BINBYTES
+
+
+@pytest.mark.parametrize(
+    "ops", [BYTES + b"(" + BYTES + b"e", BYTES + BYTES + b"a", b"(" + BYTES + b"a", b"]h\x07a", b"e"]
+)
+def test_pickles_that_append_to_what_is_no_list(tmp_path: Path, ops: bytes) -> None:
+    pickled = b"\x80\x03" + ops + b"."
+    index = build_index(beside_healthy(tmp_path / "a.tar", lab_sample(1, 1, 1), **{"img_bytes.pickle": pickled}))
+    assert (index.bad_count, index.num_frame()) == ({"bad_pickle": 1}, 2)
+
+
+@pytest.mark.parametrize("extra", [{"intr_type": []}, {"intr_type": {}}, {"has_mano": [10**400, 1]}])
+def test_words_and_numbers_of_another_kind(tmp_path: Path, extra: dict[str, Any]) -> None:
+    meta = json.dumps(native_sample(1)["json"] | extra).encode()
+    index = build_index(beside_healthy(tmp_path / "a.tar", native_sample(1), json=meta))
+    assert (sum(index.bad_count.values()), index.num_frame()) == (1, 2)
+
+
+def header(name: bytes, size: bytes, flag: bytes = b"0") -> bytes:
+    """A tar header whose checksum is right, whatever its size field says."""
+    block = bytearray(BLOCK)
+    block[: len(name)], block[124 : 124 + len(size)], block[156:157], block[257:263] = name, size, flag, b"ustar\0"
+    block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32)
+    return bytes(block)
+
+
+def pax(record: bytes) -> bytes:
+    return header(b"pax", b"%011o" % len(record), b"x") + record.ljust(BLOCK, b"\0")
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        header(b"a.png", b"-0000002000"),
+        header(b"folder", b"-0000002000", b"5"),
+        header(b"a", b"-0000002000", b"L"),
+        header(b"a.png", b"-0000000001"),
+        pax(b"14 size=-2048\n") + header(b"a.png", b"00000000004") + bytes(BLOCK),
+    ],
+)
+def test_sizes_below_zero_neither_end_the_walk_nor_turn_it_back(tmp_path: Path, front: bytes) -> None:
+    shard = write_shard(tmp_path / "a.tar", [native_sample(0), native_sample(1)])
+    shard.write_bytes(front + shard.read_bytes())
+    index = build_index(shard)
+    assert index.num_frame() == 2
+    assert index.bad_count["bad_header"] == 1
+
+
+def test_a_name_of_any_bytes_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    try:
+        set_up_logging()
+        add_log_file(tmp_path / "log.txt")
+        logger.warning("bad frame: \udcff/0")
+    finally:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    assert "bad frame: \\udcff/0" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    shard = write_shard(tmp_path / "a.tar", [native_sample(0, data_source="\ud800")])
+    assert contact_sheet(open_indexes([shard]), num_hand=1, side=32) is not None  # OpenCV crashes on half a pair
+
+
+@pytest.mark.parametrize("byte", ["header", "sample", "frame"])
+def test_an_index_with_a_flipped_bit_is_made_anew(tmp_path: Path, byte: str) -> None:
+    """One in the frame's number would silently join a picture with the annotations of another frame."""
+    shard = write_shard(tmp_path / "a.tar", [native_sample(n, 3) for n in range(4)])
+    (index,) = open_indexes([shard])
+    expected = index.tables().frame.copy()
+    path = index_path(shard)
+    data = bytearray(path.read_bytes())
+    at = {"header": 20, "sample": index.stored[1], "frame": len(data) - FRAME.itemsize + FRAME.fields["frame"][1]}[byte]
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert load_index(shard, path) is None
+    assert (open_indexes([shard])[0].tables().frame == expected).all()
+    assert load_index(shard, path) is not None
+
+
+def test_a_shard_that_the_disk_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = write_shard(tmp_path / "a.tar", [native_sample(0)])
+
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(TarWalk, "_read", refuse)
+    with pytest.raises(OSError, match=f"Input/output error: '{shard}'") as caught:
+        open_indexes([shard])
+    assert caught.value.errno == errno.EIO
+
+
+def test_values_that_make_the_geometry_fail_are_replaced(tmp_path: Path) -> None:
+    sample = {**native_sample(9), "hand_bbox.npy": np.float32([[-1e30, -1e30, 1e30, 1e30]])}
+    write_shard(tmp_path / "train" / "0.tar", [*(native_sample(n) for n in range(9)), sample])
+    loader = build_train_loader(data_config(tmp_path, max_bad_fraction=0.5), "mano", num_batch=5)
+    keys = [key for batch in loader for key in batch.key]
+    assert len(keys) == 20
+    assert loader.health.counts() == {"unforeseen": 1}  # its augmentation decides whether a matrix gets singular
+    (told,) = loader.health.read_example
+    assert told.startswith("unforeseen: 00009/0 in ")
+    assert keys[int(told.rpartition(" ")[2])] != "00009/0"
+    assert contact_sheet(open_indexes([tmp_path / "train" / "0.tar"]), num_hand=10, num_column=9, side=32) is not None
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_position_without_a_usable_frame_stops_the_run_with_a_table(tmp_path: Path, worker: int) -> None:
+    shard = write_shard(tmp_path / "train" / "0.tar", [native_sample(n) for n in range(3)])
+    cfg = data_config(tmp_path, max_bad_fraction=1.0, num_worker=worker)
+    loader = build_train_loader(cfg, "mano", num_batch=5)
+    os.truncate(shard, 0)
+    with pytest.raises(BadDataError, match="position 0: 20 frames in a row cannot be used") as caught:
+        list(loader)
+    assert "stale_index" in str(caught.value)
+    assert str(shard) in str(caught.value)
