@@ -24,6 +24,7 @@ from src.data.check import ShardReport, check_shards, examples, merge
 from src.data.index_build import open_indexes
 from src.data.sheet import contact_sheet
 from src.data.source import resolve_source
+from src.engine.console import make_console
 
 HEALTHY, DAMAGED, WRONG_ARGUMENTS = 0, 1, 2
 
@@ -70,7 +71,7 @@ def write_sheet(args: argparse.Namespace, shards: Sequence[Path], console: Conso
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    console = Console(highlight=False)
+    console = make_console()
     try:
         shards = resolve_source(args.root, args.source, "SOURCE")
     except ValueError as error:
@@ -90,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if damaged:
         console.print(damage_table(reports))
     if stale := [report.shard for report in reports if report.has_stale_index]:
-        console.print(f"{len(stale)} indexes do not belong to their shards any more and will be made anew: {stale[0]}")
+        remark = f"{len(stale)} indexes do not belong to their shards any more and will be made anew: {stale[0]}"
+        console.print(remark, soft_wrap=True)
     num_frame = sum(report.num_frame for report in reports)
     console.print(
         f"{len(shards)} shards, {sum(r.num_sample for r in reports)} samples, {num_frame} healthy frames, "

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 
 from src.data.convert.chunk import Request
 from src.data.convert.registry import CONVERTERS, Converter
+from src.engine.console import make_console
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     start = time.monotonic()
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=make_console()) as bar:
         try:
             *lines, closing = make_shards(args, bar)
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import pickle
 import subprocess
@@ -13,6 +14,8 @@ import cv2
 import numpy as np
 import pytest
 
+from script.check_shards import main as check_main
+from script.make_shards import main as make_main
 from src.data.check import ShardReport, check_shard, check_shards, examples, merge
 from src.data.index_build import build_index, open_indexes
 from src.data.sheet import contact_sheet, spread_places
@@ -150,6 +153,26 @@ def test_the_script_says_it_with_its_exit_code(damaged: Path, tmp_path: Path) ->
         assert refused.returncode == 2
         assert refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+def test_paths_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rich would leave out `[x]`, which it takes for markup, and draw `:x:`, which it takes for an emoji."""
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = tmp_path / "[x]:x:"
+    shard = write_shard(folder / "a.tar", [native_sample(0), nan_in(native_sample(1), "joint_cam.npy", np.nan)])
+    open_indexes([shard])
+    os.utime(shard, (0, 0))
+    sheet = folder / "a.png"
+    check_main([glob.escape(str(folder)), "--num_process", "1", "--num_hand", "1", "--sheet", str(sheet)])
+    told = capsys.readouterr().out
+    assert f"00001/0 in {shard}" in told
+    assert f"made anew: {shard}\n" in told
+    assert f"contact sheet: {sheet}\n" in told
+    demo = ["demo", "--output", str(folder), "--train_sample", "1", "--val_sample", "1", "--num_process", "1"]
+    assert make_main(demo) == 0
+    assert f"2 rendered hands in {folder} (" in capsys.readouterr().out
 
 
 def test_a_sheet_shows_each_hand_plain_and_augmented(tmp_path: Path) -> None:

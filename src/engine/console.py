@@ -21,8 +21,8 @@ PLAIN_WIDTH = 120  # columns of what is no terminal, a pipe or a job's log; COLU
 
 
 def make_console(markup: bool = False) -> Console:
-    """A console on stdout; without markup, since a folder may be called [x]."""
-    made = Console(highlight=False, markup=markup)
+    """A console on stdout; without markup and emoji, since a folder may be called [x] or :x:."""
+    made = Console(highlight=False, markup=markup, emoji=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = PLAIN_WIDTH
     return made
