@@ -15,8 +15,9 @@ from src.data.health import BadDataError
 from src.data.index import FRAME, index_path, load_index
 from src.data.index_build import build_index, open_indexes
 from src.data.loader import build_train_loader
+from src.data.reader import ShardReader
 from src.data.sheet import contact_sheet
-from src.data.tar import BLOCK, TarWalk
+from src.data.tar import BLOCK, TarWalk, padded
 from src.engine.console import add_log_file, logger, set_up_logging
 from tests.data_shards import (
     data_config,
@@ -85,7 +86,12 @@ def header(name: bytes, size: bytes, flag: bytes = b"0") -> bytes:
     return bytes(block)
 
 
+def pax_record(key: bytes, value: bytes) -> bytes:
+    return b"%02d %s=%s\n" % (len(key) + len(value) + 5, key, value)
+
+
 def pax(record: bytes) -> bytes:
+    """A pax header with one record, which speaks of the member that follows."""
     return header(b"pax", b"%011o" % len(record), b"x") + record.ljust(BLOCK, b"\0")
 
 
@@ -96,7 +102,7 @@ def pax(record: bytes) -> bytes:
         header(b"folder", b"-0000002000", b"5"),
         header(b"a", b"-0000002000", b"L"),
         header(b"a.png", b"-0000000001"),
-        pax(b"14 size=-2048\n") + header(b"a.png", b"00000000004") + bytes(BLOCK),
+        pax(pax_record(b"size", b"-2048")) + header(b"a.png", b"00000000004") + bytes(BLOCK),
     ],
 )
 def test_sizes_below_zero_neither_end_the_walk_nor_turn_it_back(tmp_path: Path, front: bytes) -> None:
@@ -105,6 +111,23 @@ def test_sizes_below_zero_neither_end_the_walk_nor_turn_it_back(tmp_path: Path, 
     index = build_index(shard)
     assert index.num_frame() == 2
     assert index.bad_count["bad_header"] == 1
+
+
+def test_a_size_beside_the_header_is_that_of_index_and_reader(tmp_path: Path) -> None:
+    """A pax record may state the size; the header's own is then 0 or, above 8 GiB, cannot say it."""
+    shard = write_shard(tmp_path / "a.tar", [native_sample(n) for n in range(2)])
+    archive = b""
+    for member in TarWalk(shard.open("rb"), shard.stat().st_size):
+        data = member.data.ljust(padded(len(member.data)), b"\0")
+        archive += pax(pax_record(b"size", b"%d" % len(member.data))) + header(member.name.encode(), b"0") + data
+    shard.write_bytes(archive + bytes(2 * BLOCK))
+    index = build_index(shard)
+    assert (index.bad_count, index.num_frame()) == ({}, 2)
+    reader = ShardReader(index, stride=1)
+    for number in range(2):
+        key, clip, _, _ = reader.read(number)
+        assert key == f"{number:05d}"
+        assert (clip.joint_cam == native_sample(number)["joint_cam.npy"]).all()
 
 
 def test_a_name_of_any_bytes_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

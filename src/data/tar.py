@@ -106,33 +106,55 @@ def _pax_fields(data: bytes) -> dict[str, str]:
     return fields
 
 
+def _extension(flag: int, data: bytes) -> dict[str, str]:
+    """What a long-name or pax header says instead of the next header: "path", "size"; nothing if it does not parse."""
+    if flag in b"L":
+        return {"path": _text(data)}
+    try:
+        fields = _pax_fields(data)
+    except (TarError, ValueError):
+        return {}
+    return {name: fields[name] for name in ("path", "size") if name in fields}
+
+
+def _read_entry(block: bytes, override: dict[str, str], check: bool = True) -> tuple[str, int, int]:
+    """`read_header`, with what the extensions in front of it say instead."""
+    name, size, flag = read_header(block, check)
+    if flag in _REGULAR and "size" in override:
+        try:
+            size = int(override["size"])
+        except ValueError as error:
+            raise TarError(str(error)) from None
+        if size < 0:
+            raise TarError(f"size {size}")
+    return override.get("path", name), size, flag
+
+
 def span_layout(span: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
     """(key, where each member's data begins and ends, by suffix) of one sample, from whole members as they lie in the
     archive. Raises TarError.
 
     The headers' checksums are not looked at: the index has a checksum over all of it.
     """
-    members, at, key, prefix, long_name = {}, 0, "", b"", ""
+    members, at, key, prefix, override = {}, 0, "", b"", {}
     while at + BLOCK <= len(span):
         # Nearly all members continue the first one's name, which spares them the full look at their header.
         if prefix and span.startswith(prefix, at) and is_plain(span, at):
             suffix, size = span[at + len(prefix) : span.index(b"\0", at)], _plain_size(span[at + 124 : at + 136])
-            if size >= 0 and len(prefix) + len(suffix) < 100 and b"/" not in suffix and not long_name:
+            if size >= 0 and len(prefix) + len(suffix) < 100 and b"/" not in suffix and not override:
                 members[_text(suffix).lower()] = (at + BLOCK, at + BLOCK + size)
                 at += BLOCK + padded(size)
                 continue
-        name, size, flag = read_header(span[at : at + BLOCK], check=False)
+        name, size, flag = _read_entry(span[at : at + BLOCK], override, check=False)
         begin, end = at + BLOCK, at + BLOCK + size
         at = begin + padded(size)
-        if flag in b"L":
-            long_name = _text(span[begin:end])
-        elif flag in b"x":
-            long_name = _pax_fields(span[begin:end]).get("path", "")
-        elif flag in _REGULAR:
-            parts, is_long, long_name = split_name(long_name or name), bool(long_name), ""
-            if parts:
-                key, members[parts[1]] = parts[0], (begin, end)
-                prefix = b"" if is_long or len(key) > 90 else key.encode("utf-8", "surrogateescape") + b"."
+        if flag in b"Lx":
+            override.update(_extension(flag, span[begin:end]))
+            continue
+        if flag in _REGULAR and (parts := split_name(name)):
+            key, members[parts[1]] = parts[0], (begin, end)
+            prefix = b"" if "path" in override or len(key) > 90 else key.encode("utf-8", "surrogateescape") + b"."
+        override = {}
     return key, members
 
 
@@ -176,22 +198,18 @@ class TarWalk:
                 yield Damage(header_at, "zeroed", size=begin - header_at)
                 continue
             try:
-                name, size, flag = read_header(block)
-                size = int(override.get("size", size)) if flag in _REGULAR else size
-                if size < 0:
-                    raise TarError(f"size {size}")
-            except (TarError, ValueError):
+                name, size, flag = _read_entry(block, override)
+            except TarError:
                 begin, override = self._resync(header_at + BLOCK), {}
                 yield Damage(header_at, "bad_header", size=begin - header_at)
                 continue
-            name = override.get("path", name)
             if self.at + size > self.size:
                 yield Damage(header_at, "truncated", name)
                 return
             wanted = flag in b"Lxg" or flag in _REGULAR
             data = self._read(padded(size))[:size] if wanted else self._skip(padded(size))
             if flag in b"Lx":
-                override.update(self._extension(flag, data))
+                override.update(_extension(flag, data))
                 continue
             if flag in _REGULAR:
                 yield Member(name, begin, header_at + BLOCK, data)
@@ -207,16 +225,6 @@ class TarWalk:
         self.file.seek(size, 1)
         self.at += size
         return b""
-
-    @staticmethod
-    def _extension(flag: int, data: bytes) -> dict[str, str]:
-        """What a long-name or pax header says about the next member."""
-        if flag in b"L":
-            return {"path": _text(data)}
-        try:
-            return _pax_fields(data)
-        except (TarError, ValueError, UnicodeDecodeError):
-            return {}
 
     def _rest_is_empty(self) -> bool:
         """Whether only zeros follow; the position is kept."""
