@@ -21,6 +21,7 @@ from src.batch import Sample
 from src.data.ahead import ReadAhead
 from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation, identity_augmentation
 from src.data.blob import SampleError, reason_of
+from src.data.clip import Clip
 from src.data.crop import PatchSample, fill_patch, padding_patch, turn_samples
 from src.data.image import decode_image, image_info
 from src.data.index import ShardIndex
@@ -28,7 +29,6 @@ from src.data.plan import MixedPlan, Place
 from src.data.reader import ClipCache, ShardReader
 from src.data.rng import uniforms
 from src.data.sample import annotated_sample, make_sample
-from src.data.schema import Clip
 from src.geometry.patch import Warp, plan_warps
 
 _MAX_OPEN = 512  # shards held open by one process: an order works on some 256 blocks at a time

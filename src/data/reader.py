@@ -12,8 +12,9 @@ from collections import OrderedDict, deque
 from zlib import crc32
 
 from src.data.blob import SampleError
+from src.data.clip import Clip
 from src.data.index import ShardIndex
-from src.data.schema import Clip, parse_clip
+from src.data.schema import parse_clip
 from src.data.tar import BLOCK, TarError, is_plain, padded, plain_key, read_header, span_layout, split_name
 
 _WHOLE_SIZE = 1 << 18  # samples up to this size are read in one piece

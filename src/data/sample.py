@@ -6,7 +6,7 @@ import numpy as np
 
 from src.batch import Sample
 from src.data.blob import SampleError
-from src.data.schema import Clip
+from src.data.clip import Clip
 from src.geometry.camera import guess_intrinsics
 
 _NO_IMAGE = np.empty((0, 0, 3), np.uint8)

@@ -1,0 +1,157 @@
+"""A Clip: the annotations of one tar sample, complete and checked, whatever the sample states and leaves out.
+
+An array that is absent is not known: its values are 0 and its flags 0. Flags that are absent fall back to older ones.
+Shape legend: T frames, J = 21 joints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from src.batch import NUM_JOINT, NUM_POSE, NUM_SHAPE
+
+# name -> shape behind T of every array that is read; others are passed over
+FIELDS: dict[str, tuple[int, ...]] = {
+    "hand_bbox": (4,),
+    "joint_img": (NUM_JOINT, 2),
+    "joint_cam": (NUM_JOINT, 3),
+    "joint_valid": (NUM_JOINT,),
+    "joint_2d_valid": (NUM_JOINT,),
+    "joint_3d_valid": (NUM_JOINT,),
+    "mano_pose": (NUM_POSE,),
+    "mano_shape": (NUM_SHAPE,),
+    "mano_valid": (),
+    "has_mano": (),
+    "focal": (2,),
+    "princpt": (2,),
+    "has_intr": (),
+}
+FLAGS = frozenset({"joint_valid", "joint_2d_valid", "joint_3d_valid", "mano_valid", "has_mano", "has_intr"})
+_NOT_REAL = frozenset({"fixed_virtual", "none"})  # values of intr_type
+
+
+class Meta(NamedTuple):
+    """What a sample states that is no array."""
+
+    is_right: bool
+    source: str
+    hand_model: str
+    flat_hand_mean: bool
+    intr_type: str | None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The annotations of one tar sample, float32 and complete: unknown values are 0 with their flag 0."""
+
+    num_frame: int
+    is_right: bool
+    source: str
+    hand_model: str
+    flat_hand_mean: bool
+    hand_bbox: np.ndarray  # [T, 4] xyxy px
+    joint_img: np.ndarray  # [T, J, 2] px
+    joint_2d_valid: np.ndarray  # [T, J]
+    joint_cam: np.ndarray  # [T, J, 3] mm
+    joint_3d_valid: np.ndarray  # [T, J]
+    mano_pose: np.ndarray  # [T, 48]
+    mano_shape: np.ndarray  # [T, 10]
+    has_mano: np.ndarray  # [T]
+    focal: np.ndarray  # [T, 2] px; 0 where nothing is stated
+    princpt: np.ndarray  # [T, 2] px
+    has_intr: np.ndarray  # [T] 1 where these are those of the real camera
+    bad_frame: dict[int, str] = field(default_factory=dict)  # frame -> reason it cannot be used
+
+
+@lru_cache(maxsize=256)
+def constant(value: float, *shape: int) -> np.ndarray:
+    """A read-only array of one value, shared by all clips of a length."""
+    array = np.full(shape, value, np.float32)
+    array.flags.writeable = False
+    return array
+
+
+def _flag(num_frame: int, arrays: Mapping[str, np.ndarray], needs: set[str], names: tuple[str, ...]) -> np.ndarray:
+    """[T, ...] the first flag of `names` that is there, else 1; all 0 where an array that it speaks of is absent."""
+    is_known = needs <= arrays.keys()
+    for name in names:
+        if is_known and name in arrays:
+            return arrays[name]
+    return constant(float(is_known), num_frame, *FIELDS[names[0]])
+
+
+def _known(arrays: Mapping[str, np.ndarray], name: str, flag: np.ndarray) -> np.ndarray:
+    """The array with 0 wherever its flag is 0, whatever stands there."""
+    if name not in arrays:
+        return constant(0.0, len(flag), *FIELDS[name])
+    if flag is constant(1.0, *flag.shape) or flag.all():
+        return arrays[name]
+    return np.where(flag[..., None] > 0, arrays[name], np.float32(0))
+
+
+def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, check: bool) -> Clip:
+    """Fill in what is absent, zero what is flagged as unknown, and (`check`) find the frames that cannot be used.
+
+    Args:
+        arrays: float32, by the names of FIELDS and of their shapes, each with `num_frame` frames; flags are 0 or 1.
+    """
+    valid_2d = _flag(num_frame, arrays, {"joint_img"}, ("joint_2d_valid", "joint_valid"))
+    valid_3d = _flag(num_frame, arrays, {"joint_cam"}, ("joint_3d_valid", "joint_valid"))
+    has_mano = _flag(num_frame, arrays, {"mano_pose", "mano_shape"}, ("has_mano", "mano_valid"))
+    has_intr = _flag(num_frame, arrays, {"focal", "princpt"}, ("has_intr",))
+    if meta.intr_type == "none":
+        has_intr = constant(0.0, num_frame)
+    elif "has_intr" not in arrays and "focal" in arrays and "princpt" in arrays:
+        has_intr = (arrays["focal"] != 0).all(axis=-1).astype(np.float32)
+    joint_img = _known(arrays, "joint_img", valid_2d)
+    values = {
+        "hand_bbox": arrays["hand_bbox"] if "hand_bbox" in arrays else _extent(joint_img, valid_2d),
+        "joint_img": joint_img,
+        "joint_cam": _known(arrays, "joint_cam", valid_3d),
+        "mano_pose": _known(arrays, "mano_pose", has_mano),
+        "mano_shape": _known(arrays, "mano_shape", has_mano),
+        "focal": _known(arrays, "focal", has_intr),
+        "princpt": _known(arrays, "princpt", has_intr),
+    }
+    is_real = meta.intr_type not in _NOT_REAL
+    return Clip(
+        num_frame=num_frame,
+        is_right=meta.is_right,
+        source=meta.source,
+        hand_model=meta.hand_model,
+        flat_hand_mean=meta.flat_hand_mean,
+        joint_2d_valid=valid_2d,
+        joint_3d_valid=valid_3d,
+        has_mano=has_mano,
+        has_intr=has_intr if is_real else constant(0.0, num_frame),
+        bad_frame=_bad_frames(values, has_intr) if check else {},
+        **values,
+    )
+
+
+def _extent(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """[T, 4] tight box of the valid joints, for a sample that states none; NaN where no joint is valid."""
+    known = valid[..., None] > 0
+    low = np.where(known, joint_img, np.inf).min(axis=1)
+    high = np.where(known, joint_img, -np.inf).max(axis=1)
+    return np.concatenate([low, high], axis=-1).astype(np.float32)
+
+
+def _bad_frames(values: dict[str, np.ndarray], has_intr: np.ndarray) -> dict[int, str]:
+    """Frame -> reason: a value that is not finite though its flag says it is known, or a box or lens that is none."""
+    finite = np.ones(len(has_intr), bool)
+    for array in values.values():
+        if not np.isfinite(array).all():
+            finite &= np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    bad = {int(t): "not_finite" for t in np.flatnonzero(~finite)}
+    box = values["hand_bbox"]
+    for t in np.flatnonzero(~((box[:, 2:] - box[:, :2]) >= 1.0).all(axis=1)):
+        bad.setdefault(int(t), "bad_bbox")
+    for t in np.flatnonzero((has_intr > 0) & ~(values["focal"] > 0).all(axis=1)):
+        bad.setdefault(int(t), "bad_intrinsics")
+    return bad
