@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,27 @@ def test_pickles_that_append_to_what_is_no_list(tmp_path: Path, ops: bytes) -> N
     assert (index.bad_count, index.num_frame()) == ({"bad_pickle": 1}, 2)
 
 
-@pytest.mark.parametrize("extra", [{"intr_type": []}, {"intr_type": {}}, {"has_mano": [10**400, 1]}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"intr_type": []},
+        {"intr_type": {}},
+        {"hand_model": 1},
+        {"data_source": ["a"]},
+        {"has_mano": 10**400},
+        {"has_mano": [10**400, 1]},
+    ],
+)
 def test_words_and_numbers_of_another_kind(tmp_path: Path, extra: dict[str, Any]) -> None:
     meta = json.dumps(native_sample(1)["json"] | extra).encode()
     index = build_index(beside_healthy(tmp_path / "a.tar", native_sample(1), json=meta))
-    assert (sum(index.bad_count.values()), index.num_frame()) == (1, 2)
+    assert (index.bad_count, index.num_frame()) == ({"bad_value": 1}, 2)
+
+
+def test_a_frame_number_that_python_refuses_to_read(tmp_path: Path) -> None:
+    members = raw_members(native_sample(1))
+    members[f"00001.{'1' * 4301}.png"] = members.pop("00001.png")
+    assert build_index(write_tar(tmp_path / "a.tar", members, tarfile.GNU_FORMAT)).bad_count == {"bad_value": 1}
 
 
 def header(name: bytes, size: bytes, flag: bytes = b"0") -> bytes:
@@ -141,7 +158,9 @@ def test_a_name_of_any_bytes_is_logged(tmp_path: Path, capsys: pytest.CaptureFix
         logger.setLevel(level)
     assert "bad frame: \\udcff/0" in (tmp_path / "log.txt").read_text(encoding="utf-8")
     shard = write_shard(tmp_path / "a.tar", [native_sample(0, data_source="\ud800")])
-    assert contact_sheet(open_indexes([shard]), num_hand=1, side=32) is not None  # OpenCV crashes on half a pair
+    indexes = open_indexes([shard])
+    assert ShardReader(indexes[0], stride=1).read(0)[1].source == "\\ud800"
+    assert contact_sheet(indexes, num_hand=1, side=32) is not None  # OpenCV crashes on half a pair
 
 
 @pytest.mark.parametrize("byte", ["header", "sample", "frame"])

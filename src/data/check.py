@@ -21,6 +21,7 @@ from src.data.index import MAX_NAMED, Bad, ShardIndex, load_index
 from src.data.index_build import build_index, index_places, worker_context
 from src.data.reader import ShardReader
 from src.data.sample import make_sample
+from src.utils.text import printable
 
 STALE_INDEX = "stale_index"
 
@@ -149,13 +150,8 @@ def examples(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[
     """The first few `key in shard` of one reason, one shard after the other in turn."""
     by_shard = [[bad.key for bad in report.bad if bad.reason == reason] for report in reports]
     found = [
-        (turn, f"{_printable(key) or '(no key)'} in {report.shard}")
+        (turn, f"{printable(key) or '(no key)'} in {report.shard}")
         for report, keys in zip(reports, by_shard)
         for turn, key in enumerate(keys[:num])
     ]
     return [text for _, text in sorted(found, key=lambda item: item[0])[:num]]
-
-
-def _printable(key: str) -> str:
-    """A key in characters that every terminal takes: a tar's names may hold any bytes."""
-    return key.encode("utf-8", "backslashreplace").decode()

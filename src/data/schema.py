@@ -22,6 +22,7 @@ import numpy as np
 
 from src.data.blob import SampleError, parse_npy, pickled_image_spans
 from src.data.clip import FIELDS, FLAGS, Clip, Meta, complete_clip, constant
+from src.utils.text import printable
 
 LAB_IMAGES = "img_bytes.pickle"
 LAB_HAND_MODEL = "mano"
@@ -50,12 +51,13 @@ def find_images(members: Mapping[str, memoryview | bytes]) -> list[ImageSpan]:
     """The encoded images of a sample, in frame order.
 
     Raises:
-        SampleError: missing_member, bad_pickle, unsafe_pickle, or undecodable_image for bytes of no known image format.
+        SampleError: missing_member, bad_value, bad_pickle, unsafe_pickle, or undecodable_image for bytes of no known
+            image format.
     """
     if LAB_IMAGES in members:
         spans = [ImageSpan(LAB_IMAGES, *span) for span in pickled_image_spans(bytes(members[LAB_IMAGES]))]
     else:
-        names = sorted((int(m.group(1) or 0), suffix) for suffix in members if (m := _IMAGE.match(suffix)))
+        names = sorted((_number(m.group(1)), suffix) for suffix in members if (m := _IMAGE.match(suffix)))
         spans = [ImageSpan(suffix, 0, len(members[suffix])) for _, suffix in names]
     if not spans:
         raise SampleError("missing_member", f"neither an image nor {LAB_IMAGES}")
@@ -63,6 +65,14 @@ def find_images(members: Mapping[str, memoryview | bytes]) -> list[ImageSpan]:
         if not bytes(members[span.suffix][span.begin : span.begin + 8]).startswith(_MAGIC):
             raise SampleError("undecodable_image", f"{span.suffix} holds no jpeg, png or webp")
     return spans
+
+
+def _number(digits: str | None) -> int:
+    """A frame's number in the name of its image; 0 where there is none."""
+    try:
+        return int(digits or 0)
+    except ValueError:  # Python reads no more than 4,300 digits
+        raise SampleError("bad_value", f"a frame number of {len(digits or '')} digits") from None
 
 
 def parse_clip(members: Mapping[str, memoryview | bytes], check: bool = True) -> Clip:
@@ -147,20 +157,31 @@ def _meta(said: Mapping[str, Any], has_pose: bool) -> Meta:
         raise SampleError("bad_value", f"flat_hand_mean {mean!r}: a sample with mano_pose must state true or false")
     return Meta(
         is_right=side == "right",
-        source=str(said.get("data_source", "unknown")),
-        hand_model=str(said.get("hand_model", "unknown")),
+        source=_text(said, "data_source") or "unknown",
+        hand_model=_text(said, "hand_model") or "unknown",
         flat_hand_mean=bool(mean),
-        intr_type=said.get("intr_type"),
+        intr_type=_text(said, "intr_type"),
     )
 
 
+def _text(said: Mapping[str, Any], name: str) -> str | None:
+    """A text among what a sample says, fit to be shown; None where it is absent."""
+    value = said.get(name)
+    if value is not None and not isinstance(value, str):
+        raise SampleError("bad_value", f"{name} is no text but of type {type(value).__name__}")
+    return value and printable(value)
+
+
 def _flags(value: Any, name: str) -> np.ndarray:
+    """[T] one flag of 0 or 1 a frame."""
     values = value if isinstance(value, list) else [value]
-    if not all(isinstance(v, (bool, int, float)) for v in values):
+    try:
+        flags = [float(float(v) > 0) for v in values if isinstance(v, (bool, int, float))]
+    except OverflowError:  # an integer beyond all floats
+        flags = []
+    if len(flags) != len(values):
         raise SampleError("bad_value", f"{name} must be a list of 0 and 1")
-    if len(values) == 1:
-        return constant(float(values[0] > 0), 1)
-    return (np.array(values, np.float32) > 0).astype(np.float32)
+    return constant(flags[0], 1) if len(flags) == 1 else np.array(flags, np.float32)
 
 
 def _array(data: memoryview | bytes, name: str) -> np.ndarray:

@@ -101,7 +101,7 @@ def _with_3d(row: PatchSample) -> np.ndarray:
 
 
 def _label(image: np.ndarray, text: str) -> np.ndarray:
-    text = text.encode("ascii", "replace").decode()  # OpenCV draws no others, and half a surrogate pair crashes it
+    text = text.encode("ascii", "replace").decode()  # OpenCV draws no others
     font, origin = cv2.FONT_HERSHEY_SIMPLEX, (4, image.shape[0] - 6)
     cv2.putText(image, text, origin, font, 0.38, (0, 0, 0), 3, cv2.LINE_AA)
     return cv2.putText(image, text, origin, font, 0.38, _LABEL_RGB, 1, cv2.LINE_AA)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from src.engine.append_file import AppendFile
+from src.utils.text import printable
 
 T = TypeVar("T")
 
@@ -32,16 +33,11 @@ console = make_console()
 logger = logging.getLogger("stage1")
 
 
-def _printable(text: str) -> str:
-    """Text that can be encoded: the name of a sample may hold bytes that are no UTF-8 (as surrogates)."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 class _ConsoleHandler(logging.Handler):
     """Prints through rich, so that a line scrolls above a live progress bar instead of tearing it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(_printable(self.format(record)), soft_wrap=True)
+        console.print(printable(self.format(record)), soft_wrap=True)
 
 
 class _FileHandler(logging.Handler):
@@ -52,7 +48,7 @@ class _FileHandler(logging.Handler):
         self._file = AppendFile(path)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._file.append(_printable(self.format(record)).encode() + b"\n")
+        self._file.append(printable(self.format(record)).encode() + b"\n")
 
 
 class _Beginning(MemoryHandler):
