@@ -33,6 +33,9 @@ FIELDS: dict[str, tuple[int, ...]] = {
 }
 FLAGS = frozenset({"joint_valid", "joint_2d_valid", "joint_3d_valid", "mano_valid", "has_mano", "has_intr"})
 _NOT_REAL = frozenset({"fixed_virtual", "none"})  # values of intr_type
+VALUE_LIMIT = 1e7  # px, mm, rad, or a coefficient: what lies beyond is no hand, and float32 has no room for its square
+MIN_FOCAL = 1.0  # px: it sees next to half of the world
+_BEYOND = {"hand_bbox": "bad_bbox", "focal": "bad_intrinsics", "princpt": "bad_intrinsics"}  # of others: bad_value
 
 
 class Meta(NamedTuple):
@@ -110,8 +113,8 @@ def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, 
         has_intr = (arrays["focal"] != 0).all(axis=-1).astype(np.float32)
     joint_img = _known(arrays, "joint_img", valid_2d)
     values = {
-        "hand_bbox": arrays["hand_bbox"] if "hand_bbox" in arrays else _extent(joint_img, valid_2d),
         "joint_img": joint_img,
+        "hand_bbox": arrays["hand_bbox"] if "hand_bbox" in arrays else _extent(joint_img, valid_2d),
         "joint_cam": _known(arrays, "joint_cam", valid_3d),
         "mano_pose": _known(arrays, "mano_pose", has_mano),
         "mano_shape": _known(arrays, "mano_shape", has_mano),
@@ -142,16 +145,18 @@ def _extent(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return np.concatenate([low, high], axis=-1).astype(np.float32)
 
 
-def _bad_frames(values: dict[str, np.ndarray], has_intr: np.ndarray) -> dict[int, str]:
-    """Frame -> reason: a value that is not finite though its flag says it is known, or a box or lens that is none."""
-    finite = np.ones(len(has_intr), bool)
-    for array in values.values():
-        if not np.isfinite(array).all():
-            finite &= np.isfinite(array).reshape(len(array), -1).all(axis=1)
-    bad = {int(t): "not_finite" for t in np.flatnonzero(~finite)}
+def _bad_frames(values: Mapping[str, np.ndarray], has_intr: np.ndarray) -> dict[int, str]:
+    """Frame -> reason: a known value that is not finite or beyond VALUE_LIMIT, or a box or lens that is none."""
+    bad: dict[int, str] = {}
+    for name, array in values.items():
+        size = np.abs(array)
+        if not (size <= VALUE_LIMIT).all():  # NaN is not either
+            largest = size.reshape(len(size), -1).max(axis=1)  # [T]
+            for t in np.flatnonzero(~(largest <= VALUE_LIMIT)).tolist():
+                bad.setdefault(t, _BEYOND.get(name, "bad_value") if np.isfinite(largest[t]) else "not_finite")
     box = values["hand_bbox"]
-    for t in np.flatnonzero(~((box[:, 2:] - box[:, :2]) >= 1.0).all(axis=1)):
-        bad.setdefault(int(t), "bad_bbox")
-    for t in np.flatnonzero((has_intr > 0) & ~(values["focal"] > 0).all(axis=1)):
-        bad.setdefault(int(t), "bad_intrinsics")
+    for t in np.flatnonzero(~((box[:, 2:] - box[:, :2]) >= 1.0).all(axis=1)).tolist():
+        bad.setdefault(t, "bad_bbox")
+    for t in np.flatnonzero((has_intr > 0) & ~(values["focal"] >= MIN_FOCAL).all(axis=1)).tolist():
+        bad.setdefault(t, "bad_intrinsics")
     return bad

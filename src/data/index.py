@@ -22,7 +22,7 @@ from zlib import crc32
 
 import numpy as np
 
-VERSION = 3
+VERSION = 4  # also when what counts as healthy changes
 _MAGIC = b"HANDIDX\0"
 _HEAD = struct.Struct("<8sII")  # magic, length of the header, checksum of everything behind this
 _ALIGN = 64

@@ -157,7 +157,7 @@ def _meta(said: Mapping[str, Any], has_pose: bool) -> Meta:
         raise SampleError("bad_value", f"flat_hand_mean {mean!r}: a sample with mano_pose must state true or false")
     return Meta(
         is_right=side == "right",
-        source=_text(said, "data_source") or "unknown",
+        source=printable(_text(said, "data_source") or "unknown"),
         hand_model=_text(said, "hand_model") or "unknown",
         flat_hand_mean=bool(mean),
         intr_type=_text(said, "intr_type"),
@@ -165,11 +165,11 @@ def _meta(said: Mapping[str, Any], has_pose: bool) -> Meta:
 
 
 def _text(said: Mapping[str, Any], name: str) -> str | None:
-    """A text among what a sample says, fit to be shown; None where it is absent."""
+    """A text among what a sample says; None where it is absent."""
     value = said.get(name)
     if value is not None and not isinstance(value, str):
         raise SampleError("bad_value", f"{name} is no text but of type {type(value).__name__}")
-    return value and printable(value)
+    return value
 
 
 def _flags(value: Any, name: str) -> np.ndarray:
