@@ -44,7 +44,7 @@ class Meta(NamedTuple):
     is_right: bool
     source: str
     hand_model: str
-    flat_hand_mean: bool
+    flat_hand_mean: bool | None
     intr_type: str | None
 
 
@@ -127,7 +127,7 @@ def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, 
         is_right=meta.is_right,
         source=meta.source,
         hand_model=meta.hand_model,
-        flat_hand_mean=meta.flat_hand_mean,
+        flat_hand_mean=bool(meta.flat_hand_mean),
         joint_2d_valid=valid_2d,
         joint_3d_valid=valid_3d,
         has_mano=has_mano,

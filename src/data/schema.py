@@ -27,6 +27,7 @@ from src.utils.text import printable
 LAB_IMAGES = "img_bytes.pickle"
 LAB_HAND_MODEL = "mano"
 _IMAGE = re.compile(r"^(?:(\d+)\.)?(jpg|jpeg|png|webp)$")
+_LAB_WORDS = {f"{name}.json": name for name in ("handedness", "data_source", "intr_type")}
 _PLAIN_WORD = re.compile(rb"[A-Za-z][\w.\-]*")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 
@@ -87,9 +88,9 @@ def parse_clip(members: Mapping[str, memoryview | bytes], check: bool = True) ->
         SampleError: missing_member, bad_json, bad_value, wrong_shape, wrong_dtype, object_array or bad_npy.
     """
     if "json" in members:
-        said = _object(_json(members, "json"))
+        said, meta = _native_words(bytes(members["json"]))
     elif "handedness.json" in members:
-        said = _lab_words(members)
+        said, meta = _lab_words(*(bytes(members[m]) if m in members else None for m in _LAB_WORDS))
     else:
         raise SampleError("missing_member", "neither json nor handedness.json")
     arrays = {name: _array(members[member], name) for member, name in _MEMBERS.items() if member in members}
@@ -101,65 +102,61 @@ def parse_clip(members: Mapping[str, memoryview | bytes], check: bool = True) ->
     num_frame = {len(a) for a in arrays.values()}
     if len(num_frame) != 1:
         raise SampleError("wrong_shape", "numbers of frames differ: " + _lengths(arrays))
-    return complete_clip(_meta(said, "mano_pose" in arrays), arrays, num_frame.pop(), check)
+    if "mano_pose" in arrays and meta.flat_hand_mean is None:
+        raise SampleError("bad_value", "flat_hand_mean: a sample with mano_pose must state true or false")
+    return complete_clip(meta, arrays, num_frame.pop(), check)
 
 
 def _lengths(arrays: Mapping[str, np.ndarray]) -> str:
     return ", ".join(f"{name} {len(a)}" for name, a in arrays.items())
 
 
-def _json(members: Mapping[str, memoryview | bytes], suffix: str) -> Any:
-    """What a json member says; shared with other samples, so not to be changed."""
+def _json(text: bytes, suffix: str) -> Any:
+    """What a json member says."""
     try:
-        return _parsed(bytes(members[suffix]))
+        return json.loads(text)
     except (ValueError, RecursionError):
         raise SampleError("bad_json", f"{suffix} does not parse") from None
 
 
-@lru_cache(maxsize=64)
-def _parsed(text: bytes) -> Any:
-    """Cached: the meta data of a set's single frames are mostly the same."""
-    return json.loads(text)
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
+@lru_cache(maxsize=64)  # what single frames of a set say is mostly the same
+def _native_words(text: bytes) -> tuple[Mapping[str, Any], Meta]:
+    """What the native json says, as it stands there and understood."""
+    said = _json(text, "json")
+    if not isinstance(said, dict):
         raise SampleError("bad_json", "the meta data is no object")
-    return value
+    return said, _meta(said)
 
 
-def _lab_words(members: Mapping[str, memoryview | bytes]) -> dict[str, Any]:
-    """What the labs' single json members say, under the native names. Their MANO angles lack the mean pose."""
-    said = {"hand_model": LAB_HAND_MODEL, "flat_hand_mean": False}
-    for name in ("handedness", "data_source", "intr_type"):
-        if f"{name}.json" in members:
-            said[name] = _word(members, f"{name}.json")
-    return said
+@lru_cache(maxsize=64)
+def _lab_words(*texts: bytes | None) -> tuple[Mapping[str, Any], Meta]:
+    """The same of the labs' single json members (`_LAB_WORDS`), under the native names. Their MANO angles lack the mean
+    pose."""
+    words = {name: _word(text, member) for (member, name), text in zip(_LAB_WORDS.items(), texts) if text is not None}
+    said = {"hand_model": LAB_HAND_MODEL, "flat_hand_mean": False, **words}
+    return said, _meta(said)
 
 
-def _word(members: Mapping[str, memoryview | bytes], suffix: str) -> str:
+def _word(text: bytes, suffix: str) -> str:
     """A text in a json member. webdataset's writer stores a str as it is, so it may stand there without quotes."""
-    text = bytes(members[suffix])
     if _PLAIN_WORD.fullmatch(text):
         return text.decode()
-    word = _json(members, suffix)
+    word = _json(text, suffix)
     if not isinstance(word, str):
         raise SampleError("bad_value", f"{suffix} holds {word!r}, not a text")
     return word
 
 
-def _meta(said: Mapping[str, Any], has_pose: bool) -> Meta:
-    """What a sample says besides its arrays; with `has_pose` there are MANO angles, whose mean must be stated."""
+def _meta(said: Mapping[str, Any]) -> Meta:
+    """What a sample says besides its arrays, understood."""
     side, mean = said.get("handedness"), said.get("flat_hand_mean")
     if side not in ("left", "right"):
         raise SampleError("bad_value", f"handedness {side!r} is neither 'left' nor 'right'")
-    if has_pose and not isinstance(mean, bool):
-        raise SampleError("bad_value", f"flat_hand_mean {mean!r}: a sample with mano_pose must state true or false")
     return Meta(
         is_right=side == "right",
         source=printable(_text(said, "data_source") or "unknown"),
         hand_model=_text(said, "hand_model") or "unknown",
-        flat_hand_mean=bool(mean),
+        flat_hand_mean=mean if isinstance(mean, bool) else None,
         intr_type=_text(said, "intr_type"),
     )
 
