@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from src.data.loader import build_train_loader
 from src.data.reader import ShardReader
 from src.data.sheet import contact_sheet
 from src.data.tar import BLOCK, TarWalk, padded
-from src.engine.console import add_log_file, logger, set_up_logging
+from src.engine.console import add_log_file, log_said, logger, set_up_logging
 from src.geometry.patch import PatchView
 from tests.data_shards import (
     data_config,
@@ -151,16 +151,29 @@ def test_a_size_beside_the_header_is_that_of_index_and_reader(tmp_path: Path) ->
         assert (clip.joint_cam == native_sample(number)["joint_cam.npy"]).all()
 
 
-def test_a_name_of_any_bytes_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def log_file(tmp_path: Path) -> Iterator[Path]:
+    """The log.txt of a run that has just been set up; afterwards logging is as it was."""
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    try:
-        set_up_logging()
-        add_log_file(tmp_path / "log.txt")
-        logger.warning("bad frame: \udcff/0")
-    finally:
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    assert "bad frame: \\udcff/0" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    set_up_logging()
+    add_log_file(tmp_path / "log.txt")
+    yield tmp_path / "log.txt"
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+def test_what_another_process_has_said_goes_to_the_file_alone(
+    log_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger.warning("mine")
+    log_said("another's")
+    assert log_file.read_text(encoding="utf-8") == "mine\nanother's\n"
+    assert capsys.readouterr().out == "mine\n"
+
+
+def test_a_name_of_any_bytes_is_told(tmp_path: Path, log_file: Path) -> None:
+    logger.warning("bad frame: \udcff/0")
+    assert "bad frame: \\udcff/0" in log_file.read_text(encoding="utf-8")
     shard = write_shard(tmp_path / "a.tar", [native_sample(0, data_source="\ud800")])
     indexes = open_indexes([shard])
     assert ShardReader(indexes[0], stride=1).read(0)[1].source == "\\ud800"

@@ -122,9 +122,16 @@ def assert_same_curve(run: Path, other: Path) -> None:
         assert [row["bad_crc_image"] for row in rows(each, "val")] == [1] * 5
     first, second = (books(each) for each in (run, other))
     assert first == second
+    assert bad_frame_lines(run) == bad_frame_lines(other)
+    assert len(bad_frame_lines(run)) == 12  # 2 of training, 1 of each validation, 1 of each look at the training sample
     assert first["health"]["num_read"] == 160
     assert first["val_bad"] == {"bad_crc_image": 1}
     assert next(text.rpartition(" ")[2] for text in first["health"]["example"]) == "20"
+
+
+def bad_frame_lines(run: Path) -> list[str]:
+    """What log.txt says of each, whichever process met it."""
+    return sorted(line for line in (run / "log.txt").read_text().splitlines() if line.startswith("bad frame: "))
 
 
 def books(run: Path) -> dict:

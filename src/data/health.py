@@ -30,6 +30,7 @@ class DataHealth:
         self.read: Counter[str] = Counter()
         self.example: list[str] = []  # from the indexes
         self.read_example: list[str] = []
+        self._num_passed_on = 0  # of read_example
         for shard in (shard for source in sources for shard in source):
             self.num_frame += shard.num_frame()
             self.indexed.update(shard.bad_count)
@@ -44,10 +45,15 @@ class DataHealth:
             if len(self.read_example) < _MAX_EXAMPLE:
                 where = f"{frame.key} in {frame.shard}{_AT}{frame.position}"
                 self.read_example.append(f"{frame.reason}: {where}")
-                logger.warning(f"bad frame: {self.read_example[-1]}")
+                logger.warning(_line(self.read_example[-1]))
         if bad:
             self.check()
             self._check_position(bad)
+
+    def new_lines(self) -> list[str]:
+        """What this process has told of bad frames since it was last asked, for a log that another one keeps."""
+        begin, self._num_passed_on = self._num_passed_on, len(self.read_example)
+        return [_line(example) for example in self.read_example[begin:]]
 
     def counts(self) -> dict[str, int]:
         """Bad frames by reason, from indexes and from reading."""
@@ -100,6 +106,10 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     example = sorted((text for state in states for text in state.get("example", [])), key=_position)[:_MAX_EXAMPLE]
     num_read = sum(state["num_read"] for state in states)
     return {"num_read": num_read, "read": dict(sorted(read.items())), "example": example}
+
+
+def _line(example: str) -> str:
+    return f"bad frame: {example}"
 
 
 def _position(example: str) -> int:

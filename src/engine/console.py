@@ -37,7 +37,8 @@ class _ConsoleHandler(logging.Handler):
     """Prints through rich, so that a line scrolls above a live progress bar instead of tearing it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(printable(self.format(record)), soft_wrap=True)
+        if not getattr(record, "is_said", False):
+            console.print(printable(self.format(record)), soft_wrap=True)
 
 
 class _FileHandler(logging.Handler):
@@ -65,6 +66,11 @@ def set_up_logging() -> None:
     logger.handlers[:] = [_ConsoleHandler(), _Beginning(capacity=1000, flushLevel=logging.CRITICAL + 1)]
     logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     logger.propagate = False
+
+
+def log_said(line: str) -> None:
+    """A warning that another process has put on the console: it goes to the log file alone."""
+    logger.warning(line, extra={"is_said": True})
 
 
 def add_log_file(path: Path) -> None:

@@ -25,7 +25,7 @@ from src.data.mean_hand import mean_hand
 from src.engine import parts, sharding
 from src.engine.checkpoint import CheckpointError, TrainState, load_checkpoint
 from src.engine.checkpoint_writer import CheckpointWriter
-from src.engine.console import add_log_file, console, logger, task_bar, track
+from src.engine.console import add_log_file, console, log_said, logger, task_bar, track
 from src.engine.evaluate import Validation, describe, evaluate, key_metric
 from src.engine.prefetch import to_device
 from src.engine.processes import HostTalk, build_accelerator, main_process_first, part
@@ -129,8 +129,16 @@ class Run:
 
     def _bad_frames(self, health: DataHealth, read: Counter[str]) -> dict[str, int]:
         """`bad_<reason>`: frames that the indexes know of, and those `read` by all processes together, who all ask."""
-        total = sum(self.talk.gather(read), Counter(health.indexed))
+        total = sum(self._share_bad(health, read), Counter(health.indexed))
         return {f"bad_{reason}": count for reason, count in sorted(total.items())}
+
+    def _share_bad(self, health: DataHealth, read: Counter[str]) -> list[Counter[str]]:
+        """`read` of every process, who all ask. What the others have told of these frames goes to the log file."""
+        reads, lines = zip(*self.talk.gather((read, health.new_lines())))
+        if self.is_main:
+            for line in (line for told in lines[1:] for line in told):
+                log_said(line)
+        return list(reads)
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> None:
@@ -156,6 +164,7 @@ class Run:
         if self.train_eval_loader is not None:
             seen = self._evaluate(self.train_eval_loader, "training sample", draw=False)
             self.tracker.log(self.state.step, "train_eval", seen.metrics)
+            self._share_bad(self.train_eval_loader.health, Counter())
         self.tracker.log(self.state.step, "val", result.metrics | bad)
         if result.sheet is not None:
             self.tracker.image(self.state.step, "val", "overlay", result.sheet)
