@@ -11,7 +11,8 @@ from torch import nn
 
 from src.config import HandDecoderConfig
 from src.model.dropout import Dropout
-from src.model.grid import CAMERA_FEATURES
+
+EVIDENCE_WIDTH = 256  # of the layer between the evidence and what each query takes from it
 
 
 class Attention(nn.Module):
@@ -76,26 +77,33 @@ class DecoderLayer(nn.Module):
 
 
 class HandDecoder(nn.Module):
-    """Image tokens, their camera features and the joints seen in the patch -> one refined token per query."""
+    """Image tokens, their camera features and the joints seen in the patch -> one refined token per query.
 
-    def __init__(self, cfg: HandDecoderConfig, dim_token: int, num_query: int, dim_evidence: int) -> None:
+    Each query takes from the joints what it needs, by a map of its own: a finger's query is about other joints than the
+    root's.
+    """
+
+    def __init__(
+        self, cfg: HandDecoderConfig, dim_token: int, num_query: int, dim_camera: int, dim_evidence: int
+    ) -> None:
         super().__init__()
         self.query = nn.Parameter(0.02 * torch.randn(num_query, cfg.dim))
         self.from_token = nn.Linear(dim_token, cfg.dim)
-        self.from_camera = _two_layers(CAMERA_FEATURES, cfg.dim)
-        self.from_evidence = _two_layers(dim_evidence, cfg.dim)
+        self.from_camera = nn.Sequential(nn.Linear(dim_camera, cfg.dim), nn.GELU(), nn.Linear(cfg.dim, cfg.dim))
+        self.from_evidence = nn.Sequential(
+            nn.Linear(dim_evidence, EVIDENCE_WIDTH),
+            nn.GELU(),
+            nn.Linear(EVIDENCE_WIDTH, num_query * cfg.dim),
+            nn.Unflatten(1, (num_query, cfg.dim)),
+        )
         self.context_norm = nn.LayerNorm(cfg.dim)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_layer))
         self.out_norm = nn.LayerNorm(cfg.dim)
 
     def forward(self, token: torch.Tensor, camera: torch.Tensor, evidence: torch.Tensor) -> torch.Tensor:
-        """token [B, N, C], camera [B, N, CAMERA_FEATURES], evidence [B, dim_evidence] -> refined queries [B, Q, D]."""
+        """token [B, N, C], camera [B, N, dim_camera], evidence [B, dim_evidence] -> refined queries [B, Q, D]."""
         context = self.context_norm(self.from_token(token) + self.from_camera(camera))
-        query = self.query + self.from_evidence(evidence)[:, None]
+        query = self.query + self.from_evidence(evidence)
         for layer in self.layers:
             query = layer(query, context)
         return self.out_norm(query)
-
-
-def _two_layers(dim_in: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim_in, dim), nn.GELU(), nn.Linear(dim, dim))

@@ -74,6 +74,7 @@ class ShapeHead(nn.Module):
 class RootHead(nn.Module):
     """One query -> the wrist in the patch camera, as a pixel of the patch and a depth along that pixel's ray.
 
+    The pixel is predicted against the one where the wrist was seen.
     Depth is predicted relative to `focal / S * SCENE_WIDTH`: a zoom of the patch or another lens then changes nothing
     the network must learn, and no size of the target's hand is needed to return to millimetres.
     """
@@ -83,9 +84,11 @@ class RootHead(nn.Module):
         self.linear = _small_linear(dim, 3)
         self.img_size = img_size
 
-    def forward(self, query: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> torch.Tensor:
-        """query [B, D], focal and princpt [B, 2] px -> wrist [B, 3] mm."""
+    def forward(
+        self, query: torch.Tensor, seen: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor
+    ) -> torch.Tensor:
+        """query [B, D], the wrist as seen [B, 2], focal and princpt [B, 2] px -> wrist [B, 3] mm."""
         out = self.linear(query)
-        pixel = (self.img_size - 1) / 2 + self.img_size * out[:, :2]
+        pixel = seen + self.img_size * out[:, :2]
         depth = focal.mean(-1, keepdim=True) / self.img_size * SCENE_WIDTH * out[:, 2:].clamp(-5.0, 5.0).exp()
         return unproject(pixel[:, None], depth, focal, princpt)[:, 0]

@@ -14,13 +14,14 @@ from torch import nn
 
 from src.batch import NUM_JOINT, NUM_SHAPE, Batch, Prediction
 from src.config import ModelConfig
-from src.geometry.camera import pixel_ray, project
+from src.geometry.camera import project
 from src.geometry.rotation import matrix_to_axis_angle
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import NUM_MANO_JOINT, HandArrays
 from src.model.backbone import Backbone
 from src.model.decoder import HandDecoder
-from src.model.grid import camera_features, log_zoom, token_centres
+from src.model.grid import CAMERA_FEATURES, camera_features, log_zoom, token_centres
+from src.model.hand_frame import HandFrame, hand_frame
 from src.model.heads import KeypointHead, PoseHead, RootHead, ShapeHead
 from src.model.predict import Hands, aims_at_hands, predict_hands
 from src.model.restore import SavedNetwork, choose_hand, load_weights_into, read_checkpoint
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike
 
-EVIDENCE_GAIN = 4.0  # brings the spread of a hand's joints in the patch to about one
+EVIDENCE_GAIN = 4.0  # brings the spread of a hand's joints, in sides of the patch, to about one
+NUM_EVIDENCE = 2 * NUM_JOINT + 6
 
 
 class PoseNet(nn.Module):
@@ -44,7 +46,9 @@ class PoseNet(nn.Module):
         self.backbone = Backbone(cfg.backbone, cfg.img_size, backbone_shape)
         grid_size, patch_size, width = self.backbone.grid_size, self.backbone.patch_size, self.backbone.hidden_size
         self.keypoint_head = KeypointHead(width, grid_size, patch_size)
-        self.decoder = HandDecoder(cfg.handec, width, num_query=NUM_MANO_JOINT + 2, dim_evidence=2 * NUM_JOINT + 3)
+        self.decoder = HandDecoder(
+            cfg.handec, width, NUM_MANO_JOINT + 2, dim_camera=CAMERA_FEATURES + 2, dim_evidence=NUM_EVIDENCE
+        )
         self.pose_head = PoseHead(cfg.handec.dim)
         self.shape_head = ShapeHead(cfg.handec.dim, NUM_SHAPE)
         self.root_head = RootHead(cfg.handec.dim, cfg.img_size)
@@ -140,26 +144,38 @@ class PoseNet(nn.Module):
         """`forward` without a Batch: patch [B, 3, S, S] uint8, focal and princpt [B, 2] px of the patch camera."""
         token = self.backbone((patch.float() / 255.0 - self.img_mean) / self.img_std)
         seen = self.keypoint_head(token)
-        camera = camera_features(self.centre, focal, princpt, self.img_size)
-        query = self.decoder(token, camera, self._evidence(seen, focal, princpt))
+        with torch.autocast(token.device.type, enabled=False):
+            frame = hand_frame(seen, focal, princpt, self.img_size)
+            camera = camera_features(self.centre, focal, princpt, self.img_size)
+            camera = torch.cat([camera, EVIDENCE_GAIN * frame.see(self.centre, focal, princpt)], dim=-1)
+            evidence = self._evidence(seen.float(), frame, focal, princpt)
+        query = self.decoder(token, camera, evidence)
         with torch.autocast(query.device.type, enabled=False):
-            return self._predict(query.float(), seen.float(), focal, princpt)
+            return self._predict(query.float(), seen.float(), frame, focal, princpt)
 
-    def _evidence(self, seen: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> torch.Tensor:
-        """What the decoder's queries start from, [B, 45]: the shape of the joints seen in the patch [B, 21, 2] px, the
-        direction of their middle in the camera, and the zoom."""
-        middle = seen.mean(dim=1, keepdim=True)
-        shape = (seen - middle) * (EVIDENCE_GAIN / self.img_size)
-        ray = pixel_ray(middle, focal, princpt)
-        return torch.cat([shape.flatten(1), ray.flatten(1), log_zoom(focal, self.img_size)], dim=1)
+    def _evidence(
+        self, seen: torch.Tensor, frame: HandFrame, focal: torch.Tensor, princpt: torch.Tensor
+    ) -> torch.Tensor:
+        """What the decoder's queries start from, [B, NUM_EVIDENCE]: the joints seen in the patch [B, 21, 2] px as the
+        hand's camera sees them and how far they spread, how that camera is turned, and the zoom."""
+        joint = EVIDENCE_GAIN * frame.see(seen, focal, princpt)
+        spread = (joint - joint.mean(dim=1, keepdim=True)).square().sum(-1).mean(dim=1, keepdim=True)
+        turn = torch.cat([frame.rot[:, :2, 0], frame.rot[:, :2, 2]], dim=1)
+        return torch.cat([joint.flatten(1), (spread + 1e-6).log(), turn, log_zoom(focal, self.img_size)], dim=1)
 
     def _predict(
-        self, query: torch.Tensor, seen: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor
+        self,
+        query: torch.Tensor,
+        seen: torch.Tensor,
+        frame: HandFrame,
+        focal: torch.Tensor,
+        princpt: torch.Tensor,
     ) -> Prediction:
         """Refined queries [B, Q, D] and joints seen [B, 21, 2] px to a Prediction, in float32."""
-        rotmat = self.pose_head(query[:, :NUM_MANO_JOINT])
+        root_rot, finger_rot = self.pose_head(query[:, :NUM_MANO_JOINT]).split([1, NUM_MANO_JOINT - 1], dim=1)
+        rotmat = torch.cat([frame.rot[:, None] @ root_rot, finger_rot], dim=1)
         shape = self.shape_head(query[:, NUM_MANO_JOINT])
-        root = self.root_head(query[:, NUM_MANO_JOINT + 1], focal, princpt)
+        root = self.root_head(query[:, NUM_MANO_JOINT + 1], seen[:, 0].detach(), focal, princpt)
         vert, joint = self.hand(rotmat, shape)
         joint_cam = joint + root[:, None]
         return Prediction(

@@ -35,7 +35,7 @@ from src.model.net import PoseNet
 # Peak learning rates; what others give is in docs/ABLATIONS.md.
 LEARNING_RATE = {"ours": 5e-4, "hamer": 5e-4, "csvit": 5e-4}
 BACKBONE_LR = 0.4  # of a network's own learning rate, where the backbone is pre-trained
-FULL = {"step": 1000, "pretrain": 3000, "train": 24000, "val": 1000, "seeds": [0, 1, 2]}
+FULL = {"step": 3000, "pretrain": 24000, "train": 48000, "val": 1500, "seeds": [0, 1, 2]}
 QUICK = {"step": 40, "pretrain": 40, "train": 500, "val": 100, "seeds": [0]}
 
 
