@@ -19,9 +19,11 @@ FOCAL, PRINCPT = torch.tensor([[80.0, 80.0]]), torch.tensor([[10.0, 40.0]])
 
 
 def random_hands(num: int) -> torch.Tensor:
-    """Joints [num, 21, 3] mm, half a metre away, not in the middle of the view."""
+    """Joints [num, 21, 3] mm, half a metre away, not in the middle of the view; the wrist lies apart from the palm."""
     made = torch.Generator().manual_seed(0)
-    return 50.0 * torch.randn(num, 21, 3, generator=made) + torch.tensor([60.0, -40.0, 500.0])
+    joint = 30.0 * torch.randn(num, 21, 3, generator=made) + torch.tensor([60.0, -40.0, 500.0])
+    joint[:, 0] += torch.tensor([90.0, 120.0, 0.0])
+    return joint
 
 
 def frame_of(joint: torch.Tensor) -> tuple[HandFrame, torch.Tensor]:
@@ -37,8 +39,8 @@ def test_it_is_a_rotation_that_stands_the_hand_upright_in_the_middle() -> None:
     assert torch.allclose(frame.rot @ frame.rot.mT, torch.eye(3).expand(64, 3, 3), atol=1e-5)
     assert torch.allclose(torch.linalg.det(frame.rot), torch.ones(64), atol=1e-5)
     upwards = view[:, [5, 9, 13, 17]].mean(1) - view[:, 0]
-    assert upwards[:, 0].abs().max() < 1e-5
-    assert (upwards[:, 1] < 0).all()
+    assert upwards[:, 0].abs().max() < 1e-4
+    assert (upwards[:, 1] < -0.1).all()
     assert view.mean(1).abs().max() < 0.1 * view.abs().max()
 
 
@@ -53,10 +55,13 @@ def test_a_turned_camera_sees_the_same(axis_angle: tuple[float, float, float]) -
     assert torch.allclose(turned_frame.rot, turn @ frame.rot, atol=1e-4)
 
 
-def test_joints_in_one_place_still_have_a_frame() -> None:
-    seen = torch.full((2, 21, 2), 20.0)
-    rot = hand_frame(seen, FOCAL.expand(2, 2), PRINCPT.expand(2, 2), IMG_SIZE).rot
-    assert torch.allclose(rot @ rot.mT, torch.eye(3).expand(2, 3, 3), atol=1e-5)
+def test_a_palm_of_no_length_rolls_nothing() -> None:
+    """Joints in one place, as before training, or a hand that points at the camera: what turns it is noise."""
+    noise = 0.1 * torch.randn(2, 21, 2, generator=torch.Generator().manual_seed(0))
+    for seen in (torch.full((2, 21, 2), 20.0), 20.0 + noise):
+        rot = hand_frame(seen, FOCAL.expand(2, 2), PRINCPT.expand(2, 2), IMG_SIZE).rot
+        assert torch.allclose(rot @ rot.mT, torch.eye(3).expand(2, 3, 3), atol=1e-5)
+        assert rot[:, 0, 0].min() > 0.95
 
 
 def test_nothing_flows_back_through_it_and_the_view_has_finite_gradients() -> None:

@@ -55,7 +55,8 @@ def test_the_curve_is_that_of_whole_weights(steps: dict[str, Any]) -> None:
     assert steps["start_is_equal"]
     assert len(steps["whole"]) == 10
     assert_same_curves(steps["whole"], steps["sharded"])
-    assert steps["sharded"][0]["loss_total"] != pytest.approx(steps["sharded"][9]["loss_total"], rel=1e-2)
+    losses = [row["loss_total"] for row in steps["sharded"]]
+    assert max(losses) > 1.01 * min(losses), "a curve, not a constant"
 
 
 def test_a_frozen_backbone_and_bf16_too(steps: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from src.geometry.camera import pixel_ray
 
 PALM = (5, 9, 13, 17)  # the knuckles; from the wrist to their middle is upwards
 MIN_DEPTH = 0.1  # a direction more than 84 degrees off the axis is drawn as if it were there
-_SHORT = 1e-6
+SHORT = 0.05  # patch sides: a palm seen as shorter than about this has no direction, and rolls less and less
 
 
 class HandFrame(NamedTuple):
@@ -47,8 +47,9 @@ def hand_frame(seen: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor, i
     middle = F.normalize(F.pad(ray, (0, 1), value=1.0), dim=-1).mean(dim=1)
     look = _shortest_turn(F.normalize(middle, dim=-1))
     plane = _turned_back(ray, look)
+    unit = focal.mean(-1, keepdim=True) / img_size
     upwards = plane[:, list(PALM)].mean(dim=1) - plane[:, 0]
-    return HandFrame(_rolled(look, upwards), focal.mean(-1, keepdim=True) / img_size)
+    return HandFrame(_rolled(look, unit * upwards), unit)
 
 
 def _shortest_turn(axis: torch.Tensor) -> torch.Tensor:
@@ -60,10 +61,9 @@ def _shortest_turn(axis: torch.Tensor) -> torch.Tensor:
 
 
 def _rolled(look: torch.Tensor, upwards: torch.Tensor) -> torch.Tensor:
-    """`look` [B, 3, 3] rolled about its own axis, so that `upwards` [B, 2] in its plane becomes (0, -1); a vector of no
-    length rolls nothing."""
-    length = upwards.norm(dim=-1, keepdim=True)
-    down = torch.where(length > _SHORT, -upwards / length.clamp(min=_SHORT), upwards.new_tensor([0.0, 1.0]))
+    """`look` [B, 3, 3] rolled about its own axis, so that `upwards` [B, 2], in patch sides, becomes (0, -1)."""
+    doubt = SHORT * (-(upwards / SHORT).square().sum(-1)).exp()  # 1e-6 where the palm is seen as 0.16 sides long
+    down = F.normalize(torch.stack([-upwards[:, 0], doubt - upwards[:, 1]], dim=-1), dim=-1)
     right = torch.stack([down[:, 1], -down[:, 0]], dim=-1)
     x_axis, y_axis = look[..., 0], look[..., 1]
     return torch.stack(
