@@ -19,13 +19,13 @@ from rich.progress import Progress
 
 from src.batch import Batch
 from src.config import Config
-from src.data.health import DataHealth, merge_states
 from src.data.loader import HandLoader, build_train_loader, build_val_loader
 from src.data.mean_hand import mean_hand
 from src.engine import parts, sharding
 from src.engine.checkpoint import CheckpointError, TrainState, load_checkpoint
 from src.engine.checkpoint_writer import CheckpointWriter
-from src.engine.console import add_log_file, console, log_said, logger, task_bar, track
+from src.engine.console import add_log_file, console, logger, task_bar, track
+from src.engine.damage import SharedDamage, name_indexed
 from src.engine.evaluate import Validation, describe, evaluate, key_metric
 from src.engine.prefetch import to_device
 from src.engine.processes import HostTalk, build_accelerator, main_process_first, part
@@ -52,7 +52,7 @@ class Run:
             sharding.check_processes()
         self.accelerator = build_accelerator(cfg)
         self.is_main = self.accelerator.is_main_process
-        self.talk = HostTalk(self.accelerator)
+        self.damage = SharedDamage(HostTalk(self.accelerator), self.is_main)
         origin = find_origin(cfg, config_name, self.accelerator)
         with main_process_first(self.accelerator):
             parts.make_demo_data(cfg, progress)
@@ -77,7 +77,9 @@ class Run:
         logger.info(parts.describe_network(self.net, self.accelerator))
         if remark := parts.dropout_remark(cfg):
             logger.info(remark)
-        self._report_damage()
+        self.damage.take_over(self.train_loader.health, self.state.extra.get("health"))
+        name_indexed("training", self.train_loader.health)
+        name_indexed("validation", self.val_loader.health)
 
     # ---- what the loop asks for -------------------------------------------------------------------------------------
 
@@ -121,24 +123,11 @@ class Run:
 
     def log(self, result: StepResult) -> None:
         """The log line, the journal's row and with it AIM's points."""
-        bad = self._bad_frames(self.train_loader.health, self.train_loader.health.read)
+        bad = self.damage.row(self.train_loader.health, self.train_loader.health.read)
         if self.is_main:
             metrics = result.metrics()
             logger.info(log_line(self.state.step, self.cfg.GENERAL.total_step, metrics))
             self.tracker.log(self.state.step, "train", metrics | bad)
-
-    def _bad_frames(self, health: DataHealth, read: Counter[str]) -> dict[str, int]:
-        """`bad_<reason>`: frames that the indexes know of, and those `read` by all processes together, who all ask."""
-        total = sum(self._share_bad(health, read), Counter(health.indexed))
-        return {f"bad_{reason}": count for reason, count in sorted(total.items())}
-
-    def _share_bad(self, health: DataHealth, read: Counter[str]) -> list[Counter[str]]:
-        """`read` of every process, who all ask. What the others have told of these frames goes to the log file."""
-        reads, lines = zip(*self.talk.gather((read, health.new_lines())))
-        if self.is_main:
-            for line in (line for told in lines[1:] for line in told):
-                log_said(line)
-        return list(reads)
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> None:
@@ -160,11 +149,11 @@ class Run:
         health = self.val_loader.health
         before = Counter(health.read)
         result = self._evaluate(self.val_loader, "validation", mean_hand=self.mean_hand)
-        self.state.extra["val_bad"] = bad = self._bad_frames(health, health.read - before)
+        self.state.extra["val_bad"] = bad = self.damage.row(health, health.read - before)
         if self.train_eval_loader is not None:
             seen = self._evaluate(self.train_eval_loader, "training sample", draw=False)
             self.tracker.log(self.state.step, "train_eval", seen.metrics)
-            self._share_bad(self.train_eval_loader.health, Counter())
+            self.damage.share(self.train_eval_loader.health, Counter())
         self.tracker.log(self.state.step, "val", result.metrics | bad)
         if result.sheet is not None:
             self.tracker.image(self.state.step, "val", "overlay", result.sheet)
@@ -187,7 +176,7 @@ class Run:
         """Begin to write a checkpoint; training goes on meanwhile."""
         self.watch.flush()
         self.state.validation_due = validation_due
-        self.state.extra["health"] = merge_states(self.talk.gather(self.train_loader.health.state_dict()))
+        self.state.extra["health"] = self.damage.state(self.train_loader.health)
         self.saved_at = self.state.step
         model, optimizer = self.net, self.trainer.optimizer
         if self.cfg.TRAIN.shard_weights:
@@ -294,14 +283,6 @@ class Run:
             add_log_file(folder / "log.txt")
             logger.info(f"run folder: {folder}")
         return folder
-
-    def _report_damage(self) -> None:
-        """Go on with the counts of damaged frames (the main process holds the sum); name what the indexes found."""
-        if self.is_main and "health" in self.state.extra:
-            self.train_loader.health.load_state_dict(self.state.extra["health"])
-        for name, loader in (("training", self.train_loader), ("validation", self.val_loader)):
-            if loader.health.counts():
-                logger.warning(f"{name} data: {loader.health.summary()}\n{loader.health.table()}")
 
     def _open_tracker(self, goes_on: bool) -> Tracker:
         if not self.is_main:
