@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.engine.resume import setting_changes
 from src.loss import LOSS_TERMS
-from tests.helpers import ROOT
+from tests.helpers import ROOT, compose_config
 
 SMALL = (
     "--config-name=stage1-demo",
@@ -182,6 +183,20 @@ def test_auto_takes_the_newest_whole_checkpoint(place: Path, finished: Path) -> 
     before = sorted(path.name for path in run.rglob("*"))
     assert stage1(place, "auto", "GENERAL.resume_path=auto") == run
     assert sorted(path.name for path in run.rglob("*")) == before
+    said = refused(place, "auto", "GENERAL.resume_path=auto", "DATA.train.source=[val/*]")
+    assert f"the newest run, {run}, has other data: DATA.train.source=['val/*'] (was ['train/*'])" in said
+    assert sorted(path.name for path in run.rglob("*")) == before
+
+
+def test_settings_that_differ_are_told(place: Path, finished: Path) -> None:
+    """Those that change what is trained; how many processes read it does not."""
+    checkpoint = finished / "checkpoints" / "checkpoint-40"
+    overrides = (f"DATA.root={place}/data", "GENERAL.total_step=60", "LOSS.lambda_rel=0.2", "GENERAL.num_worker=0")
+    cfg = compose_config("stage1-demo", *SMALL[1:], *overrides)
+    assert list(setting_changes(checkpoint, cfg).values()) == [
+        "GENERAL.total_step=60 (was 40)",
+        "LOSS.lambda_rel=0.2 (was 0.1)",
+    ]
 
 
 def test_another_network_is_refused_in_words(place: Path, finished: Path) -> None:

@@ -22,6 +22,14 @@ SHAPE_KEYS = {
     "backbone": ("hidden_size", "num_layer", "num_head", "patch_size", "swiglu"),
     "handec": ("dim", "num_layer", "num_head", "dim_head", "dim_mlp"),
 }
+# Keys that say which samples a run is trained on; `auto` goes on with no run that has others.
+DATA_KEYS = ("DATA.root", "DATA.stride", "DATA.train.source")
+# Sections and keys that do not change what is trained.
+FREE_KEYS = (
+    *("AIM", "DATA.index_dir", "DATA.max_bad_fraction", "GENERAL.description", "GENERAL.keep_checkpoint"),
+    *("GENERAL.log_step", "GENERAL.num_worker", "GENERAL.output_root", "GENERAL.prefetch_factor"),
+    *("GENERAL.resume_path", "GENERAL.vis_step", "MODEL.init_from"),
+)
 
 
 class RunComplete(Exception):
@@ -71,8 +79,13 @@ def _look(cfg: Config, config_name: str) -> Origin:
             "\n".join(changes) + f"\nResume with the values of the checkpoint {checkpoint}, or take over the weights "
             f"that fit with MODEL.init_from={checkpoint} and without GENERAL.resume_path"
         )
+    changes = setting_changes(checkpoint, cfg)
+    if asked == AUTO:
+        _check_data(checkpoint, changes)
     _check_steps(cfg, checkpoint)
     logger.info(f"going on from {checkpoint}")
+    if changes:
+        logger.warning("with other settings than it was written with: %s", "; ".join(changes.values()))
     # A run folder goes on by its newest complete checkpoint; a single checkpoint may have been an older one.
     by_name = asked != AUTO and (Path(asked).resolve() == checkpoint.resolve() or Path(asked).name == "best")
     return Origin(checkpoint, in_place=not by_name or is_newest(checkpoint))
@@ -88,6 +101,42 @@ def _check_steps(cfg: Config, checkpoint: Path) -> None:
         f"GENERAL.total_step={cfg.GENERAL.total_step}: {checkpoint} is at step {state.step} already, "
         f"nothing is left to do; ask for more steps"
     )
+
+
+def setting_changes(checkpoint: Path, cfg: Config) -> dict[str, str]:
+    """Key -> words, for each setting that changes what is trained and differs from the checkpoint's."""
+    if not (checkpoint / CONFIG).is_file():
+        return {}
+    saved = _flat(OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG)))
+    now = _flat(OmegaConf.to_container(OmegaConf.create(asdict(cfg))))
+    free = tuple(f"{key}." for key in FREE_KEYS)
+    return {
+        key: f"{key}={now[key]} (was {saved[key]})"
+        for key in sorted(saved.keys() & now.keys())
+        if saved[key] != now[key] and not f"{key}.".startswith(free)
+    }
+
+
+def _flat(tree: Any, above: str = "") -> dict[str, Any]:
+    """{"A": {"b": 1}} -> {"A.b": 1}; named sources stay together."""
+    if not isinstance(tree, dict) or above in DATA_KEYS:
+        return {above: tree}
+    return {
+        key: value
+        for name, below in tree.items()
+        for key, value in _flat(below, f"{above}.{name}" if above else name).items()
+    }
+
+
+def _check_data(checkpoint: Path, changes: dict[str, str]) -> None:
+    """Raises ValueError where the newest run of this configuration was trained on something else."""
+    if other := [changes[key] for key in DATA_KEYS if key in changes]:
+        run_folder = checkpoint.parent.parent
+        raise ValueError(
+            f"GENERAL.resume_path=auto: the newest run, {run_folder}, has other data: {'; '.join(other)}\n"
+            f"Go on with it all the same by GENERAL.resume_path={run_folder}, name another run, or start anew without "
+            "GENERAL.resume_path; runs with a GENERAL.output_root of their own do not get in each other's way"
+        )
 
 
 def network_changes(checkpoint: Path, cfg: Config) -> Iterator[str]:

@@ -35,7 +35,7 @@ def draw(every: Sequence[Drawable], path: Path) -> None:
         axis.set_title(f"{series.name}\nexponent {series.exponent:.2f}", fontsize=10)
         axis.set_xlabel(series.of)
         axis.set_ylabel(series.unit or "share")
-        axis.set_xticks(series.size, [_short(size) for size in series.size])
+        axis.set_xticks(series.size, [_short(size) for size in series.size], rotation=30 if len(series.size) > 4 else 0)
         axis.minorticks_off()
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.grid(True, alpha=0.25)
