@@ -55,12 +55,13 @@ def main(composed: DictConfig) -> None:
 
 def train(cfg: Config, config_name: str) -> None:
     """The training loop."""
-    from src.data.health import BadDataError
-    from src.engine.bad_batch import NumbersError
-    from src.engine.checkpoint import CheckpointError
-    from src.engine.console import logger, progress_bar, set_up_logging
-    from src.engine.resume import RunComplete
-    from src.engine.run import Run
+    with SIGNALS.held():
+        from src.data.health import BadDataError
+        from src.engine.bad_batch import NumbersError
+        from src.engine.checkpoint import CheckpointError
+        from src.engine.console import logger, progress_bar, set_up_logging
+        from src.engine.resume import RunComplete
+        from src.engine.run import Run
 
     set_up_logging()
     run, patience = None, 60.0

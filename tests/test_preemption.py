@@ -149,3 +149,21 @@ def test_kill_and_resume_is_exact(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("| yes |") == 3
     assert "equal to the undisturbed run, bit by bit" in done.stdout
+
+
+def test_a_signal_waits_for_the_end_of_an_import() -> None:
+    """Raised within a C extension that is being loaded it would come out as an ImportError, with a traceback."""
+    code = """
+import os, signal
+from src.engine.stop import StopRequested, StopSignals
+signals = StopSignals()
+signals.install()
+try:
+    with signals.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("imported")
+except StopRequested as stop:
+    print("stopped by", stop)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split("\n") == ["imported", "stopped by SIGTERM", ""]

@@ -1,8 +1,9 @@
 """Signals that ask a run to stop: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C. Imports nothing heavy.
 
-The first signal during start-up raises StopRequested where it strikes: nothing has been trained. Once the loop runs
-(`defer`), it is only noted; the loop finishes its step, writes a checkpoint and leaves with RESUMABLE. A second signal
-ends the process at once, as if it had been killed.
+The first signal during start-up raises StopRequested where it strikes: nothing has been trained. While modules are
+imported it waits for their end (`held`): a C extension turns what is raised within it into an ImportError. Once the
+loop runs (`defer`), it is only noted; the loop finishes its step, writes a checkpoint and leaves with RESUMABLE. A
+second signal ends the process at once, as if it had been killed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -41,6 +44,15 @@ class StopSignals:
     def defer(self) -> None:
         """From now on the first signal is only noted in `requested`. Raises StopRequested when one came before."""
         self._deferred = True
+        if self.requested is not None:
+            raise StopRequested(self.requested)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A signal that comes within waits for the end, which then raises StopRequested."""
+        self._deferred = True
+        yield
+        self._deferred = False
         if self.requested is not None:
             raise StopRequested(self.requested)
 
