@@ -1,6 +1,6 @@
 """The contract between data, model, loss and metric: Sample, Batch and Prediction, every field with shape and unit.
 
-Shape legend: B batch, J = 21 joints (OpenPose order), S patch side, V vertices of the hand model.
+Shape legend: B batch, J = 21 joints (OpenPose order), S patch side, G tokens along it, V vertices of the hand model.
 
 Frames and conventions
   * Lengths are millimetres, angles radians, `_img` is pixels of the source image, `_patch` pixels of the square patch.
@@ -107,3 +107,4 @@ class Prediction:
     vert_cam: torch.Tensor  # [B, V, 3] mm
     joint_patch: torch.Tensor  # [B, J, 2] px, projection of joint_cam
     joint_seen: torch.Tensor  # [B, J, 2] px, joints as located in the patch, before any 3D
+    joint_heat: torch.Tensor  # [B, G, G, J] log-probability that a joint is in the token of that row and column

@@ -166,6 +166,7 @@ class LossConfig:
     lambda_rel: float = knob(minimum=0)
     lambda_img: float = knob(minimum=0)
     lambda_seen: float = knob(minimum=0)
+    lambda_heat: float = knob(minimum=0)
 
 
 @dataclass

@@ -13,28 +13,34 @@ from src.batch import Batch, Prediction
 from src.config import LossConfig
 from src.hand.mano import ManoLayer
 
-LOSS_TERMS = ("loss_theta", "loss_shape", "loss_trans", "loss_joint_rel", "loss_joint_img", "loss_joint_seen")
+LOSS_TERMS = (
+    *("loss_theta", "loss_shape", "loss_trans", "loss_joint_rel", "loss_joint_img"),
+    *("loss_joint_seen", "loss_joint_heat"),
+)
 NUM_TERM = len(LOSS_TERMS)
+HEAT_SIGMA = 0.7  # tokens: width of the target of loss_joint_heat
 
 
 def loss_weights(cfg: LossConfig) -> torch.Tensor:
     """Weights [NUM_TERM] in the order of LOSS_TERMS."""
-    return torch.tensor(
-        [cfg.lambda_theta, cfg.lambda_shape, cfg.lambda_trans, cfg.lambda_rel, cfg.lambda_img, cfg.lambda_seen]
-    )
+    in_3d = [cfg.lambda_theta, cfg.lambda_shape, cfg.lambda_trans, cfg.lambda_rel, cfg.lambda_img]
+    return torch.tensor([*in_3d, cfg.lambda_seen, cfg.lambda_heat])
 
 
 def _masks(batch: Batch) -> tuple[torch.Tensor, ...]:
     """One validity mask per term, [B] or [B, J]. Padding counts for nothing."""
     real = (batch.position >= 0).float()
     has_root = batch.joint_3d_valid[:, 0] * real
+    joint_2d = batch.joint_2d_valid * real[:, None]
+    in_patch = ((batch.joint_patch > -0.5) & (batch.joint_patch < batch.patch.shape[-1] - 0.5)).all(-1)
     return (
         batch.has_mano * real,
         batch.has_mano * real,
         batch.has_intr * has_root,
         batch.joint_3d_valid * has_root[:, None],
-        batch.joint_2d_valid * real[:, None],
-        batch.joint_2d_valid * real[:, None],
+        joint_2d,
+        joint_2d,
+        joint_2d * in_patch,
     )
 
 
@@ -52,6 +58,7 @@ def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Te
     * loss_joint_rel: absolute difference of wrist-relative joints, mm, mean of the axes.
     * loss_joint_img: absolute difference of projected joints, px of the patch, mean of the axes.
     * loss_joint_seen: the same for the joints located in the patch before any 3D.
+    * loss_joint_heat: cross-entropy between the weights of a joint's votes and a Gaussian about its true place.
 
     The gradient reaches the pose through loss_theta, loss_joint_rel and loss_joint_img.
     """
@@ -65,9 +72,20 @@ def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Te
         (joint_rel - target_rel).abs().mean(2),
         (prediction.joint_patch - batch.joint_patch).abs().mean(2),
         (prediction.joint_seen - batch.joint_patch).abs().mean(2),
+        _heat_error(prediction.joint_heat, batch.joint_patch, batch.patch.shape[-1]),
     )
     masked = [error * mask for error, mask in zip(errors, _masks(batch), strict=True)]
     return torch.stack([term.flatten(1).sum(1) if term.ndim > 1 else term for term in masked], dim=1)
+
+
+def _heat_error(heat: torch.Tensor, joint: torch.Tensor, img_size: int) -> torch.Tensor:
+    """Cross-entropy [B, J] of log-probabilities over the tokens [B, G, G, J] against Gaussians of HEAT_SIGMA tokens
+    about the joints [B, J, 2] px, as in Sun et al., "Integral Human Pose Regression", ECCV 2018, and its successors."""
+    grid = heat.shape[1]
+    place = (joint + 0.5) * (grid / img_size) - 0.5  # in tokens
+    offset = torch.arange(grid, device=joint.device) - place[..., None]  # [B, J, 2, G]
+    col, row = (-0.5 * (offset / HEAT_SIGMA).square()).softmax(dim=-1).unbind(2)
+    return -torch.einsum("bjr,bjc,brcj->bj", row, col, heat)
 
 
 def mean_terms(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

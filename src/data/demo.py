@@ -39,7 +39,7 @@ from src.data.demo_scene import paint
 from src.data.rng import stream
 from src.hand.standin import build_standin_hand
 
-VERSION = 2  # raise it whenever a sample of the same seed would come out different
+VERSION = 3  # raise it whenever a sample of the same seed would come out different
 SAMPLE_PER_SHARD = 500
 CHUNK = 50  # samples drawn together
 MANIFEST = "demo.json"
@@ -237,7 +237,7 @@ def make_sample(key: str, draw: HandDraw, i: int, image: np.ndarray, rng: np.ran
             pixel[:, 0] = size - 1 - pixel[:, 0]
         princpt[0] = size - 1 - princpt[0]
     bbox = np.clip(np.concatenate([point.min(0), point.max(0)]), 0, size - 1)
-    quality = int(rng.integers(88, 96))
+    quality = int(rng.integers(40, 96))
     _, jpg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     arrays = {
         "hand_bbox": bbox,

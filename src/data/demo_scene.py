@@ -10,53 +10,22 @@ Shape legend: N samples, V hand vertices, A arm vertices, F faces of both, S ima
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from src.data.demo_backdrop import SKIN_RGB, background, noise_patch, occlude, sensor
-from src.data.demo_hand import HandDraw
-from src.hand.skeleton import FINGER_NAMES
+from src.data.demo_backdrop import background, noise_patch, occlude, sensor
+from src.data.demo_hand import HandDraw, rotation_anywhere
+from src.data.demo_light import Light, cast_shadow, closeness, draw_light, shade
+from src.data.demo_skin import ARM_RING, ARM_SIDE, paint_arm, paint_skin, regions
 from src.hand.standin import build_standin_hand
-from src.hand.standin_design import chain, design
-from src.hand.standin_flesh import RADIUS
 from src.utils.mesh_render import incident_faces, render_mesh, vertex_normals
 
 SUPER = 2  # supersampling
-ARM_RING, ARM_SIDE = 13, 14
+SECOND_HAND = 0.22  # share of pictures with another hand behind the first
 NEAR_MM = 60.0  # faces nearer than this are left out
 MAX_TOWARD_CAMERA = 0.55  # sine of the forearm's angle against the image plane
-
-
-@lru_cache(maxsize=1)
-def _regions() -> dict[str, np.ndarray]:
-    """Where on the hand's skin colours differ: `palm`, `knuckle`, `nail`, `tip` [V] in 0..1, `own` [V, 21] 1 where a
-    joint cannot shade a vertex because both belong to one digit."""
-    arrays, des = build_standin_hand(), design()
-    vert = arrays.v_template.astype(np.float64) * 1e3
-    normal = vertex_normals(vert[None].astype(np.float32), arrays.faces)[0]
-    digit = np.stack([arrays.skin_weights[:, list(chain(d))].sum(1) for d in range(5)], axis=1)
-    up = digit @ np.array([des.frame[chain(d)[1], 1] for d in range(5)])
-    up[:, 1] += 1.0 - digit.sum(1)
-    facing = (normal * up).sum(1)
-    knuckle, nail, tip = np.zeros(len(vert)), np.zeros(len(vert)), np.zeros(len(vert))
-    for d in range(5):
-        for level, k in enumerate(chain(d)):
-            near = np.exp(-(np.linalg.norm(vert - des.joint[k] - 8.0 * des.frame[k, 1], axis=1) ** 2) / 90.0)
-            knuckle = np.maximum(knuckle, near * (0.0 if d == 0 and level == 0 else 1.0))
-        last = chain(d)[2]
-        centre = des.tip[d] - 8.5 * des.bone[last] + 7.5 * des.frame[last, 1]
-        offset = (vert - centre) @ np.stack([des.bone[last], des.frame[last, 1], des.frame[last, 0]]).T
-        half = 0.55 * RADIUS[FINGER_NAMES[d]][5]
-        nail = np.maximum(nail, (np.abs(offset / np.array([7.0, 5.0, half])).max(1) < 1.0) * (facing > 0.45))
-        tip = np.maximum(tip, np.exp(-(np.linalg.norm(vert - des.tip[d], axis=1) ** 2) / 150.0))
-    owner = np.where(digit.max(1) > 0.4, digit.argmax(1), -1)
-    own = owner[:, None] == np.array([-2, *(j // 4 for j in range(20))])
-    own[:, [0, 1]] = True  # the wrist, and the thumb's root deep in the palm, shade nothing
-    own[owner < 0] |= np.isin(np.arange(21), [0, 1, 5, 9, 13, 17])
-    palm = np.clip(0.5 - 1.1 * facing, 0.0, 1.0)
-    region = {"palm": palm, "knuckle": knuckle, "nail": nail, "tip": tip, "own": own}
-    return {name: value.astype(np.float32) for name, value in region.items()}
 
 
 @lru_cache(maxsize=1)
@@ -102,104 +71,82 @@ def _arm(draw: HandDraw, sleeve: np.ndarray, girth: np.ndarray) -> np.ndarray:
     return bent + draw.joint[:, :1]
 
 
-def _closeness(vert: np.ndarray, normal: np.ndarray, joint: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """How much of the light other digits keep from each hand vertex, [N, V] in 0..1 (1 is open)."""
-    dist = (vert * vert).sum(-1)[..., None] + (joint * joint).sum(-1)[:, None] - 2.0 * vert @ joint.transpose(0, 2, 1)
-    toward = normal @ joint.transpose(0, 2, 1) - (normal * vert).sum(-1)[..., None]
-    block = np.exp(dist / -450.0) * np.clip(toward / 14.0 + 0.2, 0.0, 1.2) * (1.0 - own)
-    return np.exp(-0.75 * block.sum(-1))
-
-
-def _skin(rng: np.random.Generator, region: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Skin colour of one person: of each hand vertex [V, 3] and of the arm [3], RGB 0..255."""
-    tone = rng.random() ** 1.25 * (len(SKIN_RGB) - 1)
-    i = min(int(tone), len(SKIN_RGB) - 2)
-    base = SKIN_RGB[i] + (tone - i) * (SKIN_RGB[i + 1] - SKIN_RGB[i])
-    base = base * (1.0 + rng.normal(0.0, (0.05, 0.04, 0.05)).astype(np.float32))
-    pale = 0.5 * base + 0.5 * np.array([232, 178, 152], np.float32)  # palms are paler, most of all on dark hands
-    colour = base + (0.75 * region["palm"])[:, None] * (pale - base)
-    red = rng.uniform(0.03, 0.16) * (region["knuckle"] + 0.8 * region["tip"])
-    colour = colour * (1.0 - red[:, None] * np.array([0.25, 1.0, 0.9], np.float32))
-    nail = 0.6 * base + 0.4 * np.array([250, 214, 205], np.float32)
-    if rng.random() < 0.12:
-        nail = rng.uniform(20, 240, 3).astype(np.float32)
-    return colour + (0.9 * region["nail"])[:, None] * (nail - colour), base
-
-
-def _cloth(rng: np.random.Generator, skin: np.ndarray, bare: bool) -> np.ndarray:
-    """Colours [A, 3] of the forearm: skin, then cloth unless `bare`, sometimes with a cuff or stripes."""
-    colour = np.tile(skin, (ARM_RING * ARM_SIDE + 1, 1)).astype(np.float32)
-    if bare:
-        return colour
-    cloth = rng.uniform(15, 240, 3).astype(np.float32)
-    colour[5 * ARM_SIDE :] = cloth
-    kind = rng.random()
-    other = rng.uniform(15, 240, 3).astype(np.float32)
-    if kind < 0.3:
-        colour[5 * ARM_SIDE : 8 * ARM_SIDE] = other
-    elif kind < 0.5:
-        stripes = colour[: ARM_RING * ARM_SIDE].reshape(ARM_RING, ARM_SIDE, 3)
-        stripes[5:, ::2] = other
-    return colour
-
-
-def _light(rng: np.random.Generator, albedo: np.ndarray, normal: np.ndarray, open_sky: np.ndarray) -> np.ndarray:
-    """Lit vertex colours [V, 3]: ambient from above, one lamp on the viewer's side, a little gloss."""
-    lamp = rng.normal((0.0, -0.9, -1.1), 1.0)
-    lamp[2] = -abs(lamp[2]) - 0.15
-    lamp = (lamp / np.linalg.norm(lamp)).astype(np.float32)
-    warm = 1.0 + rng.normal(0.0, 0.07, 3).astype(np.float32) * np.array([1.0, 0.3, 1.0], np.float32)
-    ambient, key = rng.uniform(0.35, 0.65), rng.uniform(0.45, 0.9)
-    dark = rng.uniform(0.75, 1.1) if rng.random() < 0.85 else rng.uniform(0.4, 0.75)
-    wrap = np.clip((normal @ lamp + 0.15) / 1.15, 0.0, 1.0)
-    sky = 0.85 - 0.25 * normal[:, 1]
-    half = lamp + np.array([0.0, 0.0, -1.0], np.float32)
-    half /= np.linalg.norm(half)
-    gloss = rng.uniform(5.0, 38.0) * np.clip(normal @ half, 0.0, 1.0) ** 18
-    light = (ambient * sky * open_sky)[:, None] + (key * wrap * (0.35 + 0.65 * open_sky))[:, None] * warm
-    return dark * (albedo * light + (gloss * open_sky)[:, None])
-
-
 def paint(draw: HandDraw, rngs: list[np.random.Generator], size: int) -> list[np.ndarray]:
     """The pictures [S, S, 3] uint8 RGB of all hands of a draw."""
-    num = len(rngs)
     sleeve = np.array([rng.uniform(28.0, 48.0) if rng.random() < 0.6 else rng.uniform(48.0, 110.0) for rng in rngs])
     girth = np.array([rng.uniform(2.0, 9.0) * (rng.random() > 0.28) for rng in rngs])  # 0: a bare arm
     faces, table = _faces()
-    region = _regions()
     vert = np.concatenate([draw.vert, _arm(draw, sleeve, girth)], axis=1).astype(np.float32)
     normal = vertex_normals(vert, faces, table)
     num_hand = draw.vert.shape[1]
-    open_sky = np.ones(vert.shape[:2], np.float32)
-    centred = (draw.joint - draw.joint[:, :1]).astype(np.float32)
+    joint = (draw.joint - draw.joint[:, :1]).astype(np.float32)
     hand = vert[:, :num_hand] - draw.joint[:, :1].astype(np.float32)
-    open_sky[:, :num_hand] = _closeness(hand, normal[:, :num_hand], centred, region["own"])
+    open_sky = np.ones(vert.shape[:2], np.float32)
+    open_sky[:, :num_hand] = closeness(hand, normal[:, :num_hand], joint, regions()["own"])
     images = []
     for i, rng in enumerate(rngs):
-        skin, base = _skin(rng, region)
-        albedo = np.concatenate([skin, _cloth(rng, base, bare=girth[i] == 0.0)])
-        colour = _light(rng, albedo, normal[i], open_sky[i])
-        px = vert[i, :, :2] / np.maximum(vert[i, :, 2:], NEAR_MM) * draw.focal[i] + draw.princpt[i]
-        behind = vert[i, :, 2] < NEAR_MM
-        face = faces[~behind[faces].any(1)] if behind.any() else faces
+        skin, base = paint_skin(rng)
+        albedo = np.concatenate([skin, paint_arm(rng, base, bare=girth[i] == 0.0)])
+        light = draw_light(rng)
+        in_lamp = np.ones(len(albedo), np.float32)
+        in_lamp[:num_hand] = cast_shadow(hand[i], joint[i], regions()["own"], light)
         image = background(rng, size)
-        _lay_over(rng, image, px, vert[i, :, 2], face, colour)
-        joint_px = draw.joint[i, :, :2] / draw.joint[i, :, 2:] * draw.focal[i] + draw.princpt[i]
-        images.append(sensor(rng, occlude(rng, image, joint_px)))
-    assert len(images) == num
+        view = _View(draw.focal[i], draw.princpt[i], size)
+        if rng.random() < SECOND_HAND:
+            _second_hand(rng, image, vert[i], albedo, open_sky[i], light, view)
+        _lay_over(rng, image, vert[i], faces, shade(albedo, normal[i], open_sky[i], in_lamp, light), view)
+        images.append(sensor(rng, occlude(rng, image, view.project(draw.joint[i]))))
     return images
 
 
-def _lay_over(
-    rng: np.random.Generator, image: np.ndarray, px: np.ndarray, depth: np.ndarray, face: np.ndarray, colour: np.ndarray
+class _View(NamedTuple):
+    """The camera of one picture."""
+
+    focal: np.ndarray  # [2] px
+    princpt: np.ndarray  # [2] px
+    size: int  # S
+
+    def project(self, point: np.ndarray) -> np.ndarray:
+        """[N, 3] mm -> [N, 2] px."""
+        return point[:, :2] / np.maximum(point[:, 2:], NEAR_MM) * self.focal + self.princpt
+
+
+def _second_hand(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    vert: np.ndarray,
+    albedo: np.ndarray,
+    open_sky: np.ndarray,
+    light: Light,
+    view: _View,
 ) -> None:
-    """Rasterise hand and arm at twice the resolution over `image`, in place. px [V + A, 2], colours [V + A, 3]."""
-    size = image.shape[0]
+    """Lay the mirror image of a hand with its arm [V + A, 3] mm over the image, turned anywhere, beside and behind the
+    place where the hand itself will be."""
+    faces, table = _faces()
+    centre = vert[: build_standin_hand().num_vertex].mean(0)
+    rotation = rotation_anywhere(rng.standard_normal((1, 4)))[0]
+    turned = ((vert - centre) * np.array([-1.0, 1.0, 1.0], np.float32)) @ rotation.T.astype(np.float32)
+    angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(70.0, 190.0)
+    place = centre + np.array([far * np.cos(angle), far * np.sin(angle), rng.uniform(40.0, 160.0)])
+    turned = (turned + place).astype(np.float32)
+    faces = faces[:, ::-1]
+    colour = shade(albedo, vertex_normals(turned[None], faces, table)[0], open_sky, 1.0, light)
+    _lay_over(rng, image, turned, faces, colour, view)
+
+
+def _lay_over(
+    rng: np.random.Generator, image: np.ndarray, vert: np.ndarray, face: np.ndarray, colour: np.ndarray, view: _View
+) -> None:
+    """Rasterise a hand and its arm at twice the resolution over `image`, in place. vert, colour [V + A, 3]."""
+    size, px = view.size, view.project(vert)
+    behind = vert[:, 2] < NEAR_MM
+    if behind.any():
+        face = face[~behind[face].any(1)]
     low = np.clip(np.floor(px.min(0)), 0, size - 1).astype(int)
     high = np.clip(np.ceil(px.max(0)), 0, size - 1).astype(int) + 1
     width, height = (high - low).tolist()
     point = SUPER * (px - low) + 0.5 * (SUPER - 1)
-    layer = render_mesh(point, depth, face, colour, (SUPER * width, SUPER * height))
+    layer = render_mesh(point, np.maximum(vert[:, 2], NEAR_MM), face, colour, (SUPER * width, SUPER * height))
     small = cv2.resize(layer, (width, height), interpolation=cv2.INTER_AREA)
     grain = cv2.resize(noise_patch(rng, size // 3, size // 3), (size, size), interpolation=cv2.INTER_LINEAR)
     amount = float(rng.uniform(0.02, 0.14))

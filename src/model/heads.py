@@ -39,11 +39,12 @@ class KeypointHead(nn.Module):
         self.patch_size = patch_size
         self.register_buffer("centre", token_centres(grid_size, patch_size), persistent=False)
 
-    def forward(self, token: torch.Tensor) -> torch.Tensor:
-        """token [B, N, C] -> joints [B, 21, 2] px of the patch."""
+    def forward(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """token [B, N, C] -> joints [B, 21, 2] px of the patch, log of the votes' weights [B, N, 21]."""
         vote = self.vote(token).unflatten(-1, (NUM_JOINT, 3))  # [B, N, 21, 3]
-        weight = vote[..., :1].softmax(dim=1)
-        return (weight * (self.centre[:, None] + self.patch_size * vote[..., 1:])).sum(dim=1)
+        log_weight = vote[..., 0].float().log_softmax(dim=1)
+        place = self.centre[:, None] + self.patch_size * vote[..., 1:]
+        return (log_weight.exp()[..., None] * place).sum(dim=1), log_weight
 
 
 class PoseHead(nn.Module):

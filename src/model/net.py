@@ -136,14 +136,14 @@ class PoseNet(nn.Module):
         Returns:
             Prediction in the patch camera, float32, with `mano_rotmat` [B, 16, 3, 3], `mano_pose` [B, 48],
             `mano_shape` [B, 10], `root_cam` [B, 3] mm, `joint_cam` [B, 21, 3] mm, `vert_cam` [B, V, 3] mm,
-            `joint_patch` and `joint_seen` [B, 21, 2] px.
+            `joint_patch` and `joint_seen` [B, 21, 2] px, `joint_heat` [B, G, G, 21].
         """
         return self.predict_patch(batch.patch, batch.patch_focal, batch.patch_princpt)
 
     def predict_patch(self, patch: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> Prediction:
         """`forward` without a Batch: patch [B, 3, S, S] uint8, focal and princpt [B, 2] px of the patch camera."""
         token = self.backbone((patch.float() / 255.0 - self.img_mean) / self.img_std)
-        seen = self.keypoint_head(token)
+        seen, heat = self.keypoint_head(token)
         with torch.autocast(token.device.type, enabled=False):
             frame = hand_frame(seen, focal, princpt, self.img_size)
             camera = camera_features(self.centre, focal, princpt, self.img_size)
@@ -151,7 +151,7 @@ class PoseNet(nn.Module):
             evidence = self._evidence(seen.float(), frame, focal, princpt)
         query = self.decoder(token, camera, evidence)
         with torch.autocast(query.device.type, enabled=False):
-            return self._predict(query.float(), seen.float(), frame, focal, princpt)
+            return self._predict(query.float(), seen.float(), heat, frame, focal, princpt)
 
     def _evidence(
         self, seen: torch.Tensor, frame: HandFrame, focal: torch.Tensor, princpt: torch.Tensor
@@ -167,11 +167,13 @@ class PoseNet(nn.Module):
         self,
         query: torch.Tensor,
         seen: torch.Tensor,
+        heat: torch.Tensor,
         frame: HandFrame,
         focal: torch.Tensor,
         princpt: torch.Tensor,
     ) -> Prediction:
-        """Refined queries [B, Q, D] and joints seen [B, 21, 2] px to a Prediction, in float32."""
+        """Refined queries [B, Q, D], located joints [B, 21, 2] px and their weights [B, N, 21] to a Prediction, in
+        float32."""
         root_rot, finger_rot = self.pose_head(query[:, :NUM_MANO_JOINT]).split([1, NUM_MANO_JOINT - 1], dim=1)
         rotmat = torch.cat([frame.rot[:, None] @ root_rot, finger_rot], dim=1)
         shape = self.shape_head(query[:, NUM_MANO_JOINT])
@@ -187,6 +189,7 @@ class PoseNet(nn.Module):
             vert_cam=vert + root[:, None],
             joint_patch=project(joint_cam, focal, princpt),
             joint_seen=seen,
+            joint_heat=heat.unflatten(1, (self.backbone.grid_size, -1)),
         )
 
     def parameter_groups(self, lr: float, backbone_lr: float | None, weight_decay: float) -> list[dict]:

@@ -35,7 +35,7 @@ class Locator(nn.Module):
             self.register_buffer(name, torch.tensor(getattr(cfg.MODEL, name)).view(1, 3, 1, 1))
 
     def training_loss(self, batch: Batch) -> torch.Tensor:
-        seen = self.readout(self.backbone((batch.patch.float() / 255.0 - self.img_mean) / self.img_std))
+        seen, _ = self.readout(self.backbone((batch.patch.float() / 255.0 - self.img_mean) / self.img_std))
         return (seen - batch.joint_patch).abs().mean()
 
 
