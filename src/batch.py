@@ -107,4 +107,4 @@ class Prediction:
     vert_cam: torch.Tensor  # [B, V, 3] mm
     joint_patch: torch.Tensor  # [B, J, 2] px, projection of joint_cam
     joint_seen: torch.Tensor  # [B, J, 2] px, joints as located in the patch, before any 3D
-    joint_heat: torch.Tensor  # [B, G, G, J] log-probability that a joint is in the token of that row and column
+    joint_heat: torch.Tensor | None = None  # [B, G, G, J] log of the weights that the tokens (row, column) vote with

@@ -58,7 +58,7 @@ def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Te
     * loss_joint_rel: absolute difference of wrist-relative joints, mm, mean of the axes.
     * loss_joint_img: absolute difference of projected joints, px of the patch, mean of the axes.
     * loss_joint_seen: the same for the joints located in the patch before any 3D.
-    * loss_joint_heat: cross-entropy between the weights of a joint's votes and a Gaussian about its true place.
+    * loss_joint_heat: Kullback-Leibler divergence of the weights of a joint's votes from a Gaussian about its true place.
 
     The gradient reaches the pose through loss_theta, loss_joint_rel and loss_joint_img.
     """
@@ -79,13 +79,15 @@ def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Te
 
 
 def _heat_error(heat: torch.Tensor, joint: torch.Tensor, img_size: int) -> torch.Tensor:
-    """Cross-entropy [B, J] of log-probabilities over the tokens [B, G, G, J] against Gaussians of HEAT_SIGMA tokens
-    about the joints [B, J, 2] px, as in Sun et al., "Integral Human Pose Regression", ECCV 2018, and its successors."""
+    """KL divergence [B, J] of log-probabilities over the tokens [B, G, G, J] from Gaussians of HEAT_SIGMA tokens about
+    the joints [B, J, 2] px: a heatmap's loss for what is read out by a soft-argmax (Nibali et al., arXiv 1801.07372)."""
     grid = heat.shape[1]
     place = (joint + 0.5) * (grid / img_size) - 0.5  # in tokens
     offset = torch.arange(grid, device=joint.device) - place[..., None]  # [B, J, 2, G]
-    col, row = (-0.5 * (offset / HEAT_SIGMA).square()).softmax(dim=-1).unbind(2)
-    return -torch.einsum("bjr,bjc,brcj->bj", row, col, heat)
+    log_target = (-0.5 * (offset / HEAT_SIGMA).square()).log_softmax(dim=-1)
+    target = log_target.exp()
+    col, row = target.unbind(2)
+    return (target * log_target).sum((2, 3)) - torch.einsum("bjr,bjc,brcj->bj", row, col, heat)
 
 
 def mean_terms(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,12 @@ from src.batch import Batch, Prediction
 from src.geometry.camera import project
 from src.hand.mano import ManoLayer
 from src.hand.standin import build_standin_hand
-from src.loss import LOSS_TERMS, NUM_TERM, loss_counts, loss_sums, mean_terms
+from src.loss import HEAT_SIGMA, LOSS_TERMS, NUM_TERM, loss_counts, loss_sums, mean_terms
 from tests.helpers import random_batch
 
 HAND = ManoLayer(build_standin_hand())
-THETA, SHAPE, TRANS, REL, IMG, SEEN = range(NUM_TERM)
+THETA, SHAPE, TRANS, REL, IMG, SEEN, HEAT = range(NUM_TERM)
+GRID = 8
 
 
 def predict(batch: Batch, pose: torch.Tensor, shape: torch.Tensor, root: torch.Tensor) -> Prediction:
@@ -23,7 +25,16 @@ def predict(batch: Batch, pose: torch.Tensor, shape: torch.Tensor, root: torch.T
     vert, joint = HAND(rotmat, shape)
     joint_cam = joint + root[:, None]
     joint_patch = project(joint_cam, batch.patch_focal, batch.patch_princpt)
-    return Prediction(rotmat, pose, shape, root, joint_cam, vert + root[:, None], joint_patch, joint_patch)
+    heat = gaussian_heat(joint_patch, batch.patch.shape[-1])
+    return Prediction(rotmat, pose, shape, root, joint_cam, vert + root[:, None], joint_patch, joint_patch, heat)
+
+
+def gaussian_heat(joint: torch.Tensor, size: int) -> torch.Tensor:
+    """[B, G, G, 21] log of a Gaussian over all tokens about each joint [B, 21, 2] px, written without separating axes."""
+    centre = (torch.arange(GRID) + 0.5) * size / GRID - 0.5
+    place = torch.stack(torch.meshgrid(centre, centre, indexing="xy"), dim=-1)  # x, y of [row, column]
+    square = (place[None, :, :, None] - joint[:, None, None]).square().sum(-1) / (size / GRID) ** 2
+    return (-0.5 * square / HEAT_SIGMA**2).flatten(1, 2).log_softmax(dim=1).unflatten(1, (GRID, GRID))
 
 
 def consistent_batch(num: int = 4) -> tuple[Batch, Prediction]:
@@ -40,7 +51,8 @@ def mean_losses(prediction: Prediction, batch: Batch) -> torch.Tensor:
 def test_perfect_prediction_costs_nothing() -> None:
     batch, truth = consistent_batch()
     assert torch.allclose(mean_losses(truth, batch), torch.zeros(NUM_TERM), atol=1e-3)
-    assert loss_counts(batch).tolist() == [[1, 1, 1, 21, 21, 21]] * 4
+    in_patch = ((batch.joint_patch > -0.5) & (batch.joint_patch < 55.5)).all(-1).sum(1).tolist()
+    assert loss_counts(batch).tolist() == [[1, 1, 1, 21, 21, 21, num] for num in in_patch]
 
 
 def test_values_by_hand() -> None:
@@ -67,7 +79,7 @@ def test_flat_hand_mean_is_honoured() -> None:
     [
         ("has_mano", {THETA, SHAPE}),
         ("has_intr", {TRANS}),
-        ("joint_2d_valid", {IMG, SEEN}),
+        ("joint_2d_valid", {IMG, SEEN, HEAT}),
         ("joint_3d_valid", {TRANS, REL}),
     ],
 )
@@ -98,6 +110,20 @@ def test_no_valid_item_is_zero_and_finite() -> None:
     }
     assert mean_losses(truth, replace(batch, **nothing)).tolist() == [0.0] * NUM_TERM
     assert loss_counts(replace(batch, position=torch.full((4,), -1))).sum() == 0, "padding counts for nothing"
+
+
+def test_heat_by_hand() -> None:
+    """Even weights over all tokens cost log N - H(target); joints outside of the patch have no token and do not count."""
+    batch, truth = consistent_batch()
+    middle = torch.full_like(batch.joint_patch, 24.0)
+    middle[:, 3] = torch.tensor([-1.0, 24.0])
+    batch = replace(batch, joint_patch=middle)
+    even = torch.full_like(truth.joint_heat, -math.log(GRID * GRID))
+    log_target = gaussian_heat(middle, 56)[:, :, :, :1]
+    entropy = -(log_target.exp() * log_target).sum((1, 2)).mean()
+    loss = mean_losses(replace(truth, joint_heat=even), batch)[HEAT]
+    assert loss == pytest.approx(math.log(GRID * GRID) - entropy.item(), rel=1e-4)
+    assert loss_counts(batch)[:, HEAT].tolist() == [20.0] * 4
 
 
 @pytest.mark.parametrize("term", [THETA, REL, IMG])

@@ -44,6 +44,7 @@ def test_shapes_and_consistency(net: PoseNet, batch: Batch) -> None:
         "vert_cam": (3, num_vertex, 3),
         "joint_patch": (3, 21, 2),
         "joint_seen": (3, 21, 2),
+        "joint_heat": (3, *[net.backbone.grid_size] * 2, 21),
     }
     assert torch.allclose(net.hand.pose_to_rotmat(out.mano_pose, True), out.mano_rotmat, atol=1e-4)
     assert torch.allclose(out.joint_cam[:, 0], out.root_cam, atol=1e-3)

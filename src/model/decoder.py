@@ -5,6 +5,8 @@ Shapes: B batch, N image tokens, Q queries, C backbone width, D decoder width, H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -84,10 +86,19 @@ class HandDecoder(nn.Module):
     """
 
     def __init__(
-        self, cfg: HandDecoderConfig, dim_token: int, num_query: int, dim_camera: int, dim_evidence: int
+        self,
+        cfg: HandDecoderConfig,
+        dim_token: int,
+        query_joint: Sequence[tuple[int, int]],
+        dim_camera: int,
+        dim_evidence: int,
     ) -> None:
+        """query_joint: the two of the 21 joints whose image features each query starts from."""
         super().__init__()
+        num_query = len(query_joint)
         self.query = nn.Parameter(0.02 * torch.randn(num_query, cfg.dim))
+        self.register_buffer("query_joint", torch.tensor(query_joint), persistent=False)
+        self.from_joint = nn.Sequential(nn.LayerNorm(dim_token), nn.Linear(dim_token, 2 * cfg.dim))
         self.from_token = nn.Linear(dim_token, cfg.dim)
         self.from_camera = nn.Sequential(nn.Linear(dim_camera, cfg.dim), nn.GELU(), nn.Linear(cfg.dim, cfg.dim))
         self.from_evidence = nn.Sequential(
@@ -100,10 +111,18 @@ class HandDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_layer))
         self.out_norm = nn.LayerNorm(cfg.dim)
 
-    def forward(self, token: torch.Tensor, camera: torch.Tensor, evidence: torch.Tensor) -> torch.Tensor:
-        """token [B, N, C], camera [B, N, dim_camera], evidence [B, dim_evidence] -> refined queries [B, Q, D]."""
+    def forward(
+        self, token: torch.Tensor, at_joint: torch.Tensor, camera: torch.Tensor, evidence: torch.Tensor
+    ) -> torch.Tensor:
+        """Refine the queries.
+
+        Args: token [B, N, C]; at_joint [B, 21, C] the image features where each joint was located; camera
+        [B, N, dim_camera]; evidence [B, dim_evidence]. Returns: [B, Q, D].
+        """
         context = self.context_norm(self.from_token(token) + self.from_camera(camera))
+        here, beyond = self.from_joint(at_joint).chunk(2, dim=-1)
         query = self.query + self.from_evidence(evidence)
+        query = query + here[:, self.query_joint[:, 0]] + beyond[:, self.query_joint[:, 1]]
         for layer in self.layers:
             query = layer(query, context)
         return self.out_norm(query)

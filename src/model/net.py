@@ -17,7 +17,7 @@ from src.config import ModelConfig
 from src.geometry.camera import project
 from src.geometry.rotation import matrix_to_axis_angle
 from src.hand.mano import ManoLayer
-from src.hand.skeleton import NUM_MANO_JOINT, HandArrays
+from src.hand.skeleton import MANO_TO_OPENPOSE, NUM_MANO_JOINT, WRIST, HandArrays
 from src.model.backbone import Backbone
 from src.model.decoder import HandDecoder
 from src.model.grid import CAMERA_FEATURES, camera_features, log_zoom, token_centres
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 EVIDENCE_GAIN = 4.0  # brings the spread of a hand's joints, in sides of the patch, to about one
 NUM_EVIDENCE = 2 * NUM_JOINT + 6
+# The joints at both ends of the bone that each MANO joint turns; wrist and middle knuckle for wrist, shape and root.
+MIDDLE_KNUCKLE = 9
+_OPENPOSE_OF_MANO = [MANO_TO_OPENPOSE.index(joint) for joint in range(NUM_MANO_JOINT)]
+_BONE_ENDS = [(joint, joint + 1) for joint in _OPENPOSE_OF_MANO[1:]]
+QUERY_JOINT = ((WRIST, MIDDLE_KNUCKLE), *_BONE_ENDS, (WRIST, MIDDLE_KNUCKLE), (WRIST, MIDDLE_KNUCKLE))
 
 
 class PoseNet(nn.Module):
@@ -47,7 +52,7 @@ class PoseNet(nn.Module):
         grid_size, patch_size, width = self.backbone.grid_size, self.backbone.patch_size, self.backbone.hidden_size
         self.keypoint_head = KeypointHead(width, grid_size, patch_size)
         self.decoder = HandDecoder(
-            cfg.handec, width, NUM_MANO_JOINT + 2, dim_camera=CAMERA_FEATURES + 2, dim_evidence=NUM_EVIDENCE
+            cfg.handec, width, QUERY_JOINT, dim_camera=CAMERA_FEATURES + 2, dim_evidence=NUM_EVIDENCE
         )
         self.pose_head = PoseHead(cfg.handec.dim)
         self.shape_head = ShapeHead(cfg.handec.dim, NUM_SHAPE)
@@ -149,7 +154,8 @@ class PoseNet(nn.Module):
             camera = camera_features(self.centre, focal, princpt, self.img_size)
             camera = torch.cat([camera, EVIDENCE_GAIN * frame.see(self.centre, focal, princpt)], dim=-1)
             evidence = self._evidence(seen.float(), frame, focal, princpt)
-        query = self.decoder(token, camera, evidence)
+        at_joint = torch.einsum("bnj,bnc->bjc", heat.detach().exp().to(token.dtype), token)
+        query = self.decoder(token, at_joint, camera, evidence)
         with torch.autocast(query.device.type, enabled=False):
             return self._predict(query.float(), seen.float(), heat, frame, focal, princpt)
 
