@@ -32,6 +32,7 @@ PATIENCE = 240.0  # s for anything to happen
 GRACE = 30.0  # s that a stop on request may take
 SMALL = (
     "--config-name=stage1-demo",
+    "backbone=tiny",
     "DATA.demo={train_sample: 96, val_sample: 40, img_size: 96}",
     "MODEL.img_size=56",
     "MODEL.backbone={hidden_size: 32, num_layer: 2, num_head: 2}",

@@ -30,6 +30,7 @@ from tests.helpers import ROOT, compose_config
 
 SMALL = (
     "--config-name=stage1-demo",
+    "backbone=tiny",
     "DATA.demo.train_sample=96",
     "DATA.demo.val_sample=20",
     "DATA.demo.img_size=96",

@@ -31,7 +31,7 @@ START_SCALE = 2.0 / 0.3  # camera scale of a patch that shows 0.3 m
 LEAST_SCALE = 1.0  # a patch 2 m wide
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HamerPrediction(Prediction):
     """With HaMeR's own 2D keypoints: relative to the patch's middle, in patch sides."""
 

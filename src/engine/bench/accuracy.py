@@ -1,10 +1,8 @@
 """`script/bench.py accuracy`: our decoder and losses against those of HaMeR and CS-ViT2, everything else equal.
 
-Backbone and its first weights, hand model, rendered training hands, their order, batch, steps, optimizer and schedule
-are the same; decoder, losses and peak learning rate are each network's own. The backbone has first learned to locate
-the joints in the patch: both peers start from pre-trained backbones, HaMeR's from one trained on 2D keypoints. What is
-measured of a trained network (a cell: method and seed) goes to `<out>/accuracy.json` at once: a bench that was ended
-goes on where it stopped.
+Backbone and its pre-trained weights (model/mini), hand model, rendered training hands, their order, batch, steps,
+optimizer and schedule are the same; decoder, losses and peak learning rate are each network's own. The metrics of each
+trained network (a cell: method and seed) are saved to `<out>/accuracy.json` at once, so an interrupted bench resumes.
 
 Shapes: N samples of a set, B batch.
 """
@@ -24,7 +22,7 @@ from src.batch import Batch
 from src.config import Config
 from src.engine.bench.accuracy_data import constant_answers, digest_of, load_sets
 from src.engine.bench.accuracy_report import METHODS, markdown_table, read_cells, report
-from src.engine.bench.accuracy_train import make_cell, pretrained_backbone
+from src.engine.bench.accuracy_train import make_cell
 from src.engine.bench.figure import Figure
 from src.engine.run_folder import write_text_atomic
 from src.hand.load import load_hand
@@ -34,9 +32,8 @@ from src.model.net import PoseNet
 
 # Peak learning rates; what others give is in docs/ABLATIONS.md.
 LEARNING_RATE = {"ours": 5e-4, "hamer": 5e-4, "csvit": 5e-4}
-BACKBONE_LR = 0.4  # of a network's own learning rate, where the backbone is pre-trained
-FULL = {"step": 3000, "pretrain": 24000, "train": 48000, "val": 1500, "seeds": [0, 1, 2]}
-QUICK = {"step": 40, "pretrain": 40, "train": 500, "val": 100, "seeds": [0]}
+FULL = {"step": 2100, "train": 24000, "val": 1500, "seeds": [0, 1, 2]}  # three times the demo's steps
+QUICK = {"step": 40, "train": 500, "val": 100, "seeds": [0]}
 
 
 class OurNet(PoseNet):
@@ -58,13 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seed", nargs="+", type=int, help="default 0 1 2")
     parser.add_argument("--step", type=int, help=f"optimizer steps of each cell (default {FULL['step']})")
-    parser.add_argument(
-        "--pretrain", type=int, help=f"steps of the backbone on 2D joints; 0: from scratch (default {FULL['pretrain']})"
-    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, help="peak learning rate, instead of each method's own")
-    parser.add_argument("--backbone", default="tiny", help="a file of config/backbone, random weights (default tiny)")
-    parser.add_argument("--img-size", type=int, default=70, help="patch side, px (default 70)")
+    parser.add_argument("--backbone", default="mini", help="a file of config/backbone (default mini; tiny: from scratch)")
+    parser.add_argument("--img-size", type=int, default=80, help="patch side, px (default 80)")
     parser.add_argument("--name", default="", help="a name for this variant in the results")
     parser.add_argument("--report", type=Path, help="train nothing: print what this file of results holds")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for stage1, e.g. LOSS.lambda_seen=0")
@@ -81,20 +75,16 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
     step, seeds = args.step or size["step"], args.seed or size["seeds"]
     cfg = args.compose("stage1-demo", config_overrides(args, out, size, step))
     train, val = load_sets(cfg, out, say)
-    pretrain = size["pretrain"] if args.pretrain is None else args.pretrain
-    weights = pretrained_backbone(cfg, train, pretrain, out, say) if pretrain else None
     hand = load_hand(cfg.MODEL.hand_model)
     cells = []
     for seed in seeds:
         for method in args.method:
             lr = args.lr or LEARNING_RATE[method]
-            settings = cell_settings(cfg, method, seed, lr, pretrain) | {"name": args.name}
+            settings = cell_settings(cfg, method, seed, lr) | {"name": args.name}
             cell = read_cells(results).get(digest_of(settings))
             if cell is None:
                 torch.manual_seed(seed)
                 net = OurNet(cfg, hand) if method == "ours" else args.peer(method)(cfg.MODEL, hand)
-                if weights is not None:
-                    net.backbone.load_state_dict(weights)
                 cell = make_cell(net, cfg, settings, train, val, say)
                 text = json.dumps(read_cells(results) | {digest_of(settings): cell}, indent=1)
                 write_text_atomic(results, text + "\n")
@@ -114,40 +104,35 @@ def reported(file: Path) -> list[Figure]:
 
 def is_main(settings: dict[str, Any]) -> bool:
     """Whether a cell belongs to the comparison that the defaults make."""
-    budget = (settings["step"], settings.get("pretrain", 0)) == (FULL["step"], FULL["pretrain"])
-    return budget and not settings["name"].strip() and settings["lr"] == LEARNING_RATE[settings["method"]]
+    return settings["step"] == FULL["step"] and not settings["name"].strip() and settings["lr"] == LEARNING_RATE[settings["method"]]
 
 
 def config_overrides(args: argparse.Namespace, out: Path, size: dict[str, Any], step: int) -> list[str]:
-    """Rendered hands of all poses, turned anywhere for a third, under occluders, before all cameras."""
+    """The demo's network, losses and kind of hands, with more hands and steps."""
     side = max(160, args.img_size + 90)  # a crop shows a part of the picture
     return [
         f"backbone={args.backbone}",
-        "MODEL.backbone.random_init=true",
         f"MODEL.img_size={args.img_size}",
         f"DATA.root={out}/data-{side}",
         f"DATA.demo.train_sample={size['train']}",
         f"DATA.demo.val_sample={size['val']}",
         f"DATA.demo.img_size={side}",
-        "DATA.demo.free_rotation=0.33",
         f"GENERAL.total_step={step}",
         "GENERAL.warmup_step=0",  # the bench has its own
-        "LOSS.lambda_seen=0.4",  # the backbone knows the joints already; the demo's has to learn them
         f"GENERAL.dropout_warmup_step={step}",  # no dropout: nothing is overfitted in a run this short
         f"TRAIN.sample_per_device={args.batch}",
         *args.overrides,
     ]
 
 
-def cell_settings(cfg: Config, method: str, seed: int, lr: float, pretrain: int) -> dict[str, Any]:
+def cell_settings(cfg: Config, method: str, seed: int, lr: float) -> dict[str, Any]:
     """All that decides a cell's result; cells of equal settings are equal."""
     model, train = asdict(cfg.MODEL), cfg.TRAIN
     settings = {
         "method": method,
         "seed": seed,
         "lr": lr,
-        "pretrain": pretrain,
-        "backbone_lr": lr if cfg.MODEL.backbone.random_init and not pretrain else BACKBONE_LR * lr,
+        "backbone_lr": lr * (1.0 if cfg.MODEL.backbone.random_init else train.backbone_lr / train.lr),
         "step": cfg.GENERAL.total_step,
         "batch": train.sample_per_device,
         "weight_decay": train.weight_decay,

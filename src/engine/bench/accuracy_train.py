@@ -1,11 +1,9 @@
-"""Training and measuring one network of `script/bench.py accuracy`, and the backbone that all start from."""
+"""Trains and evaluates one network of `script/bench.py accuracy`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,48 +11,12 @@ from torch import nn
 
 from src.batch import Batch
 from src.config import Config
-from src.engine.bench.accuracy_data import digest_of, rows_of
+from src.engine.bench.accuracy_data import rows_of
 from src.engine.bench.figure import machine
 from src.metric import MetricAccumulator, evaluate_batch
-from src.model.backbone import Backbone
-from src.model.heads import KeypointHead
 from src.utils.train_utils import get_lr_factor
 
 VAL_BATCH = 125
-PRETRAIN_SEED, PRETRAIN_LR = 1000, 5e-4
-
-
-class Locator(nn.Module):
-    """The backbone and a linear read-out of the joints in the patch."""
-
-    def __init__(self, cfg: Config) -> None:
-        super().__init__()
-        self.backbone = Backbone(cfg.MODEL.backbone, cfg.MODEL.img_size)
-        self.readout = KeypointHead(self.backbone.hidden_size, self.backbone.grid_size, self.backbone.patch_size)
-        for name in ("img_mean", "img_std"):
-            self.register_buffer(name, torch.tensor(getattr(cfg.MODEL, name)).view(1, 3, 1, 1))
-
-    def training_loss(self, batch: Batch) -> torch.Tensor:
-        seen, _ = self.readout(self.backbone((batch.patch.float() / 255.0 - self.img_mean) / self.img_std))
-        return (seen - batch.joint_patch).abs().mean()
-
-
-def pretrained_backbone(
-    cfg: Config, data: Batch, num_step: int, out: Path, say: Callable[[str], None]
-) -> dict[str, torch.Tensor]:
-    """The weights that every network starts from, learned once on the 2D joints of the training set."""
-    batch = cfg.TRAIN.sample_per_device
-    what = {"backbone": asdict(cfg.MODEL.backbone), "img_size": cfg.MODEL.img_size, "step": num_step, "batch": batch}
-    file = out / f"backbone-{digest_of(what | asdict(cfg.DATA.demo))}.pt"
-    if not file.is_file():
-        torch.manual_seed(PRETRAIN_SEED)
-        net = Locator(cfg).to(data.patch.device)
-        rates = {"lr": PRETRAIN_LR, "peak_lr": PRETRAIN_LR, "weight_decay": 0.0}
-        groups = [{"params": list(net.parameters()), **rates}]
-        train_network(net, net.training_loss, groups, cfg, num_step, PRETRAIN_SEED, data, "backbone", say)
-        torch.save(net.backbone.state_dict(), file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
-    return torch.load(file, weights_only=True, map_location="cpu")
 
 
 def make_cell(
