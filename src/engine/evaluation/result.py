@@ -39,6 +39,7 @@ class Subject:
     stride: int
     max_sample: int | None
     val_seed: int
+    half: str | None  # of the samples; None: both
     unreadable: dict[str, int]  # reason -> frames left out
 
 
@@ -140,7 +141,9 @@ def _write_report(folder: Path, subject: Subject, groups: Sequence[Group], boots
     lines = [
         f"# Evaluation of {Path(subject.checkpoint).name} at step {subject.step}",
         "",
-        f"{groups[0].num_sample} hands of {subject.data_source} below {subject.data_root}. " + how(bootstrap),
+        f"{groups[0].num_sample} hands of {subject.data_source} below {subject.data_root}"
+        + (f", half {subject.half} of the samples. " if subject.half else ". ")
+        + how(bootstrap),
         "",
         *(grid.as_markdown() for grid in terminal_grids(groups)),
     ]
