@@ -116,7 +116,7 @@ def align_scale_translation(pred: np.ndarray, target: np.ndarray) -> np.ndarray:
 def pck_curve(distance: np.ndarray, valid: np.ndarray, thresholds: np.ndarray = PCK_THRESHOLDS_MM) -> SampleMetric:
     """Number of a sample's valid points within each threshold; the curve is sum(total) / sum(count).
 
-    Args: distance, valid [B, N]; thresholds [T], in the unit of distance. Returns: SampleMetric(total [B, T], count [B]).
+    Args: distance, valid [B, N]; thresholds [T] in the same unit. Returns: SampleMetric(total [B, T], count [B]).
     """
     mask = valid > 0
     first = np.searchsorted(thresholds, distance)  # the first threshold that the distance is within
