@@ -35,6 +35,7 @@ SUBJECTS = {
     "peers": ("a training step against HaMeR's and CS-ViT2's, end to end", "src.engine.bench.peers"),
     "scale": ("how cost grows with data, workers, processes and sizes", "src.engine.bench.scale"),
     "mano": ("the hand layer, forward and backward", "src.engine.bench.mano"),
+    "mediapipe": ("MediaPipe Hands on the hands that evaluate.py reads", "src.engine.bench.mediapipe_hands"),
     "step": ("the training loop against the bare network and the machine", "src.engine.bench.step"),
 }
 

@@ -23,6 +23,7 @@ from src.config_parse import GROUPS, check_overrides
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 CHALLENGES = ("freihand", "ho3d")
+HALVES = ("a", "b")  # as in src/data/plan.py, which imports more than a command line needs
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="a new folder; default: evaluation/ in the run folder")
     parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws; default: %(default)s")
     parser.add_argument("--resample", choices=("sample", "clip"), default="sample", help="what is drawn anew")
+    parser.add_argument("--half", choices=HALVES, help="only this half of the samples, split by their keys")
     parser.add_argument("--num_overlay", type=int, default=16, help="hands on each sheet; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the random hands")
     parser.add_argument("--submission", choices=CHALLENGES, help="also write pred.json and pred.zip of that challenge")
@@ -44,6 +46,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--num_bootstrap must be at least 100 and --num_overlay at least 0")
     if args.submission == "ho3d" and args.order is None:
         parser.error("--submission ho3d needs --order: the evaluation.txt of HO-3D, in whose order it is taken")
+    if args.half is not None and args.submission is not None:
+        parser.error("--submission needs every image; leave out --half")
     if args.order is not None and args.submission is None:
         parser.error("--order belongs to --submission")
     if wrong := [text for text in args.overrides if "=" not in text]:
@@ -121,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         saved = read_checkpoint(args.checkpoint)
         cfg = compose(saved.config, args.overrides, whole=args.submission is not None)
         order = None if args.order is None else read_order(args.order)
-        options = Options(args.output, bootstrap, args.num_overlay, args.submission, order)
+        options = Options(args.output, bootstrap, args.num_overlay, args.submission, order, args.half)
         with progress_bar() as progress:
             evaluation = run_evaluation(saved.folder, cfg, options, progress)
     except (ValueError, BadDataError) as error:

@@ -19,6 +19,7 @@ import numpy as np
 from src.batch import Batch, Prediction
 
 PCK_THRESHOLDS_MM = np.linspace(0.0, 50.0, 100)  # FreiHAND's evaluation: 0-50 mm, 100 thresholds
+PCK_2D_THRESHOLDS = np.linspace(0.0, 0.2, 100)  # of the longer side of the hand's 2D box
 WRIST, MIDDLE_KNUCKLE = 0, 9
 _MIN_ALIGN_POINT = 3  # fewer points do not fix a similarity transform
 
@@ -33,6 +34,16 @@ class SampleMetric(NamedTuple):
 def point_distance(pred: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Euclidean distances. Args: pred, target [..., 3] mm. Returns: [...] mm."""
     return np.sqrt(np.square(pred - target).sum(axis=-1))
+
+
+def box_side(point: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Longer side of the tight box around each sample's valid points; 0 where fewer than two are valid.
+
+    Args: point [B, N, 2]; valid [B, N] 0 or 1. Returns: [B], in the unit of point.
+    """
+    mask = (valid > 0)[..., None]
+    extent = np.where(mask, point, -np.inf).max(axis=1) - np.where(mask, point, np.inf).min(axis=1)
+    return np.maximum(extent.max(axis=1), 0.0)  # -inf without a valid point
 
 
 def sum_valid(value: np.ndarray, valid: np.ndarray) -> SampleMetric:
@@ -105,7 +116,7 @@ def align_scale_translation(pred: np.ndarray, target: np.ndarray) -> np.ndarray:
 def pck_curve(distance: np.ndarray, valid: np.ndarray, thresholds: np.ndarray = PCK_THRESHOLDS_MM) -> SampleMetric:
     """Number of a sample's valid points within each threshold; the curve is sum(total) / sum(count).
 
-    Args: distance, valid [B, N]; thresholds [T] mm. Returns: SampleMetric(total [B, T], count [B]).
+    Args: distance, valid [B, N]; thresholds [T] in the same unit. Returns: SampleMetric(total [B, T], count [B]).
     """
     mask = valid > 0
     first = np.searchsorted(thresholds, distance)  # the first threshold that the distance is within

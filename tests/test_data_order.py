@@ -13,7 +13,7 @@ from src.batch import Batch
 from src.data.health import BadDataError, merge_states
 from src.data.index_build import open_indexes
 from src.data.loader import build_train_loader, build_val_loader
-from src.data.plan import EpochOrder, MixedPlan, SourcePlan, validation_plan
+from src.data.plan import HALVES, EpochOrder, MixedPlan, SourcePlan, validation_plan
 from tests.data_shards import data_config, lab_sample, native_sample, write_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
@@ -178,6 +178,35 @@ def test_validation_is_the_same_for_any_workers_ranks_and_packing(root: Path, tm
     assert [key for key, _ in validation(root, val_seed=43)] != everything
     indexes = open_indexes([root / "val" / "0.tar"])
     assert validation_plan(indexes, 1, 42, 7).num_frame == 7
+
+
+def test_halves_split_the_samples_by_key(root: Path, tmp_path: Path) -> None:
+    """Together they are everything, a clip is in one of them alone, and packing or seed change nothing."""
+    samples = [native_sample(n, 1 + n % 2 * 2) for n in range(20, 60)]
+    for folder, order in (("one", samples), ("two", samples[::-1])):
+        for i in range(0, 40, 8):
+            write_shard(tmp_path / folder / f"{i}.tar", order[i : i + 8])
+    shards = {name: open_indexes(sorted((tmp_path / name).glob("*.tar"))) for name in ("one", "two")}
+
+    def keys(packing: str, half: str | None, seed: int = 42, max_sample: int | None = None) -> list[tuple[int, int]]:
+        plan = validation_plan(shards[packing], 1, seed, max_sample, half)
+        tables = [index.tables() for index in shards[packing]]
+        rows = [(tables[place.shard], tables[place.shard].frame[place.row]) for place in plan.places]
+        return [(int(table.sample["key_hash"][row["sample"]]), int(row["frame"])) for table, row in rows]
+
+    a, b, every = keys("one", "a"), keys("one", "b"), keys("one", None)
+    assert sorted(a + b) == sorted(every)
+    assert a == [key for key in every if key in set(a)], "in the order of the whole"
+    assert not {key for key, _ in a} & {key for key, _ in b}
+    assert 10 <= len({key for key, _ in a}) <= 30
+    assert keys("two", "a") == a
+    assert sorted(keys("one", "a", seed=7)) == sorted(a)
+    assert keys("one", "a", max_sample=5) == a[:5]
+    write_shard(tmp_path / "val" / "0.tar", samples[:1])
+    alone = open_indexes([tmp_path / "val" / "0.tar"])
+    absent = next(half for half in HALVES if not validation_plan(alone, 1, 42, None, half).places)
+    with pytest.raises(ValueError, match=f"no sample is in half {absent}"):
+        build_val_loader(data_config(tmp_path), "mano", half=absent)
 
 
 def test_the_validation_loader_can_be_read_again(root: Path) -> None:

@@ -81,7 +81,15 @@ def test_what_it_leaves(place: Path, result: dict) -> None:
         assert group["metric"]["mpjpe_rel"]["value"] == pytest.approx(np.mean(own), rel=1e-5)
         joints = [e["value"] for e in group["joint"]["rel"].values()]
         assert (len(joints), np.mean(joints)) == (21, pytest.approx(np.mean(own), rel=1e-5))
+    every = result["groups"][0]
+    for name in ("pck05_2d", "pck10_2d", "pck15_2d", "pck20_2d", "auc_2d"):
+        assert all(set(group["metric"][name]) == {"value", "low", "high", "num_sample"} for group in result["groups"])
+        assert name in rows[0]
+    assert len(every["pck_curve"]["joint_2d"]) == len(result["pck_thresholds_2d"]) == 100
+    assert every["metric"]["auc_2d"]["num_sample"] == NUM
     report = (folder / "report.md").read_text()
+    assert "2D PCK at 0.15 box, %" in report
+    assert "2D in shares of the hand's box" in report
     assert "F@15 mm" in report
     assert "side left, mean error of each joint" in report
 
@@ -95,6 +103,22 @@ def test_numbers_are_those_of_the_validation(place: Path, result: dict) -> None:
     for name in ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error"):
         assert got[name]["value"] == pytest.approx(expected[name], rel=1e-6), name
         assert got[name]["low"] < got[name]["value"] < got[name]["high"]
+
+
+def test_halves(place: Path, tmp_path: Path, result: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = []
+    for half in ("a", "b"):
+        options = ["--num_bootstrap=100", "--num_overlay=0", f"--output={tmp_path}/{half}", f"--half={half}"]
+        assert main([str(place / "run"), *overrides(place), *options]) == 0
+        assert json.loads((tmp_path / half / "result.json").read_text())["half"] == half
+        assert f"half {half} of the samples" in (tmp_path / half / "report.md").read_text()
+        with (tmp_path / half / "samples.csv").open() as file:
+            keys += [row["key"] for row in csv.DictReader(file)]
+    assert result["half"] is None
+    assert sorted(keys) == [f"demo_val_{i:06d}/0" for i in range(NUM)]
+    with pytest.raises(SystemExit):
+        main([str(place / "run"), "--half=a", "--submission=freihand"])
+    assert "leave out --half" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(place: Path, result: dict, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,7 +168,7 @@ def test_each_metric_asks_for_what_it_needs(hands):
     no_camera = known(has_mano=none, has_intr=none)
     assert not {name for name in no_camera if name.endswith("_cam")} | ({"root_error"} & no_camera)
     only_2d = known(has_mano=none, joint_3d_valid=torch.zeros(NUM, 21))
-    assert only_2d == {"error_2d"}
+    assert only_2d == {"error_2d", "curve_2d", "auc_2d", "pck05_2d", "pck10_2d", "pck15_2d", "pck20_2d"}
     no_wrist = torch.ones(NUM, 21)
     no_wrist[:, 0] = 0
     left = known(has_mano=none, joint_3d_valid=no_wrist)

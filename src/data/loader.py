@@ -209,6 +209,7 @@ def build_val_loader(
     cfg: Config,
     hand_model: str,
     *,
+    half: str | None = None,
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
@@ -216,14 +217,17 @@ def build_val_loader(
 ) -> HandLoader:
     """Batches of validation: the frames fixed by `GENERAL.val_seed`, unaugmented, in one order, each once across ranks.
 
-    Rows with position -1 fill up the last batches (and stand for frames that cannot be read). Arguments and errors as
-    in `build_train_loader`. May be iterated again and again.
+    Rows with position -1 fill up the last batches (and stand for frames that cannot be read). `half`: only the samples
+    of that half (src/data/plan.py). Other arguments and errors as in `build_train_loader`. May be iterated again and
+    again.
     """
     sources = _open_sources(cfg, cfg.DATA.val.source, "DATA.val.source", progress)
     shards = [shard for source in sources for shard in source]
     health = DataHealth([shards], cfg.DATA.max_bad_fraction)
     health.check()
-    plan = validation_plan(shards, cfg.DATA.stride, cfg.GENERAL.val_seed, cfg.DATA.val.max_sample)
+    plan = validation_plan(shards, cfg.DATA.stride, cfg.GENERAL.val_seed, cfg.DATA.val.max_sample, half)
+    if not plan.num_frame:
+        raise ValueError(f"DATA.val.source: no sample is in half {half}")
     dataset = _dataset(cfg, [shards], plan, hand_model, augment=None)
     sampler = ValBatchSampler(plan.num_frame, cfg.TRAIN.sample_per_device, rank, world_size)
     return HandLoader(_data_loader(dataset, sampler, cfg, pin_memory, persistent=cfg.GENERAL.num_worker > 0), health)

@@ -31,6 +31,7 @@ _BLOCK_SIZE = 8 << 20  # bytes of the shards that a block should span
 _BLOCK_MIN, _BLOCK_MAX = 17, 251  # frames
 _APART = 1024  # positions between neighbouring frames, at least, in a source that is large enough
 _WEIGHT_BIT = 40  # weights are exact to 2^-40
+HALVES = ("a", "b")  # of the samples: settings are chosen on one, the other is reported
 
 
 class Place(NamedTuple):
@@ -214,10 +215,20 @@ def _mix(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
-def validation_plan(shards: Sequence[ShardIndex], stride: int, val_seed: int, max_sample: int | None) -> FixedPlan:
+def in_half(key_hash: np.ndarray, half: str) -> np.ndarray:
+    """Which samples belong to half `a` or `b`: one bit of a keyed hash of the sample's key, so that a clip is never
+    split, and neither shards nor seeds matter. Args: key_hash [N] uint64. Returns: [N] bool."""
+    bit = _mix(key_hash ^ np.uint64(hash_int("half"))) >> np.uint64(63)
+    return bit == HALVES.index(half)
+
+
+def validation_plan(
+    shards: Sequence[ShardIndex], stride: int, val_seed: int, max_sample: int | None, half: str | None = None
+) -> FixedPlan:
     """The `max_sample` (None: all) frames whose keyed hashes of (key, frame, image bytes) are smallest, in their order.
 
-    The hash knows nothing of shards, so the same frames come in the same order however they are packed.
+    The hash knows nothing of shards, so the same frames come in the same order however they are packed. `half`: only
+    samples of that half (`in_half`).
     """
     secret = np.uint64(hash_int("validation", val_seed))
     hashes, owners, rows = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -228,9 +239,9 @@ def validation_plan(shards: Sequence[ShardIndex], stride: int, val_seed: int, ma
         key = tables.sample["key_hash"][frame["sample"]]
         content = frame["frame"].astype(np.uint64) << np.uint64(32) | frame["crc"]
         value = _mix(_mix(key ^ secret) ^ content)
-        keep = np.arange(len(value))
-        if max_sample is not None and len(value) > max_sample:
-            keep = np.argpartition(value, max_sample - 1)[:max_sample]
+        keep = np.arange(len(value)) if half is None else np.flatnonzero(in_half(key, half))
+        if max_sample is not None and len(keep) > max_sample:
+            keep = keep[np.argpartition(value[keep], max_sample - 1)[:max_sample]]
         hashes.append(value[keep])
         owners.append(np.full(len(keep), number))
         rows.append(keep)

@@ -16,10 +16,12 @@ import numpy as np
 from src.batch import Batch, Prediction
 from src.metric import (
     MIDDLE_KNUCKLE,
+    PCK_2D_THRESHOLDS,
     WRIST,
     SampleMetric,
     align_procrustes,
     align_scale_translation,
+    box_side,
     curve_auc,
     f_scores,
     pck_curve,
@@ -31,7 +33,9 @@ from src.metric import (
 FRAMES = {"cam": "camera", "rel": "root-relative", "pa": "Procrustes"}
 F_THRESHOLDS_MM = (5.0, 15.0)
 PCK_MM = 20.0
+PCK_2D = {"pck05_2d": 0.05, "pck10_2d": 0.1, "pck15_2d": 0.15, "pck20_2d": 0.2}  # shares of the 2D box
 _MIN_ALIGN_POINT = 3
+_MIN_BOX_PX = 1.0
 
 
 class _Pair(NamedTuple):
@@ -54,6 +58,7 @@ def measure(prediction: Prediction, batch: Batch, target_vert: Any) -> dict[str,
       mpjpe_st                  joints after HO-3D's alignment of scale and translation
       root_error                the wrist in the camera
       error_2d                  joints in px of the patch
+      pck*_2d, auc_2d, curve_2d see measure_2d
       mpvpe_*, auc_vert_*, curve_vert_*, f5_*, f15_*   vertices: the same, and F-scores at 5 and 15 mm
     """
     pred, target = _array(prediction.joint_cam), _array(batch.joint_cam)
@@ -69,6 +74,8 @@ def measure(prediction: Prediction, batch: Batch, target_vert: Any) -> dict[str,
     values["root_error"] = point_error(pred[:, :1], target[:, :1], has_wrist & has_intr)
     pixel = point_distance(_array(prediction.joint_patch), _array(batch.joint_patch))
     values["error_2d"] = sum_valid(pixel, _array(batch.joint_2d_valid))
+    pred_img, target_img = (to_source_image(joints, batch) for joints in (prediction.joint_patch, batch.joint_patch))
+    values |= measure_2d(pred_img, target_img, _array(batch.joint_2d_valid) > 0)
 
     has_mano = np.broadcast_to(_array(batch.has_mano)[:, None] > 0, target_vert.shape[:2])
     vert = _array(target_vert) + target[:, :1]
@@ -76,6 +83,37 @@ def measure(prediction: Prediction, batch: Batch, target_vert: Any) -> dict[str,
     for name, pair in _frames(_array(prediction.vert_cam), vert, pred[:, :1], target[:, :1], known).items():
         values |= _vertex_values(name, pair)
     return values
+
+
+def measure_2d(pred: np.ndarray, target: np.ndarray, valid: np.ndarray) -> dict[str, SampleMetric]:
+    """PCK of the 2D joints, relative to the longer side of the tight box of the sample's valid target joints.
+
+    A sample with fewer than two valid joints, or with all of them within one pixel, has no box and counts 0.
+
+    Args: pred [B, J, 2] px of the source image; infinite or NaN is wrong at every threshold; target [B, J, 2];
+    valid [B, J] bool.
+
+    Returns: pck05_2d, pck10_2d, pck15_2d, pck20_2d: share of joints within 0.05, ... of the box; auc_2d, curve_2d: area
+    under the PCK curve from 0 to 0.2 of the box, and the curve [B, T].
+    """
+    side = box_side(target, valid)
+    has_box = (side >= _MIN_BOX_PX)[:, None]
+    mask = valid & has_box
+    distance = point_distance(pred, target) / np.where(has_box, side[:, None], 1.0)
+    curve = pck_curve(distance, mask, PCK_2D_THRESHOLDS)
+    values = {name: sum_valid(distance <= threshold, mask) for name, threshold in PCK_2D.items()}
+    return values | {"auc_2d": curve_auc(curve, PCK_2D_THRESHOLDS), "curve_2d": curve}
+
+
+def to_source_image(point: Any, batch: Batch) -> np.ndarray:
+    """Points of the patch in the source image: mirrored back for left hands, infinite where behind its camera.
+
+    Args: point [B, N, 2] px of the patch, tensor. Returns: [B, N, 2] px float64.
+    """
+    patch_to_image = np.linalg.inv(_array(batch.image_to_patch))
+    moved = _array(point) @ patch_to_image[..., :2].swapaxes(1, 2) + patch_to_image[:, None, :, 2]
+    in_front = moved[..., 2:] > 0
+    return np.where(in_front, moved[..., :2] / np.where(in_front, moved[..., 2:], 1.0), np.inf)
 
 
 def _frames(

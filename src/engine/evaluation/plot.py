@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,10 +11,38 @@ from matplotlib.figure import Figure
 from src.engine.evaluation.measure import FRAMES
 from src.engine.evaluation.summary import Estimate, Group
 from src.hand.skeleton import FINGER_NAMES, JOINT_NAMES
-from src.metric import PCK_THRESHOLDS_MM
+from src.metric import PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM
 
-COLOURS = {"cam": "#7a8794", "rel": "#1f77b4", "pa": "#d1495b"}
+COLOURS = {"cam": "#7a8794", "rel": "#1f77b4", "pa": "#d1495b", "2d": "#3a7d44"}
 _DPI = 130
+
+
+class _Panel(NamedTuple):
+    """One set of axes of pck.png."""
+
+    title: str
+    xlabel: str
+    thresholds: np.ndarray  # [T]
+    lines: dict[str, tuple[str, str, str]]  # curve -> metric of the area below, label, colour
+
+
+_PANELS = (
+    *(
+        _Panel(
+            title,
+            "error threshold, mm",
+            PCK_THRESHOLDS_MM,
+            {f"{kind}_{frame}": (f"{auc}_{frame}", label, COLOURS[frame]) for frame, label in FRAMES.items()},
+        )
+        for title, kind, auc in (("joints", "joint", "auc"), ("vertices", "vert", "auc_vert"))
+    ),
+    _Panel(
+        "2D joints",
+        "error threshold, share of the hand's box",
+        PCK_2D_THRESHOLDS,
+        {"joint_2d": ("auc_2d", "image", COLOURS["2d"])},
+    ),
+)
 
 
 def plot_joint_error(group: Group, path: Path) -> bool:
@@ -50,18 +79,17 @@ def _draw_bars(axis: object, joints: list[Estimate | None], colour: str) -> None
 
 
 def plot_pck(group: Group, path: Path) -> bool:
-    """PCK of joints and of vertices against the threshold, the area below in the legend; False where there is no 3D."""
-    kinds = [k for k in ("joint", "vert") if any(f"{k}_{frame}" in group.curve for frame in FRAMES)]
-    if not kinds:
+    """PCK of joints, vertices and 2D joints against the threshold, the area below in the legend; False without any."""
+    panels = [panel for panel in _PANELS if any(curve in group.curve for curve in panel.lines)]
+    if not panels:
         return False
-    figure = Figure(figsize=(1.2 + 4.4 * len(kinds), 4.0), layout="constrained")
-    for axis, kind in zip(np.atleast_1d(figure.subplots(1, len(kinds), sharey=True)), kinds):
-        for frame, label in FRAMES.items():
-            if (curve := group.curve.get(f"{kind}_{frame}")) is not None:
-                auc = group.metric[f"auc_{frame}" if kind == "joint" else f"auc_vert_{frame}"].value
-                axis.plot(PCK_THRESHOLDS_MM, curve, color=COLOURS[frame], label=f"{label}, AUC {auc:.3f}")
-        axis.set(xlabel="error threshold, mm", xlim=(0, 50), ylim=(0, 1))
-        axis.set_title({"joint": "joints", "vert": "vertices"}[kind], loc="left", fontsize=10)
+    figure = Figure(figsize=(1.2 + 4.4 * len(panels), 4.0), layout="constrained")
+    for axis, panel in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels):
+        for name, (auc, label, colour) in panel.lines.items():
+            if (curve := group.curve.get(name)) is not None:
+                axis.plot(panel.thresholds, curve, color=colour, label=f"{label}, AUC {group.metric[auc].value:.3f}")
+        axis.set(xlabel=panel.xlabel, xlim=panel.thresholds[[0, -1]], ylim=(0, 1))
+        axis.set_title(panel.title, loc="left", fontsize=10)
         axis.grid(color="0.9")
         axis.legend(loc="best", fontsize=8, frameon=True)
         axis.spines[["top", "right"]].set_visible(False)

@@ -19,10 +19,10 @@ import numpy as np
 from src.engine.evaluation.collect import Samples
 from src.engine.evaluation.plot import plot_joint_error, plot_pck
 from src.engine.evaluation.summary import Bootstrap, Estimate, Group
-from src.engine.evaluation.table import UNITS, Grid, group_grid, joint_grid, metric_grid
+from src.engine.evaluation.table import UNITS, Grid, group_grid, group_grid_2d, joint_grid, metric_grid
 from src.engine.run_folder import make_new_folder, write_text_atomic
 from src.hand.skeleton import JOINT_NAMES
-from src.metric import PCK_THRESHOLDS_MM
+from src.metric import PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM
 
 RESULT, REPORT, SAMPLES = "result.json", "report.md", "samples.csv"
 
@@ -39,6 +39,7 @@ class Subject:
     stride: int
     max_sample: int | None
     val_seed: int
+    half: str | None  # of the samples; None: both
     unreadable: dict[str, int]  # reason -> frames left out
 
 
@@ -83,6 +84,7 @@ def write_result(
         "bootstrap": {**asdict(bootstrap), "interval": "2.5 % to 97.5 %"},
         "unit": {name: unit or "0..1" for name, unit in UNITS.items()},
         "pck_thresholds_mm": PCK_THRESHOLDS_MM.tolist(),
+        "pck_thresholds_2d": PCK_2D_THRESHOLDS.tolist(),
         "groups": [_group_tree(group) for group in groups],
     }
     write_text_atomic(folder / RESULT, json.dumps(_finite(tree), indent=1) + "\n")
@@ -130,7 +132,7 @@ def _mean(samples: Samples, name: str, row: int) -> str:
 
 def terminal_grids(groups: Sequence[Group]) -> list[Grid]:
     """The tables a person sees: everything of all samples, a line for each group, the joints."""
-    grids = (metric_grid(groups[0]), group_grid(groups), joint_grid(groups[0]))
+    grids = (metric_grid(groups[0]), group_grid(groups), group_grid_2d(groups), joint_grid(groups[0]))
     return [grid for grid in grids if grid is not None]
 
 
@@ -139,7 +141,9 @@ def _write_report(folder: Path, subject: Subject, groups: Sequence[Group], boots
     lines = [
         f"# Evaluation of {Path(subject.checkpoint).name} at step {subject.step}",
         "",
-        f"{groups[0].num_sample} hands of {subject.data_source} below {subject.data_root}. " + how(bootstrap),
+        f"{groups[0].num_sample} hands of {subject.data_source} below {subject.data_root}"
+        + (f", half {subject.half} of the samples. " if subject.half else ". ")
+        + how(bootstrap),
         "",
         *(grid.as_markdown() for grid in terminal_grids(groups)),
     ]
@@ -157,7 +161,7 @@ def how(bootstrap: Bootstrap) -> str:
 
 
 def draw_plots(folder: Path, group: Group) -> None:
-    """joint_error.png and pck.png, where there is 3D."""
+    """joint_error.png where there is 3D, pck.png where there is 3D or 2D."""
     plot_joint_error(group, folder / "joint_error.png")
     plot_pck(group, folder / "pck.png")
 

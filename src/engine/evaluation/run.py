@@ -34,6 +34,7 @@ class Options:
     num_overlay: int = 16
     submission: str | None = None  # one of submission.CHALLENGES
     order: Sequence[str] | None = None  # names of its images
+    half: str | None = None  # one of src.data.plan.HALVES: only those samples
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
     assert net.saved is not None
     parts.make_demo_data(cfg, progress)
     with task_bar(progress, "indexing shards") as advance:
-        loader = build_val_loader(cfg, net.hand.name, progress=advance, pin_memory=accelerator.device.type == "cuda")
+        pin_memory = accelerator.device.type == "cuda"
+        loader = build_val_loader(cfg, net.hand.name, half=options.half, progress=advance, pin_memory=pin_memory)
     logger.info(f"{net.saved.folder}, step {net.saved.step}; hand model {net.hand.name}; {accelerator.device.type}")
     with result.new_folder(options.output, net.saved.folder, net.saved.step) as folder:
         batches = track(progress, loader, len(loader), "predicting")
@@ -65,7 +67,7 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
         if loader.health.counts():
             logger.warning(f"left out: {loader.health.summary()}")
         groups = summarise(samples, options.bootstrap)
-        result.write_result(folder, _subject(net, cfg, loader), samples, groups, options.bootstrap)
+        result.write_result(folder, _subject(net, cfg, loader, options.half), samples, groups, options.bootstrap)
         result.draw_plots(folder, groups[0])
         _, error = overlay.ranking(samples)
         for kind, rows in overlay.choose(error, options.num_overlay, options.bootstrap.seed).items():
@@ -101,7 +103,7 @@ def _submit(folder: Path, samples: Samples, net: PoseNet, options: Options) -> N
         logger.warning(f"it holds {len(samples)} images; FreiHAND's evaluation split has {FREIHAND_IMAGES}")
 
 
-def _subject(net: PoseNet, cfg: Config, loader: HandLoader) -> result.Subject:
+def _subject(net: PoseNet, cfg: Config, loader: HandLoader, half: str | None) -> result.Subject:
     assert net.saved is not None
     return result.Subject(
         checkpoint=str(net.saved.folder),
@@ -112,5 +114,6 @@ def _subject(net: PoseNet, cfg: Config, loader: HandLoader) -> result.Subject:
         stride=cfg.DATA.stride,
         max_sample=cfg.DATA.val.max_sample,
         val_seed=cfg.GENERAL.val_seed,
+        half=half,
         unreadable=dict(loader.health.counts()),
     )

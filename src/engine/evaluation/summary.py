@@ -49,7 +49,7 @@ class Group:
     num_sample: int
     metric: dict[str, Estimate]
     joint: dict[str, list[Estimate | None]]  # frame -> 21 joints; None for a joint that no sample has
-    curve: dict[str, list[float]]  # "joint_<frame>" or "vert_<frame>" -> PCK at the 100 thresholds
+    curve: dict[str, list[float]]  # "joint_<frame>", "vert_<frame>" or "joint_2d" -> PCK at the 100 thresholds
 
 
 def summarise(samples: Samples, bootstrap: Bootstrap) -> list[Group]:

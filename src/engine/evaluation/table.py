@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from src.engine.evaluation.measure import FRAMES, PCK_MM
+from src.engine.evaluation.measure import FRAMES, PCK_2D, PCK_MM
 from src.engine.evaluation.summary import Estimate, Group
 from src.engine.grid import Grid
 from src.hand.skeleton import JOINT_NAMES
@@ -27,6 +27,8 @@ SINGLES = (
     ("root error", "root_error", "mm", "cam"),
     ("MPJPE scale-translation", "mpjpe_st", "mm", "rel"),
     ("2D error of the patch", "error_2d", "px", "cam"),
+    *((f"2D PCK at {share:g} box", name, "%", "cam") for name, share in PCK_2D.items()),
+    ("2D AUC 0-0.2 box", "auc_2d", "", "cam"),
 )
 UNITS = {name.format(frame): unit for _, name, unit in METRICS for frame in FRAMES} | {n: u for _, n, u, _ in SINGLES}
 # what a line of the table of groups shows
@@ -35,6 +37,13 @@ GROUP_COLUMNS = {
     "MPJPE root-relative": "mpjpe_rel",
     "PA-MPJPE": "mpjpe_pa",
     "PA-MPVPE": "mpvpe_pa",
+}
+# the same in 2D; PCK at 0.15 does not fit into the width
+GROUP_COLUMNS_2D = {
+    "PCK at 0.05, %": "pck05_2d",
+    "PCK at 0.1, %": "pck10_2d",
+    "PCK at 0.2, %": "pck20_2d",
+    "AUC 0-0.2": "auc_2d",
 }
 _NAME_WIDTH = 18
 
@@ -66,7 +75,7 @@ def metric_grid(group: Group) -> Grid:
     for label, name, unit, place in SINGLES:
         estimate = group.metric.get(name)
         cells = [show(estimate, unit) if frame == place else "" for frame in FRAMES]
-        rows.append((f"{label}, {unit}", *cells, _counts([estimate])))
+        rows.append((f"{label}, {unit}" if unit else label, *cells, _counts([estimate])))
     title = f"{_title(group)}, {group.num_sample} hands"
     return Grid(title, ("", *FRAMES.values(), "of hands"), [row for row in rows if any(row[1:])])
 
@@ -81,11 +90,22 @@ def group_grid(groups: Sequence[Group]) -> Grid | None:
     """One line a group, mm; None where all samples are the only group."""
     if len(groups) < 2:
         return None
+    return _group_grid(groups, GROUP_COLUMNS, "by data set and side, mm")
+
+
+def group_grid_2d(groups: Sequence[Group]) -> Grid | None:
+    """One line a group, 2D joints in shares of the box; None for a single group or without 2D."""
+    if len(groups) < 2 or "auc_2d" not in groups[0].metric:
+        return None
+    return _group_grid(groups, GROUP_COLUMNS_2D, "by data set and side, 2D in shares of the hand's box")
+
+
+def _group_grid(groups: Sequence[Group], columns: dict[str, str], title: str) -> Grid:
     rows = []
     for group in groups:
-        cells = [show(group.metric.get(name), "mm") for name in GROUP_COLUMNS.values()]
+        cells = [show(group.metric.get(name), UNITS[name]) for name in columns.values()]
         rows.append((_shorten(group.name), str(group.num_sample), *cells))
-    return Grid("by data set and side, mm", ("", "hands", *GROUP_COLUMNS), rows)
+    return Grid(title, ("", "hands", *columns), rows)
 
 
 def joint_grid(group: Group) -> Grid | None:
