@@ -39,7 +39,7 @@ from src.engine.watch import StepWatch
 from src.engine.weights import load_weights
 from src.hand.load import load_hand
 from src.model.net import PoseNet
-from src.utils.checkpoint_read import find_checkpoint
+from src.utils.checkpoint_read import NETWORK_FILES, find_checkpoint
 from src.utils.vis import overlay_sheet
 
 
@@ -242,7 +242,7 @@ class Run:
             scaler = self.accelerator.scaler
             return load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler, verified=True)
         if self.cfg.MODEL.init_from is not None:
-            logger.info(str(load_weights(self.net, find_checkpoint(self.cfg.MODEL.init_from))))
+            logger.info(str(load_weights(self.net, find_checkpoint(self.cfg.MODEL.init_from, NETWORK_FILES))))
         return TrainState(config_name=config_name)
 
     def _build_trainer(self, optimizer: torch.optim.Optimizer) -> Trainer:
