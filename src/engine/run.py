@@ -65,7 +65,7 @@ class Run:
         self.trainer = self._build_trainer(optimizer)
 
         self.train_loader, self.val_loader, self.train_eval_loader = self._build_loaders(hand.name)
-        self.mean_hand = mean_hand(self.train_loader.dataset)
+        self.mean_hand = mean_hand(self.train_loader.dataset, hand)
         self.folder = self._claim_folder(config_name, origin.checkpoint if origin.in_place else None)
         self.tracker = self._open_tracker(origin.in_place)
         self.watch = StepWatch(self.folder, self.trainer, self.train_loader.dataset, self.state)
