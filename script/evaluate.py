@@ -1,6 +1,7 @@
 """Measure a trained network on shards: metrics with bootstrap intervals, plots, sheets of hands, submission files.
 
 python script/evaluate.py checkpoint/2026-01-31/12-00-00_stage1-dino_large
+python script/evaluate.py model/hand-mini
 python script/evaluate.py RUN/checkpoints/best data=labs DATA.root=/data/shards DATA.val.max_sample=null
 python script/evaluate.py RUN DATA.root=data 'DATA.val.source=[realhands/*]' GENERAL.num_worker=2
 python script/evaluate.py RUN DATA.root=/data 'DATA.val.source=[FreiHAND/evaluation/*]' --submission freihand
@@ -33,7 +34,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=how)
     parser.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint), or one checkpoint in it")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. data=labs DATA.val.max_sample=null")
-    parser.add_argument("--output", type=Path, help="a new folder; default: evaluation/ in the run folder")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a new folder; default: evaluation/ in the run folder, in checkpoint/ without one",
+    )
     parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws; default: %(default)s")
     parser.add_argument("--resample", choices=("sample", "clip"), default="sample", help="what is drawn anew")
     parser.add_argument("--half", choices=HALVES, help="only this half of the samples, split by their keys")

@@ -114,6 +114,7 @@ def check_files_agree(net: PoseNet, photos: Path, out: Path) -> None:
 def test_nothing_is_overwritten(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert predict(run, photos / "p0.png", "--output", out) == script.DONE
+    assert "no --boxes: the whole of 1 image was taken as the crop of one hand each" in capsys.readouterr().out
     (out / "p0.json").write_text("mine")
     assert predict(run, photos, "--output", out) == script.WRONG_ARGUMENTS
     assert "p0.json exists, as do outputs of 1 of 3 pictures; choose --overwrite" in capsys.readouterr().err

@@ -15,8 +15,9 @@ from accelerate.utils import gather_object
 
 from src.batch import Batch, Prediction
 from src.config import LossConfig
+from src.data.mean_hand import MeanHand
 from src.loss import LOSS_TERMS, loss_counts, loss_sums, loss_weights
-from src.metric import MetricAccumulator, SampleMetric, evaluate_batch, point_error
+from src.metric import MetricAccumulator, SampleMetric, evaluate_batch, point_error, procrustes_error
 from src.model.net import PoseNet
 from src.utils.vis import overlay_sheet
 
@@ -39,14 +40,14 @@ def evaluate(
     batches: Iterable[Batch],
     accelerator: Accelerator,
     loss: LossConfig,
-    mean_hand: np.ndarray | None = None,
+    mean_hand: MeanHand | None = None,
     draw: bool = True,
 ) -> Validation:
     """Run the network over this process's share of the validation sample and join the shares.
 
     Args:
         net: the bare network; left in the mode it came in.
-        mean_hand: [J, 3] mm, the baseline's answer; adds `mpjpe_rel_mean_hand`.
+        mean_hand: the image-independent baseline; adds `<metric>_mean_hand` for each of its answers.
         draw: make an overlay sheet of the first batch.
     """
     was_training = net.training
@@ -67,24 +68,39 @@ def evaluate(
 
 
 def _sample_metrics(
-    net: PoseNet, prediction: Prediction, batch: Batch, mean_hand: np.ndarray | None
+    net: PoseNet, prediction: Prediction, batch: Batch, mean_hand: MeanHand | None
 ) -> dict[str, SampleMetric]:
     target_rotmat = net.hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean)
-    values = evaluate_batch(prediction, batch, net.hand(target_rotmat, batch.mano_shape).vert)
+    target_vert = net.hand(target_rotmat, batch.mano_shape).vert
+    values = evaluate_batch(prediction, batch, target_vert)
     sums = loss_sums(prediction, batch, net.hand).double().cpu().numpy()
     counts = loss_counts(batch).double().cpu().numpy()
     for index, name in enumerate(LOSS_TERMS):
         values[name] = SampleMetric(sums[:, index], counts[:, index])
-    if mean_hand is not None:
-        values["mpjpe_rel_mean_hand"] = mean_hand_error(mean_hand, batch)
-    return values
+    return values if mean_hand is None else values | constant_metrics(mean_hand, batch, target_vert)
 
 
-def mean_hand_error(mean_hand: np.ndarray, batch: Batch) -> SampleMetric:
-    """Root-relative error of always answering `mean_hand` [J, 3] mm: what a network gains by looking at the picture."""
-    joint = batch.joint_cam.double().cpu().numpy()
+def constant_metrics(mean: MeanHand, batch: Batch, target_vert: torch.Tensor) -> dict[str, SampleMetric]:
+    """The metrics of the image-independent baseline, as `<metric>_mean_hand`: what a network gains by looking at the
+    image is the distance to them. Without those that `mean` has no answer for; target_vert as in `evaluate_batch`."""
+    target = batch.joint_cam.double().cpu().numpy()
     valid = batch.joint_3d_valid.cpu().numpy()
-    return point_error(mean_hand[None], joint - joint[:, :1], valid * valid[:, :1])
+    has_intr = batch.has_intr.cpu().numpy()[:, None]
+    camera = (value.double().cpu().numpy() for value in (batch.patch_focal, batch.patch_princpt))
+    root = mean.root_cam(*camera, batch.patch.shape[-1])
+    values = {}
+    if root is not None and mean.joint_rel is not None:
+        values["mpjpe_cam"] = point_error(root[:, None] + mean.joint_rel, target, valid * has_intr)
+    if mean.joint_rel is not None:
+        values["mpjpe_rel"] = point_error(mean.joint_rel[None], target - target[:, :1], valid * valid[:, :1])
+    if mean.joint_posed is not None:
+        values["mpjpe_pa"] = procrustes_error(np.broadcast_to(mean.joint_posed, target.shape), target, valid)
+    if mean.vert_rel is not None:
+        has_mano = np.broadcast_to(batch.has_mano.cpu().numpy()[:, None], target_vert.shape[:2])
+        values["mpvpe_rel"] = point_error(mean.vert_rel[None], target_vert.double().cpu().numpy(), has_mano)
+    if root is not None:
+        values["root_error"] = point_error(root[:, None], target[:, :1], valid[:, :1] * has_intr)
+    return {f"{name}_mean_hand": value for name, value in values.items()}
 
 
 def _by_source(gathered: MetricAccumulator) -> dict[str, float]:

@@ -98,11 +98,15 @@ def export(
         batches = [example_inputs(net, num) for num in _CHECKED_BATCHES]
         differences = compare(PatchNetwork(net).eval(), load(temporary), batches, tolerance)
         if far := [d for d in differences if not d.is_within]:
-            told = ", ".join(f"{d.name} by {d.largest:.3g} (allowed {d.allowed:.3g})" for d in far)
-            raise ExportError(f"the {kind} file differs from the network: {told}; it was not kept")
+            raise ExportError(f"the {kind} file differs from the network: {describe_far(far)}; it was not kept")
         for part in Path(folder).iterdir():  # ONNX above 2 GB comes in two files
             os.replace(part, file.parent / part.name)
     return differences
+
+
+def describe_far(far: Sequence[Difference]) -> str:
+    """The outputs that differ too much, for a message."""
+    return ", ".join(f"{d.name} by {d.largest:.3g} (allowed {d.allowed:.3g})" for d in far)
 
 
 def about(net: PoseNet) -> dict[str, Any]:

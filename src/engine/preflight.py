@@ -11,6 +11,7 @@ from pathlib import Path
 
 from src.config import BackboneConfig, Config, ConfigError, named_sources
 from src.data.source import resolve_source
+from src.utils.checkpoint_read import is_released, resume_refusal
 
 AUTO = "auto"  # GENERAL.resume_path: the newest run of this configuration
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -88,3 +89,6 @@ def _resume_problems(cfg: Config) -> Iterator[str]:
                 f"{cfg.GENERAL.output_root}/ or one of its checkpoints/checkpoint-<step>"
                 + (", or auto for the newest run of this config" if key == "GENERAL.resume_path" else "")
             )
+    path = cfg.GENERAL.resume_path
+    if path not in (None, AUTO) and is_released(Path(path)):
+        yield f"GENERAL.resume_path={path}: {resume_refusal(Path(path))}"

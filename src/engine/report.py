@@ -19,11 +19,10 @@ ROWS = (
     ("mpvpe_rel", "root-relative MPVPE"),
     ("root_error", "root error"),
 )
-BASELINE = "mpjpe_rel_mean_hand"
 
 
 def closing_table(folder: Path, seconds: float, since_step: int = 0) -> Table:
-    """What the journal of the run folder says: first and last validation, and the baseline.
+    """First and last validation in the journal of the run folder, beside the image-independent baseline.
 
     `seconds` passed since `since_step`, where a resumed run went on.
     """
@@ -34,7 +33,7 @@ def closing_table(folder: Path, seconds: float, since_step: int = 0) -> Table:
     title = f"\nDone in {seconds:.0f} s{since}. Validation at step {first['step']} and {last['step']}, mm"
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("")
-    for name in ("before", "after", "mean hand", "against it"):
+    for name in ("before", "after", "baseline", "against it"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, label in ROWS:
         if key in last:
@@ -53,10 +52,9 @@ def _mm(value: float | None) -> str:
 
 
 def _against_baseline(key: str, last: dict) -> tuple[str, str]:
-    """The mean hand knows no camera, so it is compared in the root-relative metric alone."""
-    if key != "mpjpe_rel" or BASELINE not in last:
-        return "", ""
-    return _mm(last[BASELINE]), f"{100 * (last[key] / last[BASELINE] - 1):+.0f} %"
+    """The baseline's value and how far the last validation is from it; empty where the data has no answer."""
+    baseline = last.get(f"{key}_mean_hand")
+    return (_mm(baseline), f"{100 * (last[key] / baseline - 1):+.0f} %") if baseline else ("", "")
 
 
 def _curves(aim: AimConfig) -> str:

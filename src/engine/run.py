@@ -39,7 +39,7 @@ from src.engine.watch import StepWatch
 from src.engine.weights import load_weights
 from src.hand.load import load_hand
 from src.model.net import PoseNet
-from src.utils.checkpoint_read import find_checkpoint
+from src.utils.checkpoint_read import NETWORK_FILES, find_checkpoint
 from src.utils.vis import overlay_sheet
 
 
@@ -65,7 +65,7 @@ class Run:
         self.trainer = self._build_trainer(optimizer)
 
         self.train_loader, self.val_loader, self.train_eval_loader = self._build_loaders(hand.name)
-        self.mean_hand = mean_hand(self.train_loader.dataset)
+        self.mean_hand = mean_hand(self.train_loader.dataset, hand)
         self.folder = self._claim_folder(config_name, origin.checkpoint if origin.in_place else None)
         self.tracker = self._open_tracker(origin.in_place)
         self.watch = StepWatch(self.folder, self.trainer, self.train_loader.dataset, self.state)
@@ -242,7 +242,7 @@ class Run:
             scaler = self.accelerator.scaler
             return load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler, verified=True)
         if self.cfg.MODEL.init_from is not None:
-            logger.info(str(load_weights(self.net, find_checkpoint(self.cfg.MODEL.init_from))))
+            logger.info(str(load_weights(self.net, find_checkpoint(self.cfg.MODEL.init_from, NETWORK_FILES))))
         return TrainState(config_name=config_name)
 
     def _build_trainer(self, optimizer: torch.optim.Optimizer) -> Trainer:

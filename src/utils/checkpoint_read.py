@@ -5,8 +5,11 @@
         config.yaml         the run's whole configuration
         backbone.json       shape of the backbone, so that its own weights folder is not needed again
         state.json          step, position in the data, best metric
-        optimizer.pt        needed to go on training alone
+        optimizer.pt        needed only to resume training
         manifest.json       size and sha256 of every other file
+
+A released network (`script/export.py --to checkpoint`) is the same folder without optimizer.pt, and outside of a run
+folder.
 
 Standard library only. Written by src/engine/checkpoint.py; read by it and by `PoseNet.from_checkpoint`.
 """
@@ -73,17 +76,50 @@ def read_step(path: Path) -> int:
     return step
 
 
+def read_config_name(path: Path) -> str:
+    """The `--config-name` of the run, from `state.json`; empty where it is not recorded."""
+    try:
+        return str(json.loads((path / STATE).read_text(encoding="utf-8")).get("config_name", ""))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path / STATE} cannot be read ({error})") from error
+
+
+def is_released(path: Path) -> bool:
+    """Whether `path` is a checkpoint that was written without optimizer state, to be used and not to be resumed."""
+    try:
+        return OPTIMIZER not in _read_manifest(path)
+    except ValueError:
+        return False
+
+
+def resume_refusal(path: Path) -> str:
+    """Why training cannot be resumed from a released network, and what to do instead."""
+    return (
+        f"{path} holds a trained network without its optimizer state, so training cannot be resumed from it; "
+        f"start a new run from its weights with MODEL.init_from={path}"
+    )
+
+
+def _read_manifest(path: Path) -> dict[str, dict]:
+    """File name -> its size and sha256. Raises ValueError where there is no valid manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in manifest.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is incomplete") from error
+
+
 def verify(path: Path, names: Iterable[str] | None = None) -> None:
     """Compare the files of a checkpoint with its manifest: first all sizes, then all sha256.
 
     Args: names: look at these files alone, as far as the manifest has them; at every file where absent.
-    Raises ValueError naming the first file that is missing, cut or changed.
+    Raises ValueError naming the first file that is missing, cut or changed; for a released network where `names` is
+    absent, because nothing can be resumed from it.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        sizes = {name: entry["size"] for name, entry in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is incomplete") from error
+    manifest = _read_manifest(path)
+    sizes = {name: entry["size"] for name, entry in manifest.items()}
+    if names is None and OPTIMIZER not in manifest:
+        raise ValueError(resume_refusal(path))
     required, wanted = {MODEL, OPTIMIZER, STATE} | sizes.keys(), None if names is None else set(names)
     required = required if wanted is None else required & wanted
     for name in sorted(required):

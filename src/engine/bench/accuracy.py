@@ -26,7 +26,6 @@ from src.engine.bench.accuracy_train import make_cell
 from src.engine.bench.figure import Figure
 from src.engine.run_folder import write_text_atomic
 from src.hand.load import load_hand
-from src.hand.mano import ManoLayer
 from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
 from src.model.net import PoseNet
 
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
                 text = json.dumps(read_cells(results) | {digest_of(settings): cell}, indent=1)
                 write_text_atomic(results, text + "\n")
             cells.append(cell)
-    constant = constant_answers(train, val, ManoLayer(hand).to(train.patch.device))
+    constant = constant_answers(train, val, hand)
     return report(cells) + [Figure(f"{metric}, without looking", mm, "mm") for metric, mm in constant.items()]
 
 

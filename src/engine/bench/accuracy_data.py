@@ -15,8 +15,10 @@ from src.batch import Batch
 from src.config import Config
 from src.data.demo import make_demo_shards
 from src.data.loader import build_train_loader, build_val_loader
+from src.data.mean_hand import HandLabels, mean_of
+from src.engine.evaluate import constant_metrics
 from src.hand.mano import ManoLayer
-from src.metric import point_error, procrustes_error
+from src.hand.skeleton import HandArrays
 
 LOADED_TOGETHER = 125
 
@@ -60,18 +62,14 @@ def rows_of(data: Batch, index: torch.Tensor) -> Batch:
     return replace(data._map(lambda t: t[index.to(t.device)]), key=names, source=names)
 
 
-def constant_answers(train: Batch, val: Batch, hand: ManoLayer) -> dict[str, float]:
-    """What who never looks at a picture would score, mm: the training set's mean joints against the wrist, and its mean
-    articulation after Procrustes alignment. A network that is not below has learned nothing of the kind."""
-    joint = (val.joint_cam - val.joint_cam[:, :1]).double().cpu().numpy()
-    valid = val.joint_3d_valid.cpu().numpy()
-    mean_joint = (train.joint_cam - train.joint_cam[:, :1]).mean(0).double().cpu().numpy()
-    rotmat = hand.pose_to_rotmat(train.mano_pose, train.flat_hand_mean).mean(0)
-    left, _, right = torch.linalg.svd(rotmat)  # the rotation nearest to the mean of matrices
-    posed = hand((left @ right)[None], train.mano_shape.mean(0, keepdim=True)).joint.double().cpu().numpy()
-    rel = point_error(mean_joint[None], joint, valid)
-    aligned = procrustes_error(posed.repeat(len(joint), axis=0), joint, valid)
-    return {"mpjpe_rel": rel.total.sum() / rel.count.sum(), "mpjpe_pa": aligned.total.sum() / aligned.count.sum()}
+def constant_answers(train: Batch, val: Batch, hand: HandArrays) -> dict[str, float]:
+    """What the image-independent baseline of the training set scores on the validation set, mm, root-relative and after
+    Procrustes alignment. A network that is not below has learned nothing of the kind."""
+    labels = HandLabels(**{f.name: getattr(train, f.name).cpu().numpy() for f in fields(HandLabels)})
+    layer, val = ManoLayer(hand), val.to("cpu")
+    target_vert = layer(layer.pose_to_rotmat(val.mano_pose, val.flat_hand_mean), val.mano_shape).vert
+    values = constant_metrics(mean_of(labels, hand, train.patch.shape[-1]), val, target_vert)
+    return {n: (v := values[f"{n}_mean_hand"]).total.sum() / v.count.sum() for n in ("mpjpe_rel", "mpjpe_pa")}
 
 
 def digest_of(what: dict[str, Any]) -> str:

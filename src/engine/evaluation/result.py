@@ -44,9 +44,9 @@ class Subject:
 
 
 @contextmanager
-def new_folder(asked: Path | None, checkpoint: Path, step: int) -> Iterator[Path]:
+def new_folder(asked: Path | None, checkpoint: Path, step: int, output_root: Path) -> Iterator[Path]:
     """A folder as `_make_folder` makes it; removed again where an error left nothing in it."""
-    folder = _make_folder(asked, checkpoint, step)
+    folder = _make_folder(asked, checkpoint, step, output_root)
     try:
         yield folder
     finally:
@@ -54,8 +54,11 @@ def new_folder(asked: Path | None, checkpoint: Path, step: int) -> Iterator[Path
             folder.rmdir()
 
 
-def _make_folder(asked: Path | None, checkpoint: Path, step: int) -> Path:
+def _make_folder(asked: Path | None, checkpoint: Path, step: int, output_root: Path) -> Path:
     """A new folder: the one asked for, or `evaluation/step-<step>` in the run folder of the checkpoint (`-2` and on).
+
+    A checkpoint outside of a run folder, such as model/hand-mini, stays as it is: its evaluations go to
+    `<output_root>/evaluation/<folder name>/step-<step>`.
 
     Raises ValueError where it cannot be made, or where the one asked for holds something already.
     """
@@ -65,8 +68,12 @@ def _make_folder(asked: Path | None, checkpoint: Path, step: int) -> Path:
             if any(asked.iterdir()):
                 raise ValueError(f"--output {asked}: is not empty; name a new folder")
             return asked
-        parent = (checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint) / "evaluation"
-        parent.mkdir(exist_ok=True)
+        folder = checkpoint.resolve()
+        if folder.parent.name == "checkpoints":
+            parent = checkpoint.parent.parent / "evaluation"
+        else:
+            parent = output_root / "evaluation" / folder.name
+        parent.mkdir(parents=True, exist_ok=True)
         return make_new_folder(parent, f"step-{step}")
     except OSError as error:
         where = asked or checkpoint

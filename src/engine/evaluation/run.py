@@ -60,7 +60,8 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
         pin_memory = accelerator.device.type == "cuda"
         loader = build_val_loader(cfg, net.hand.name, half=options.half, progress=advance, pin_memory=pin_memory)
     logger.info(f"{net.saved.folder}, step {net.saved.step}; hand model {net.hand.name}; {accelerator.device.type}")
-    with result.new_folder(options.output, net.saved.folder, net.saved.step) as folder:
+    output_root = Path(cfg.GENERAL.output_root)
+    with result.new_folder(options.output, net.saved.folder, net.saved.step, output_root) as folder:
         batches = track(progress, loader, len(loader), "predicting")
         samples = collect(net, batches, accelerator, keep_hands=options.submission is not None)
         samples = name_unknown(samples, loader, cfg)

@@ -40,6 +40,7 @@ class Tally:
     num_hand: int = 0
     cameras: Counter[str] = field(default_factory=Counter)  # hands by where their camera is known from
     assumed_right: int = 0  # hands of which nothing said the side
+    whole_image: int = 0  # images without a box, taken as a crop of one hand
     no_box: list[Path] = field(default_factory=list)  # pictures that the boxes file does not name
     skipped: list[tuple[Path, str]] = field(default_factory=list)  # with the reason
 
@@ -50,6 +51,9 @@ class Tally:
             yield f"camera of {_count(number, 'hand')} from {source}"
         if self.assumed_right:
             yield f"{_count(self.assumed_right, 'hand')} taken for right; --handedness or the boxes file can tell"
+        if self.whole_image:
+            images = _count(self.whole_image, "image")
+            yield f"no --boxes: the whole of {images} was taken as the crop of one hand each"
         if self.no_box:
             yield f"no box for {_count(len(self.no_box), 'picture')}, e.g. {self.no_box[0]}"
         if strangers:
@@ -72,6 +76,7 @@ class _Hand:
     is_right: bool
     camera: Camera
     is_side_known: bool
+    is_whole: bool  # the box is the whole image
 
 
 def predict_photos(
@@ -143,7 +148,7 @@ def _settle(photo: Photo, hand: HandBox, given: Given, net: PoseNet) -> _Hand:
     for value, where in ((hand.focal, "the boxes file"), (given.focal, "the command line")):
         focal, source = (focal, source) if value is None else (value, where)
     princpt = given.princpt or hand.princpt or photo.camera.princpt
-    return _Hand(box, side is not False, Camera(focal, princpt, source), side is not None)
+    return _Hand(box, side is not False, Camera(focal, princpt, source), side is not None, whole)
 
 
 def _predict(
@@ -189,4 +194,5 @@ def _predict(
     tally.num_photo += len(waiting)
     tally.num_hand += len(flat)
     tally.cameras.update(hand.camera.source for _, _, hand in flat)
+    tally.whole_image += sum(hand.is_whole for _, _, hand in flat)
     tally.assumed_right += sum(not hand.is_side_known for _, _, hand in flat)

@@ -1,0 +1,167 @@
+"""The image-independent baseline: what it answers, that it is measured as a network is, and its column in the table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from src.batch import Batch
+from src.data.demo import make_demo_shards
+from src.data.loader import build_train_loader, build_val_loader
+from src.data.mean_hand import HandLabels, MeanHand, mean_hand, mean_of, mean_rotation
+from src.engine.evaluate import constant_metrics
+from src.engine.report import closing_table
+from src.engine.tracker import METRICS
+from src.geometry.rotation import axis_angle_to_matrix
+from src.hand.mano import ManoLayer
+from src.hand.skeleton import HandArrays
+from src.hand.standin import build_standin_hand
+from src.metric import evaluate_batch, procrustes_error
+from tests.helpers import random_batch, small_config
+
+SIDE = 56
+NAMES = ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error")
+
+
+@pytest.fixture(scope="module")
+def hand() -> HandArrays:
+    return build_standin_hand()
+
+
+def labels_of(batch: Batch) -> HandLabels:
+    return HandLabels(**{f.name: getattr(batch, f.name).numpy() for f in fields(HandLabels)})
+
+
+def vertices(hand: HandArrays, batch: Batch) -> torch.Tensor:
+    layer = ManoLayer(hand)
+    return layer(layer.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean), batch.mano_shape).vert
+
+
+def test_mean_rotation_is_a_rotation() -> None:
+    turn = axis_angle_to_matrix(torch.tensor([[0.0, 0.3, 0.0], [0.0, -0.1, 0.0]], dtype=torch.float64))
+    expected = axis_angle_to_matrix(torch.tensor([0.0, 0.1, 0.0], dtype=torch.float64))
+    assert torch.allclose(mean_rotation(turn), expected, atol=1e-12)
+    half_turns = axis_angle_to_matrix(torch.pi * torch.eye(3, dtype=torch.float64))  # their mean is -1/3 of the unit
+    assert torch.linalg.det(mean_rotation(half_turns)).item() == pytest.approx(1.0)
+
+
+def test_answers_are_the_means(hand: HandArrays) -> None:
+    batch = random_batch(30, SIDE)
+    mean = mean_of(labels_of(batch), hand, SIDE)
+    joint = (batch.joint_cam - batch.joint_cam[:, :1]).double()
+    assert np.allclose(mean.joint_rel, joint.mean(0), atol=1e-4)
+    assert np.allclose(mean.vert_rel, vertices(hand, batch).double().mean(0), atol=1e-3)
+    layer = ManoLayer(hand)
+    rotmat = layer.pose_to_rotmat(batch.mano_pose, True)
+    posed = layer(mean_rotation(rotmat.double())[None].float(), batch.mano_shape.mean(0, keepdim=True)).joint[0]
+    assert np.allclose(mean.joint_posed, posed, atol=1e-3)
+    middle = 0.5 * (SIDE - 1)
+    assert np.allclose(mean.wrist_offset, (batch.joint_patch[:, 0].double() - middle).mean(0) / SIDE, atol=1e-6)
+    assert mean.patch_width == pytest.approx(batch.joint_cam[:, 0, 2].mean().item() / 2, rel=1e-6), "focal is 2 S"
+
+
+def test_hidden_labels_do_not_count(hand: HandArrays) -> None:
+    """What has its flag at 0 may hold anything finite."""
+    batch = random_batch(8, SIDE)
+    batch.joint_3d_valid[4:, 3], batch.joint_3d_valid[6:, 0] = 0, 0
+    batch.has_mano[5:], batch.has_intr[3:] = 0, 0
+    other = replace(batch, mano_pose=batch.mano_pose.clone(), joint_cam=batch.joint_cam.clone())
+    other.mano_pose[5:], other.joint_cam[4:, 3], other.joint_cam[6:] = 1.0, 1e4, -1e4
+    first, second = (mean_of(labels_of(each), hand, SIDE) for each in (batch, other))
+    for f in fields(MeanHand):
+        assert np.array_equal(getattr(first, f.name), getattr(second, f.name)), f.name
+
+
+def test_the_wrist_follows_the_camera() -> None:
+    """One place in the patch and one width for all: the wrist is exact in a camera of any zoom and principal point."""
+    mean = MeanHand(wrist_offset=np.array([0.1, -0.2]), patch_width=200.0)
+    focal, princpt = np.array([[100.0, 100.0], [400.0, 400.0]]), np.array([[27.5, 27.5], [-60.0, 90.0]])
+    root = mean.root_cam(focal, princpt, SIDE)
+    assert np.allclose(root[:, 2], 200.0 * focal[:, 0] / SIDE)
+    pixel = root[:, :2] / root[:, 2:] * focal + princpt
+    assert np.allclose(pixel, 0.5 * (SIDE - 1) + SIDE * np.array([0.1, -0.2]))
+    assert MeanHand().root_cam(focal, princpt, SIDE) is None
+
+
+def test_measured_as_a_network_is(hand: HandArrays) -> None:
+    """The same numbers as `evaluate_batch` gives a network with these answers, flag for flag."""
+    batch = random_batch(9, SIDE, seed=1)
+    mean = mean_of(labels_of(random_batch(30, SIDE)), hand, SIDE)
+    batch.joint_3d_valid[2, 0], batch.joint_3d_valid[3, 5:], batch.has_mano[4], batch.has_intr[5] = 0, 0, 0, 0
+    vert = vertices(hand, batch)
+    root = torch.from_numpy(mean.root_cam(batch.patch_focal.double().numpy(), batch.patch_princpt.numpy(), SIDE))
+    answer = SimpleNamespace(
+        joint_cam=root[:, None] + torch.from_numpy(mean.joint_rel),
+        vert_cam=root[:, None] + torch.from_numpy(mean.vert_rel - mean.joint_rel[0]),
+    )
+    expected, found = evaluate_batch(answer, batch, vert), constant_metrics(mean, batch, vert)
+    assert found.keys() == {f"{name}_mean_hand" for name in NAMES}
+    posed = np.repeat(mean.joint_posed[None], len(batch), axis=0)
+    expected["mpjpe_pa"] = procrustes_error(posed, batch.joint_cam.double().numpy(), batch.joint_3d_valid.numpy())
+    for name in NAMES:
+        assert np.array_equal(found[f"{name}_mean_hand"].count, expected[name].count), name
+        assert np.allclose(found[f"{name}_mean_hand"].total, expected[name].total, rtol=1e-9), name
+
+
+@pytest.mark.parametrize(
+    ("missing", "absent"),
+    [
+        (("has_mano",), {"mpjpe_pa", "mpvpe_rel"}),
+        (("has_intr",), {"mpjpe_cam", "root_error"}),
+        (("joint_3d_valid",), {"mpjpe_cam", "mpjpe_rel", "root_error"}),
+        (("joint_3d_valid", "has_mano"), set(NAMES)),
+    ],
+)
+def test_what_the_training_set_cannot_answer_is_absent(hand: HandArrays, missing: tuple, absent: set) -> None:
+    train, val = random_batch(5, SIDE), random_batch(5, SIDE, seed=1)
+    train = replace(train, **{name: torch.zeros_like(getattr(train, name)) for name in missing})
+    found = constant_metrics(mean_of(labels_of(train), hand, SIDE), val, vertices(hand, val))
+    assert found.keys() == {f"{name}_mean_hand" for name in {*NAMES} - absent}
+
+
+def test_from_shards_as_from_crops(tmp_path: Path, hand: HandArrays) -> None:
+    """Labels alone give what the cropped samples of the same frames give, left hands among them; also in another order
+    of work: threads, and a resumed run's dataset."""
+    make_demo_shards(tmp_path, {"train": 24, "val": 2}, seed=0, img_size=64, num_process=1)
+    places = (f"DATA.root={tmp_path}", "DATA.demo=null", "DATA.val.source=[train/*]", "augmentation=full")
+    cfg = small_config(*places, "DATA.train.source=[train/*]")
+    dataset = build_train_loader(cfg, "standin").dataset
+    mean = mean_hand(dataset, hand)
+    batches = [b._map(lambda t, b=b: t[b.position >= 0]) for b in build_val_loader(cfg, "standin")]
+    joined = HandLabels(**{f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(HandLabels)})
+    assert len(joined.has_mano) == 24
+    expected = mean_of(joined, hand, cfg.MODEL.img_size)
+    for f in fields(MeanHand):
+        assert np.allclose(getattr(mean, f.name), getattr(expected, f.name), atol=2e-4), f.name
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    again = mean_hand(build_train_loader(cfg, "standin", start=7, rank=1, world_size=2).dataset, hand)
+    torch.set_num_threads(threads)
+    for f in fields(MeanHand):
+        assert np.array_equal(getattr(mean, f.name), getattr(again, f.name)), f.name
+
+
+def test_closing_table_has_the_baseline_in_every_row(tmp_path: Path) -> None:
+    first = {"step": 0, "subset": "val", **dict.fromkeys(NAMES, 200.0)}
+    last = {"step": 9, "subset": "val", **dict.fromkeys(NAMES, 60.0), **{f"{n}_mean_hand": 80.0 for n in NAMES}}
+
+    def table() -> list[str]:
+        (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in (first, last)))
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(closing_table(tmp_path, 1.0))
+        return [line for line in capture.get().splitlines() if "MP" in line or "root error" in line]
+
+    assert len(table()) == 5
+    for line in table():
+        assert line.split("│")[1:] == ["  200.0 ", "  60.0 ", "     80.0 ", "      -25 %"], line
+    del last["mpjpe_pa_mean_hand"]
+    (without,) = [line for line in table() if "Procrustes" in line]
+    assert [cell.strip() for cell in without.split("│")[1:]] == ["200.0", "60.0", "", ""]
