@@ -2,6 +2,7 @@
 
 python script/export.py checkpoint/2026-01-31/12-00-00_stage1-demo --to torch_export onnx
 python script/export.py RUN/checkpoints/best --to onnx --output exported --tolerance 0.01
+python script/export.py RUN --to backbone --output model/my-backbone
 python script/export.py RUN/checkpoints/best --to checkpoint --precision fp16 --output model/hand-mini
 
 Exit code: 0 exported, 1 the outputs do not agree (nothing is kept), 2 wrong arguments. See docs/PREDICT.md.
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from src.model.net import PoseNet
 
 DONE, DIFFERS, WRONG_ARGUMENTS = 0, 1, 2
-CHECKPOINT = "checkpoint"
+CHECKPOINT, BACKBONE = "checkpoint", "backbone"
 SUFFIX = {"torch_export": ".pt2", "onnx": ".onnx"}
-NEEDS = {"torch_export": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), CHECKPOINT: ()}
+NEEDS = {"torch_export": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), CHECKPOINT: (), BACKBONE: ()}
 TOLERANCE = {"fp32": 0.01, "fp16": 0.5}
 
 
@@ -54,8 +55,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.precision is not None and CHECKPOINT not in args.to:
         parser.error("--precision belongs to --to checkpoint; the other files are float32")
-    if CHECKPOINT in args.to and len(set(args.to)) > 1:
-        parser.error("--to checkpoint fills a folder of its own; export the other files with another call")
+    if len(set(args.to)) > 1 and (alone := {CHECKPOINT, BACKBONE} & set(args.to)):
+        parser.error(f"--to {min(alone)} fills a folder of its own; export the other files with another call")
     args.precision = args.precision or "fp32"
     args.tolerance = TOLERANCE[args.precision] if args.tolerance is None else args.tolerance
     if not args.tolerance >= 0:
@@ -84,6 +85,8 @@ def export_all(args: argparse.Namespace) -> int:
     """Load, export, compare, report."""
     if not args.checkpoint.exists() and args.checkpoint.name != "best":
         raise ValueError(f"{args.checkpoint}: there is no such folder; give a run folder or a checkpoint in one")
+    if BACKBONE in args.to:
+        return export_backbone(args)
     return export_checkpoint(args) if CHECKPOINT in args.to else export_files(args)
 
 
@@ -135,6 +138,27 @@ def export_checkpoint(args: argparse.Namespace) -> int:
     report(f"checkpoint, {args.precision}: {args.output}", differences)
     size = sum(file.stat().st_size for file in args.output.iterdir() if file.is_file())
     console.print(f"{size / 1e6:.1f} MB, read back and compared; edit {args.output / 'README.md'}", soft_wrap=True)
+    return DONE
+
+
+def export_backbone(args: argparse.Namespace) -> int:
+    """Write the backbone alone as a Hugging Face folder."""
+    file = args.output / "model.safetensors"
+    if file.exists() and not args.overwrite:
+        raise ValueError(f"{file} exists; choose --overwrite or another --output")
+
+    from src.engine.console import console
+    from src.engine.export import ExportError
+    from src.engine.release import release_backbone
+
+    try:
+        release_backbone(load(args), args.output)
+    except ExportError as error:
+        sys.stderr.write(f"export: {error}\n")
+        return DIFFERS
+    size = file.stat().st_size
+    console.print(f"{file}: {size / 1e6:.1f} MB, read back and equal; use it with "
+                  f"MODEL.backbone.backbone_str={args.output}", soft_wrap=True)  # fmt: skip
     return DONE
 
 

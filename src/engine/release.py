@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from transformers import Dinov2Model
 
 from src.engine.checkpoint_files import write_manifest
 from src.engine.export import Difference, ExportError, PatchNetwork, Run, compare, describe_far, example_inputs
@@ -75,6 +76,22 @@ def release(
             os.replace(file, folder / file.name)
     write_card(folder, card, net, precision)
     return differences
+
+
+def release_backbone(net: PoseNet, folder: Path) -> None:
+    """Write the backbone to `folder` as transformers does (config.json, model.safetensors) and read it back.
+
+    Raises ExportError where what was read computes other tokens.
+    """
+    net.backbone.model.save_pretrained(folder)
+    patch, *_ = example_inputs(net, 2)
+    image = patch.to(next(net.parameters()).dtype) / 255.0
+    read = Dinov2Model.from_pretrained(folder, local_files_only=True).eval().to(image.device)
+    with torch.no_grad():
+        tokens = read(pixel_values=image).last_hidden_state[:, 1:]
+        largest = (tokens - net.backbone(image)).abs().max().item()
+    if not largest < 1e-3:
+        raise ExportError(f"the backbone in {folder} computes tokens that differ by {largest:.3g}")
 
 
 def _write_network(net: PoseNet, folder: Path, precision: str) -> None:
