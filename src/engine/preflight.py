@@ -91,4 +91,4 @@ def _resume_problems(cfg: Config) -> Iterator[str]:
             )
     path = cfg.GENERAL.resume_path
     if path not in (None, AUTO) and is_released(Path(path)):
-        yield f"GENERAL.resume_path={path}: {resume_refusal(Path(path))}"
+        yield f"GENERAL.resume_path={resume_refusal(Path(path))}"

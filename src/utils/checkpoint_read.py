@@ -95,7 +95,7 @@ def is_released(path: Path) -> bool:
 def resume_refusal(path: Path) -> str:
     """Why training cannot be resumed from a released network, and what to do instead."""
     return (
-        f"{path} holds a trained network without its optimizer state, so training cannot be resumed from it; "
+        f"{path}: a trained network without its optimizer state, so training cannot be resumed from it; "
         f"start a new run from its weights with MODEL.init_from={path}"
     )
 
