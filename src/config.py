@@ -55,6 +55,7 @@ class TrainConfig:
 
     lr: float = knob(minimum=0)
     backbone_lr: float | None = knob(minimum=0)
+    optimizer: str = knob(choices=("adamw", "muon"))
     weight_decay: float = knob(minimum=0)
     max_grad: float = knob(minimum=0)
     max_skipped_step: int = knob(minimum=1)
@@ -242,6 +243,9 @@ def cross_problems(cfg: Config) -> Iterator[str]:
             f"TRAIN.shard_weights=true: does not go together with TRAIN.{other}; "
             f"set TRAIN.{other.split('=')[0]}={instead}, or TRAIN.shard_weights=false"
         )
+    if cfg.TRAIN.optimizer == "muon" and (cfg.TRAIN.shard_weights or cfg.TRAIN.mixed_precision == "fp16"):
+        other = "shard_weights=true" if cfg.TRAIN.shard_weights else "mixed_precision=fp16"
+        yield f"TRAIN.optimizer=muon: does not work together with TRAIN.{other}; set TRAIN.optimizer=adamw"
     for name in ("img_mean", "img_std"):
         if len(value := getattr(model, name)) != 3:
             yield f"MODEL.{name}={value}: must hold three numbers (R, G, B)"

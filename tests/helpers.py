@@ -25,7 +25,12 @@ def compose_config(name: str, *overrides: str) -> Config:
 def small_config(*overrides: str) -> Config:
     """The demo's configuration shrunk until a forward pass takes milliseconds."""
     decoder = "MODEL.handec={dim: 32, num_layer: 2, num_head: 2, dim_head: 16, dim_mlp: 64}"
-    backbone = ["backbone=tiny", "MODEL.backbone.hidden_size=32", "MODEL.backbone.num_layer=2", "MODEL.backbone.num_head=2"]
+    backbone = [
+        "backbone=tiny",
+        "MODEL.backbone.hidden_size=32",
+        "MODEL.backbone.num_layer=2",
+        "MODEL.backbone.num_head=2",
+    ]
     return compose_config("stage1-demo", "MODEL.img_size=56", decoder, *backbone, *overrides)
 
 

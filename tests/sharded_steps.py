@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from src.batch import Batch
 from src.config import Config
 from src.engine import parts, sharding
+from src.engine.optimizer import build_optimizer
 from src.engine.processes import build_accelerator, part
-from src.engine.step import Trainer, build_optimizer
+from src.engine.step import Trainer
 from src.hand.standin import build_standin_hand
 from src.model.net import PoseNet
 from tests.helpers import random_batch, small_config

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
+from src.engine.optimizer import build_optimizer
 from src.engine.processes import build_accelerator
-from src.engine.step import Trainer, build_optimizer
+from src.engine.step import Trainer
 from src.hand.standin import build_standin_hand
 from src.model.net import PoseNet
 from tests.helpers import random_batch, small_config

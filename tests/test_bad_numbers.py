@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from src.batch import Batch, Sample
 from src.engine.bad_batch import NumbersError, find_shard
 from src.engine.checkpoint import TrainState
+from src.engine.optimizer import build_optimizer
 from src.engine.parts import network_texts
 from src.engine.replay import replay
-from src.engine.step import StepResult, Trainer, build_optimizer
+from src.engine.step import StepResult, Trainer
 from src.engine.watch import DelayedRead, StepWatch
 from src.hand.standin import build_standin_hand
 from src.loss import LOSS_TERMS

@@ -13,9 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 from src.engine.evaluate import evaluate
+from src.engine.optimizer import build_optimizer
 from src.engine.parts import training_form
 from src.engine.processes import build_accelerator
-from src.engine.step import Trainer, build_optimizer
+from src.engine.step import Trainer
 from src.hand.standin import build_standin_hand
 from src.model.dropout import Dropout
 from src.model.net import PoseNet

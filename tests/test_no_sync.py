@@ -19,9 +19,10 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.engine.checkpoint import TrainState
+from src.engine.optimizer import build_optimizer
 from src.engine.prefetch import to_device
 from src.engine.processes import build_accelerator
-from src.engine.step import Trainer, build_optimizer
+from src.engine.step import Trainer
 from src.engine.watch import DelayedRead, StepWatch
 from src.hand.standin import build_standin_hand
 from src.model.net import PoseNet

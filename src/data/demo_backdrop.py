@@ -94,7 +94,9 @@ def _person(rng: np.random.Generator, image: np.ndarray) -> None:
         cv2.ellipse(image, (int(cx), int(cy)), axes, 0, 0, 360, tuple(float(c) for c in colour), -1, cv2.LINE_AA)
 
     ellipse(x, y + 3.3 * head, 2.0 * head, 2.4 * head, cloth)
-    cv2.rectangle(image, (int(x - 0.4 * head), int(y)), (int(x + 0.4 * head), int(y + 1.4 * head)), (0.8 * skin).tolist(), -1)
+    cv2.rectangle(
+        image, (int(x - 0.4 * head), int(y)), (int(x + 0.4 * head), int(y + 1.4 * head)), (0.8 * skin).tolist(), -1
+    )
     ellipse(x, y - 0.25 * head, 0.92 * head, 1.1 * head, hair)
     ellipse(x, y, 0.75 * head, head, tuple(skin))
     for side in (-1, 1):

@@ -18,17 +18,18 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from transformers import Dinov2Model
 
 from src.engine.checkpoint_files import write_manifest
 from src.engine.export import Difference, ExportError, PatchNetwork, Run, compare, describe_far, example_inputs
 from src.engine.model_card import CARD, read_card, write_card
+from src.model.backbone import Backbone
 from src.model.net import PoseNet
 from src.utils.checkpoint_read import BACKBONE, CONFIG, MANIFEST, MODEL, STATE, read_config_name
 
@@ -85,10 +86,10 @@ def release_backbone(net: PoseNet, folder: Path) -> None:
     """
     net.backbone.model.save_pretrained(folder)
     patch, *_ = example_inputs(net, 2)
-    image = patch.to(next(net.parameters()).dtype) / 255.0
-    read = Dinov2Model.from_pretrained(folder, local_files_only=True).eval().to(image.device)
+    image = patch.float() / 255.0
+    own = replace(net.saved.model.backbone, backbone_str=str(folder), random_init=False)
     with torch.no_grad():
-        tokens = read(pixel_values=image).last_hidden_state[:, 1:]
+        tokens = Backbone(own, net.img_size).eval().to(image.device)(image)
         largest = (tokens - net.backbone(image)).abs().max().item()
     if not largest < 1e-3:
         raise ExportError(f"the backbone in {folder} computes tokens that differ by {largest:.3g}")

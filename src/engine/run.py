@@ -27,12 +27,13 @@ from src.engine.checkpoint_writer import CheckpointWriter
 from src.engine.console import add_log_file, console, logger, task_bar, track
 from src.engine.damage import SharedDamage, name_indexed
 from src.engine.evaluate import Validation, describe, evaluate, key_metric
+from src.engine.optimizer import build_optimizer
 from src.engine.prefetch import to_device
 from src.engine.processes import HostTalk, build_accelerator, main_process_first, part
 from src.engine.report import closing_table, where_to_look
 from src.engine.resume import find_origin
 from src.engine.run_folder import lock_run_folder
-from src.engine.step import StepResult, Trainer, build_optimizer, log_line
+from src.engine.step import StepResult, Trainer, log_line
 from src.engine.stop import StopRequested, StopSignals
 from src.engine.tracker import Tracker
 from src.engine.watch import StepWatch

@@ -74,12 +74,6 @@ def bare_network(model: nn.Module) -> PoseNet:
     return model
 
 
-def build_optimizer(model: PoseNet, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with the recipe's groups; fused where the device has it."""
-    groups = model.parameter_groups(cfg.TRAIN.lr, cfg.TRAIN.backbone_lr, cfg.TRAIN.weight_decay)
-    return torch.optim.AdamW(groups, lr=cfg.TRAIN.lr, fused=True)
-
-
 class Trainer:
     """What every step needs: the wrapped model, the optimizer and the schedules' settings."""
 

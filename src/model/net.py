@@ -198,6 +198,10 @@ class PoseNet(nn.Module):
             joint_heat=heat.unflatten(1, (self.backbone.grid_size, -1)),
         )
 
+    def transformer_blocks(self) -> list[nn.ModuleList]:
+        """The layers of backbone and decoder."""
+        return [self.backbone.model.encoder.layer, self.decoder.layers]
+
     def parameter_groups(self, lr: float, backbone_lr: float | None, weight_decay: float) -> list[dict]:
         """Optimizer groups: backbone and rest, matrices with weight decay and vectors without.
 

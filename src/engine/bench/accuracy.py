@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help=f"optimizer steps of each cell (default {FULL['step']})")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, help="peak learning rate, instead of each method's own")
-    parser.add_argument("--backbone", default="mini", help="a file of config/backbone (default mini; tiny: from scratch)")
+    parser.add_argument(
+        "--backbone", default="mini", help="a file of config/backbone (default mini; tiny: from scratch)"
+    )
     parser.add_argument("--img-size", type=int, default=80, help="patch side, px (default 80)")
     parser.add_argument("--name", default="", help="a name for this variant in the results")
     parser.add_argument("--report", type=Path, help="train nothing: print what this file of results holds")
@@ -103,7 +105,11 @@ def reported(file: Path) -> list[Figure]:
 
 def is_main(settings: dict[str, Any]) -> bool:
     """Whether a cell belongs to the comparison that the defaults make."""
-    return settings["step"] == FULL["step"] and not settings["name"].strip() and settings["lr"] == LEARNING_RATE[settings["method"]]
+    return (
+        settings["step"] == FULL["step"]
+        and not settings["name"].strip()
+        and settings["lr"] == LEARNING_RATE[settings["method"]]
+    )
 
 
 def config_overrides(args: argparse.Namespace, out: Path, size: dict[str, Any], step: int) -> list[str]:

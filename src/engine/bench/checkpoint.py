@@ -23,7 +23,7 @@ from src.engine.bench.figure import Figure
 from src.engine.bench.scale_network import grey_batch, step
 from src.engine.checkpoint import TrainState
 from src.engine.checkpoint_writer import CheckpointWriter
-from src.engine.step import build_optimizer
+from src.engine.optimizer import build_optimizer
 from src.hand.standin import build_standin_hand
 from src.model.net import PoseNet
 

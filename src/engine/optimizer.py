@@ -1,0 +1,94 @@
+"""AdamW with the recipe's groups, and Muon for the matrices of the transformer blocks where a run asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from src.config import Config
+from src.model.net import PoseNet
+
+MOMENTUM = 0.95
+# Coefficients of the quintic iteration (Jordan et al., "Muon", 2024), and the RMS of an update in learning rates. 0.2
+# would be AdamW's (Liu et al., arXiv 2502.16982), so that one rate serves both; three times that was better here.
+_QUINTIC, _NUM_ITERATION, _RMS = (3.4445, -4.7750, 2.0315), 5, 0.6
+
+
+def build_optimizer(model: PoseNet, cfg: Config) -> torch.optim.AdamW:
+    """The optimizer of a run; fused where the device has it."""
+    train = cfg.TRAIN
+    groups = model.parameter_groups(train.lr, train.backbone_lr, train.weight_decay)
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.lr, fused=True)
+    blocks = {id(p) for layers in model.transformer_blocks() for p in layers.parameters() if p.ndim == 2}
+    return MuonAdamW([part for group in groups for part in _split(group, blocks)], train.lr, _precision(cfg))
+
+
+def _precision(cfg: Config) -> torch.dtype:
+    """Of the orthogonalisation, which needs few digits: bfloat16 where the run has chosen it."""
+    return torch.bfloat16 if cfg.TRAIN.mixed_precision == "bf16" else torch.float32
+
+
+def _split(group: dict[str, Any], blocks: set[int]) -> list[dict[str, Any]]:
+    """The parameters of a group for Muon and for AdamW; a part that would be empty is not made."""
+    parts = [
+        {**group, "params": [p for p in group["params"] if (id(p) in blocks) == muon], "muon": muon}
+        for muon in (True, False)
+    ]
+    return [part for part in parts if part["params"]]
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, fused, whose groups with `muon` true take orthogonalised momentum steps instead (Muon).
+
+    Like the fused AdamW it does nothing where `found_inf`, a tensor that the caller sets, is not zero, without waiting
+    for the device.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, precision: torch.dtype = torch.float32) -> None:
+        super().__init__(groups, lr=lr, fused=True)
+        self.precision = precision
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Take one step from the gradients that are there."""
+        assert closure is None
+        taken = []
+        for group in self.param_groups:
+            if group["muon"]:
+                taken += [(group, p, p.grad) for p in group["params"] if p.grad is not None]
+        for _, parameter, _ in taken:
+            parameter.grad = None  # AdamW passes over what has none
+        super().step()
+        for group, parameter, gradient in taken:
+            parameter.grad = gradient
+            self._orthogonal_step(group, parameter, gradient)
+
+    def _orthogonal_step(self, group: dict[str, Any], parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        state = self.state[parameter]
+        if not state:  # AdamW asks for a `step` in every state that it loads
+            state.update(step=torch.zeros((), device=parameter.device), momentum=torch.zeros_like(parameter))
+        momentum, bad = state["momentum"], getattr(self, "found_inf", None)
+        moved = torch.lerp(gradient, momentum, MOMENTUM)
+        ahead = torch.lerp(gradient, moved, MOMENTUM)  # Nesterov's momentum
+        update = orthogonalised(ahead, self.precision).to(parameter.dtype)
+        update *= group["lr"] * _RMS * max(parameter.shape) ** 0.5
+        decay = group["lr"] * group["weight_decay"]
+        if bad is not None:
+            is_bad = bad > 0
+            moved, update = torch.where(is_bad, momentum, moved), torch.where(is_bad, 0.0, update)
+            decay = torch.where(is_bad, 0.0, decay)
+        momentum.copy_(moved)
+        parameter.mul_(1.0 - decay).sub_(update)
+
+
+def orthogonalised(matrix: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
+    """U V^T, nearly, of a matrix U S V^T [M, N], by five steps of Newton-Schulz; singular values within 0.7 and 1.2."""
+    a, b, c = _QUINTIC
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = (x / (x.norm() + 1e-7)).to(precision)
+    for _ in range(_NUM_ITERATION):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
