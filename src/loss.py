@@ -58,7 +58,7 @@ def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Te
     * loss_joint_rel: absolute difference of wrist-relative joints, mm, mean of the axes.
     * loss_joint_img: absolute difference of projected joints, px of the patch, mean of the axes.
     * loss_joint_seen: the same for the joints located in the patch before any 3D.
-    * loss_joint_heat: Kullback-Leibler divergence of the weights of a joint's votes from a Gaussian about its true place.
+    * loss_joint_heat: divergence of the weights of a joint's votes from a Gaussian about its true place.
 
     The gradient reaches the pose through loss_theta, loss_joint_rel and loss_joint_img.
     """
@@ -80,7 +80,7 @@ def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Te
 
 def _heat_error(heat: torch.Tensor, joint: torch.Tensor, img_size: int) -> torch.Tensor:
     """KL divergence [B, J] of log-probabilities over the tokens [B, G, G, J] from Gaussians of HEAT_SIGMA tokens about
-    the joints [B, J, 2] px: a heatmap's loss for what is read out by a soft-argmax (Nibali et al., arXiv 1801.07372)."""
+    the joints [B, J, 2] px: the regularisation of a soft-argmax after Nibali et al., arXiv 1801.07372."""
     grid = heat.shape[1]
     place = (joint + 0.5) * (grid / img_size) - 0.5  # in tokens
     offset = torch.arange(grid, device=joint.device) - place[..., None]  # [B, J, 2, G]

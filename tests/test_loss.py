@@ -30,7 +30,7 @@ def predict(batch: Batch, pose: torch.Tensor, shape: torch.Tensor, root: torch.T
 
 
 def gaussian_heat(joint: torch.Tensor, size: int) -> torch.Tensor:
-    """[B, G, G, 21] log of a Gaussian over all tokens about each joint [B, 21, 2] px, written without separating axes."""
+    """[B, G, G, 21] log of a Gaussian over all tokens about each joint [B, 21, 2] px, without separating the axes."""
     centre = (torch.arange(GRID) + 0.5) * size / GRID - 0.5
     place = torch.stack(torch.meshgrid(centre, centre, indexing="xy"), dim=-1)  # x, y of [row, column]
     square = (place[None, :, :, None] - joint[:, None, None]).square().sum(-1) / (size / GRID) ** 2
@@ -113,7 +113,7 @@ def test_no_valid_item_is_zero_and_finite() -> None:
 
 
 def test_heat_by_hand() -> None:
-    """Even weights over all tokens cost log N - H(target); joints outside of the patch have no token and do not count."""
+    """Even weights over all tokens cost log N - H(target); joints outside of the patch are not counted."""
     batch, truth = consistent_batch()
     middle = torch.full_like(batch.joint_patch, 24.0)
     middle[:, 3] = torch.tensor([-1.0, 24.0])

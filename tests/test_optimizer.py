@@ -51,7 +51,7 @@ def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
 
 
 def test_size_of_a_first_step() -> None:
-    """The update of a matrix is lr times 0.6 sqrt(longer side) times an orthogonal matrix; weight decay comes on top."""
+    """The update of a matrix is lr times 0.6 sqrt(longer side) times an orthogonal matrix."""
     weight = torch.nn.Parameter(torch.zeros(8, 32))
     optimizer = MuonAdamW([{"params": [weight], "lr": 0.01, "weight_decay": 0.0, "muon": True}], lr=0.01)
     weight.grad = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))

@@ -132,9 +132,8 @@ def test_bench_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
         "MODEL.handec={dim: 32, num_layer: 1, num_head: 2, dim_head: 16, dim_mlp: 64}",
         *(f"MODEL.backbone.{key}" for key in ("hidden_size=32", "num_layer=1", "num_head=2")),
     ]
-    args = parser.parse_args(
-        ["--quick", "--out", str(tmp_path), "--img-size", "56", "--batch", "4", "--backbone", "tiny", *small]
-    )
+    network = ["--backbone", "tiny", "--img-size", "56", *small]
+    args = parser.parse_args(["--quick", "--out", str(tmp_path), "--batch", "4", *network])
     args.compose, args.peer = lambda name, overrides: compose_config(name, *overrides), load_peer
     trained: list[str] = []
     train = accuracy_train.train_network

@@ -40,7 +40,7 @@ def _colour(rng: np.random.Generator) -> tuple[float, ...]:
 
 
 def background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A procedural picture [S, S, 3] uint8: a colour field, noise at several scales, patterns, clutter, people, blur."""
+    """A procedural image [S, S, 3] uint8: a colour field, noise at several scales, patterns, clutter, people, blur."""
     corners = np.array([[_colour(rng), _colour(rng)], [_colour(rng), _colour(rng)]], np.float32)
     corners += rng.uniform(0.3, 1.0) * (corners.mean((0, 1)) - corners)
     image = cv2.resize(corners, (size, size), interpolation=cv2.INTER_LINEAR).clip(0, 255).astype(np.uint8)

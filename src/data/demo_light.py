@@ -1,4 +1,4 @@
-"""The light of the demo's pictures: sky, a lamp with its shadows, a weaker second lamp, a little gloss.
+"""The light of the demo's images: sky, a lamp with its shadows, a weaker second lamp, a little gloss.
 
 Shape legend: N samples, V vertices, J = 21 joints.
 """
@@ -63,7 +63,7 @@ def closeness(vert: np.ndarray, normal: np.ndarray, joint: np.ndarray, own: np.n
 
 
 def cast_shadow(vert: np.ndarray, joint: np.ndarray, own: np.ndarray, light: Light) -> np.ndarray:
-    """How much of the lamp reaches each hand vertex [V] past the joints [J, 3] in its way, 0..1. Wrist at the origin."""
+    """Share of the lamp's light that reaches each hand vertex [V] past the joints [J, 3]. Wrist at the origin, mm."""
     toward = (joint @ light.lamp) - (vert @ light.lamp)[:, None]  # [V, J] mm along the ray to the lamp
     dist = (vert * vert).sum(-1)[:, None] + (joint * joint).sum(-1) - 2.0 * vert @ joint.T
     beside = dist - toward * toward  # squared distance of the joint from that ray

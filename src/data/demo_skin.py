@@ -1,4 +1,4 @@
-"""What the hands of the demo are coloured like: skin, creases, nails, rings, watches, sleeves. Light is demo_light.py's.
+"""Colours of the demo's hands: skin, creases, nails, rings, watches, sleeves. demo_light.py lights them.
 
 Shape legend: V hand vertices, A arm vertices, D = 5 digits.
 """
@@ -6,6 +6,7 @@ Shape legend: V hand vertices, A arm vertices, D = 5 digits.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def _palm_lines(vert: np.ndarray) -> np.ndarray:
     near = np.zeros(len(vert))
     flat = np.stack([-vert[:, 0], vert[:, 2]], axis=1)
     for line in np.array(PALM_LINES, float):
-        for begin, end in zip(line[:-1], line[1:]):
+        for begin, end in pairwise(line):
             way = end - begin
             share = np.clip((flat - begin) @ way / (way @ way), 0.0, 1.0)
             off = np.linalg.norm(flat - begin - share[:, None] * way, axis=1)
@@ -111,8 +112,7 @@ def _mottle(rng: np.random.Generator, frequency: float) -> np.ndarray:
 
 
 def paint_arm(rng: np.random.Generator, skin: np.ndarray, bare: bool) -> np.ndarray:
-    """Colours [A, 3] of the forearm: skin, then cloth unless `bare`, sometimes with a cuff, stripes or checks; sometimes
-    a watch or bracelet."""
+    """Colours [A, 3] of the forearm: skin, then cloth unless `bare`, often patterned; sometimes a watch."""
     colour = np.tile(skin, (ARM_RING * ARM_SIDE + 1, 1)).astype(np.float32)
     rings = colour[: ARM_RING * ARM_SIDE].reshape(ARM_RING, ARM_SIDE, 3)
     if not bare:

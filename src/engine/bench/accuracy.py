@@ -107,6 +107,7 @@ def is_main(settings: dict[str, Any]) -> bool:
     """Whether a cell belongs to the comparison that the defaults make."""
     return (
         settings["step"] == FULL["step"]
+        and "pretrain" not in settings  # cells of an earlier bench
         and not settings["name"].strip()
         and settings["lr"] == LEARNING_RATE[settings["method"]]
     )

@@ -13,7 +13,7 @@ from src.engine.bench.figure import Figure
 METHODS = ("ours", "hamer", "csvit")
 METRICS = ("mpjpe_rel", "mpjpe_pa", "mpjpe_cam")
 MOST_OF_BETTER_PEER = {"mpjpe_rel": 0.85, "mpjpe_pa": 0.85, "mpjpe_cam": 0.7}
-COLUMNS = ("step", "method", "variant", "lr", "backbone lr", "seeds", *METRICS, "seconds a cell")
+COLUMNS = ("pretrain", "step", "method", "variant", "lr", "backbone lr", "seeds", *METRICS, "seconds a cell")
 
 
 def read_cells(file: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def markdown_table(cells: Sequence[dict[str, Any]]) -> str:
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells:
         rows.setdefault(_row_of(cell["settings"]), []).append(cell)
-    order = sorted(rows, key=lambda row: (-row[0], METHODS.index(row[1]), *row[2:]))
+    order = sorted(rows, key=lambda row: (-row[0], -row[1], METHODS.index(row[2]), *row[3:]))
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in order:
         seeds = ", ".join(str(seed) for seed in sorted(cell["settings"]["seed"] for cell in rows[row]))
@@ -63,9 +63,9 @@ def markdown_table(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def _row_of(settings: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides a row: steps, method, variant, learning rates."""
-    lr = settings["lr"]
-    return settings["step"], settings["method"], settings["name"].strip(), lr, settings.get("backbone_lr", lr)
+    """What decides a row: pre-training and training steps, method, variant, learning rates."""
+    lr, pretrain = settings["lr"], settings.get("pretrain", 0)
+    return pretrain, settings["step"], settings["method"], settings["name"].strip(), lr, settings.get("backbone_lr", lr)
 
 
 def _mean_and_spread(value: Sequence[float]) -> str:
