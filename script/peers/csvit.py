@@ -35,7 +35,7 @@ NUM_RAY = 8  # a side
 MEAN, STD = (-0.27, 0.03, 10.43), (1.45, 1.27, 2.25)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CsVitPrediction(Prediction):
     """With what its losses compare: pose relative to the mean pose, wrist in finger lengths and its log-heatmaps."""
 

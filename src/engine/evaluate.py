@@ -58,7 +58,7 @@ def evaluate(
         with accelerator.autocast():
             prediction = net(batch)
         if draw and sheet is None and accelerator.is_main_process:
-            sheet = overlay_sheet(batch, prediction)
+            sheet = overlay_sheet(batch, prediction, net.hand.faces.cpu().numpy())
         gathered.update(batch.position.cpu().numpy(), batch.source, _sample_metrics(net, prediction, batch, mean_hand))
     net.train(was_training)
     everyone = MetricAccumulator()

@@ -140,7 +140,8 @@ class Run:
             prediction = self.net(batch)  # with sharded weights every process takes part
         self.net.train()
         if self.is_main:
-            self.tracker.image(self.state.step, "train", "overlay", overlay_sheet(batch, prediction))
+            sheet = overlay_sheet(batch, prediction, self.net.hand.faces.cpu().numpy())
+            self.tracker.image(self.state.step, "train", "overlay", sheet)
 
     def validate(self) -> bool:
         """Evaluate the fixed samples, log them, remember the validation; whether it is the best so far.

@@ -7,6 +7,7 @@ import numpy as np
 
 from src.batch import Batch, Prediction
 from src.hand.skeleton import BONES
+from src.utils.mesh_overlay import Mesh, draw_meshes
 
 # thumb, index, middle, ring, pinky: one hue a finger, the same in every picture of the project
 FINGER_RGB = ((235, 80, 70), (240, 180, 40), (80, 190, 90), (60, 150, 235), (180, 90, 220))
@@ -49,10 +50,13 @@ def tile(images: list[np.ndarray], num_column: int) -> np.ndarray:
     return sheet
 
 
-def overlay_sheet(batch: Batch, prediction: Prediction, num_sample: int = 8, side: int = 224) -> np.ndarray:
-    """Patch, target and prediction of the first samples of a batch, one column a sample. [3*side, n*side, 3] uint8.
+def overlay_sheet(
+    batch: Batch, prediction: Prediction, faces: np.ndarray, num_sample: int = 8, side: int = 224
+) -> np.ndarray:
+    """Patch, target, prediction and predicted mesh of a batch's first samples, one column each. [4*side, n*side, 3].
 
-    Padding rows stand at the end of a batch and are left out, unless there is nothing else.
+    faces [F, 3] are those of the hand model. Padding rows are at the end of a batch and are skipped, unless there is
+    nothing else.
     """
     num_sample = max(1, min(num_sample, int((batch.position >= 0).sum())))
     scale = side / batch.patch.shape[-1]
@@ -66,4 +70,7 @@ def overlay_sheet(batch: Batch, prediction: Prediction, num_sample: int = 8, sid
     target_valid = batch.joint_2d_valid[:num_sample].cpu().numpy()
     target = skeletons(batch.joint_patch[:num_sample].cpu().numpy(), target_valid)
     guess = skeletons(prediction.joint_patch[:num_sample].detach().cpu().numpy(), np.ones_like(target_valid))
-    return tile(patches + target + guess, num_sample)
+    camera = (batch.patch_focal * scale, (batch.patch_princpt + 0.5) * scale - 0.5)
+    views = zip(patches, *(v[:num_sample].detach().float().cpu().numpy() for v in (prediction.vert_cam, *camera)))
+    meshes = [draw_meshes(patch, [Mesh(vert, faces, True)], *view) for patch, vert, *view in views]
+    return tile(patches + target + guess + meshes, num_sample)
