@@ -52,6 +52,35 @@ def digest(root: Path) -> dict[str, str]:
     return {str(p.relative_to(root)): hashlib.sha1(p.read_bytes()).hexdigest() for p in sorted(root.glob("*/*"))}
 
 
+def test_a_subset_alone(root: Path, tmp_path: Path) -> None:
+    """An evaluation renders the validation images without the training set, which may follow later."""
+    demo.make_demo_shards(tmp_path, NUM, 3, SIZE, num_process=1, subsets=("val",))
+    assert sorted(p.parent.name for p in tmp_path.glob("*/*.tar")) == ["val"]
+    demo.make_demo_shards(tmp_path, NUM, 3, SIZE, num_process=1)
+    assert digest(tmp_path) == digest(root)
+    done: list[tuple[int, int]] = []
+    demo.make_demo_shards(tmp_path, NUM, 3, SIZE, progress=lambda *counts: done.append(counts))
+    assert not done, "complete"
+
+
+def test_views_are_those_of_photographs() -> None:
+    """Palms and backs alike, upright more often than not by chance, and none of the joints beyond its limits."""
+    rngs = [stream("views", 0, i) for i in range(2000)]
+    draw = draw_hands(rngs, SIZE, free_rotation=0.0)
+    palm = -draw.root_rot[:, 2, 1]  # towards the viewer: from -1, the palm, to 1, the back of the hand
+    assert 0.3 < (palm < -0.5).mean() < 0.5
+    assert 0.3 < (palm > 0.5).mean() < 0.5
+    fingers_up = draw.root_rot[:, 1, 0]  # the fingers point along -x of the hand, y is down
+    assert (fingers_up > 0.7).mean() > 0.4
+    assert (fingers_up < -0.7).mean() > 0.08
+    assert (np.abs(draw.root_rot[:, 2, 0]) > 0.6).mean() > 0.1, "some reach towards the camera or away from it"
+    closed = np.linalg.norm(draw.joint[:, 12] - draw.joint[:, 0], axis=1) / np.linalg.norm(
+        draw.joint[:, 9] - draw.joint[:, 0], axis=1
+    )  # middle fingertip and knuckle from the wrist
+    assert (closed < 1.2).mean() > 0.2, "fists"
+    assert (closed > 1.8).mean() > 0.3, "straight fingers"
+
+
 def test_bytes_depend_on_the_seed_alone(root: Path, tmp_path: Path) -> None:
     seen = []
     demo.make_demo_shards(tmp_path / "two", NUM, 3, SIZE, num_process=2, progress=lambda *done: seen.append(done))

@@ -23,7 +23,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +67,7 @@ def make_demo_shards(
     free_rotation: float = 0.0,
     num_process: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    subsets: Sequence[str] | None = None,
 ) -> None:
     """Render the demo data set below `root`; returns at once where it is already complete.
 
@@ -79,6 +80,7 @@ def make_demo_shards(
         num_process: worker processes; None takes one per usable core, 1 works in this process.
         progress: called with (samples done, samples in all) before the first and after each shard; not at all where
             the data set is complete.
+        subsets: render these of `num_sample` alone, e.g. ("val",) for an evaluation; None: all.
 
     Raises:
         ValueError: `root` already holds a demo made from other parameters, or a parameter is out of range.
@@ -93,22 +95,24 @@ def make_demo_shards(
         "num_sample": dict(num_sample),
     }
     _check(manifest)
-    if _read_manifest(root, manifest):
+    complete = _read_manifest(root, manifest)
+    missing = [name for name in (num_sample if subsets is None else subsets) if name not in complete]
+    if not missing:
         return
     if progress is not None:
-        progress(0, sum(num_sample.values()))
-    for subset in num_sample:
+        progress(0, sum(num_sample[name] for name in missing))
+    for subset in missing:
         (root / subset).mkdir(parents=True, exist_ok=True)
-    _write_manifest(root, {**manifest, "complete": False})
+    _write_manifest(root, {**manifest, "complete": complete})
     how = (seed, img_size, free_rotation)
-    shards = [shard for subset, num in num_sample.items() for shard in _plan(root, subset, num, *how)]
+    shards = [shard for subset in missing for shard in _plan(root, subset, num_sample[subset], *how)]
     total, done = sum(s.count for s in shards), sum(s.count for s in shards if s.path.exists())
     todo = [s for s in shards if not s.path.exists()]
     for count in _run(todo, num_process):
         done += count
         if progress is not None:
             progress(done, total)
-    _write_manifest(root, {**manifest, "complete": True})
+    _write_manifest(root, {**manifest, "complete": sorted([*complete, *missing])})
 
 
 def _check(manifest: dict[str, Any]) -> None:
@@ -121,11 +125,11 @@ def _check(manifest: dict[str, Any]) -> None:
         raise ValueError(f"img_size={manifest['img_size']}: must lie within {MIN_SIZE} and {MAX_SIZE}")
 
 
-def _read_manifest(root: Path, wanted: dict[str, Any]) -> bool:
-    """True where `root` holds the complete data set. Raises ValueError where it holds another one."""
+def _read_manifest(root: Path, wanted: dict[str, Any]) -> list[str]:
+    """The subsets that are complete below `root`. Raises ValueError where it holds another data set."""
     path = root / MANIFEST
     if not path.exists():
-        return False
+        return []
     try:
         found = json.loads(path.read_text())
         complete = found.pop("complete")
@@ -137,7 +141,7 @@ def _read_manifest(root: Path, wanted: dict[str, Any]) -> bool:
                 f"{root}: holds demo data made with {key}={found.get(key)}, now {key}={value} is asked for; "
                 f"delete the folder {root}, or set DATA.root to another one"
             )
-    return bool(complete)
+    return complete
 
 
 def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -59,8 +60,9 @@ def network_texts(cfg: Config, net: PoseNet) -> dict[str, str]:
     return {CONFIG: _config_yaml(cfg), BACKBONE: json.dumps(net.backbone.shape(), indent=1)}
 
 
-def make_demo_data(cfg: Config, progress: Progress) -> None:
-    """Render the demo's shards where the configuration asks for them and they are not there yet."""
+def make_demo_data(cfg: Config, progress: Progress, subsets: Sequence[str] | None = None) -> None:
+    """Render the demo's shards (of these subsets; None: all) where the configuration asks for them and they are not
+    there yet."""
     demo = cfg.DATA.demo
     if demo is None:
         return
@@ -84,6 +86,7 @@ def make_demo_data(cfg: Config, progress: Progress) -> None:
             img_size=demo.img_size,
             free_rotation=demo.free_rotation,
             progress=tell,
+            subsets=subsets,
         )
 
 

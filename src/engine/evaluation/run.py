@@ -55,7 +55,7 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
     accelerator = build_accelerator(cfg)
     net = PoseNet.from_checkpoint(checkpoint, hand_model=cfg.MODEL.hand_model, device=accelerator.device)
     assert net.saved is not None
-    parts.make_demo_data(cfg, progress)
+    parts.make_demo_data(cfg, progress, subsets=("val",))
     with task_bar(progress, "indexing shards") as advance:
         pin_memory = accelerator.device.type == "cuda"
         loader = build_val_loader(cfg, net.hand.name, half=options.half, progress=advance, pin_memory=pin_memory)
