@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test slow-test lint help
+.PHONY: demo test slow-test lint mini help
 .DEFAULT_GOAL := help
 
 help:       ## this list
@@ -21,6 +21,12 @@ slow-test: $(STAMP)  ## what is too slow for every day
 
 lint: $(STAMP)       ## ruff
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+mini: $(STAMP)       ## train model/mini and model/hand-mini anew: hours on two cores, minutes on a GPU; run it again to resume
+	$(PY) script/stage1.py --config-name=stage1-mini GENERAL.output_root=checkpoint/mini GENERAL.resume_path=auto $(ARGS)
+	RUN=$$(ls -d checkpoint/mini/20*/*_stage1-mini | tail -n 1) && \
+	$(PY) script/export.py $$RUN --to backbone --output model/mini --overwrite && \
+	$(PY) script/export.py $$RUN --to checkpoint --precision fp16 --output model/hand-mini --overwrite
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and f"Python 3.10 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; name one: make PYTHON=python3.12 ...")'
