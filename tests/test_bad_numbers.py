@@ -91,7 +91,7 @@ def test_a_gradient_that_is_not_finite_is_enough() -> None:
     trainer = make_trainer()
     trainer.train_step(0, good(0))
     before = everything(trainer)
-    trainer.net.keypoint_head.register_forward_hook(lambda m, i, out: out + 0 * (out - out.detach()).abs().sqrt())
+    trainer.net.shape_head.register_forward_hook(lambda m, i, out: out + 0 * (out - out.detach()).abs().sqrt())
     result = trainer.train_step(1, good(1))
     assert torch.isfinite(result.total)
     assert not torch.isfinite(result.grad_norm)
