@@ -35,8 +35,8 @@ class Gesture(NamedTuple):
 
 OPEN, CURL = 0.04, 0.96
 GESTURES = {
-    "open": Gesture(1.4, (0.03,) * 4, (0.04,) * 4, (0.0, 0.05), 1.0),
-    "flat": Gesture(1.1, (0.05,) * 4, (0.06,) * 4, (0.2, 0.1), -0.1),
+    "open": Gesture(2.4, (0.03,) * 4, (0.04,) * 4, (0.0, 0.05), 1.0),
+    "flat": Gesture(1.8, (0.05,) * 4, (0.06,) * 4, (0.2, 0.1), -0.1),
     "relaxed": Gesture(1.4, (0.25, 0.28, 0.32, 0.36), (0.25, 0.30, 0.33, 0.33), (0.3, 0.25), 0.3),
     "half closed": Gesture(0.8, (0.42, 0.45, 0.48, 0.5), (0.55, 0.6, 0.6, 0.55), (0.5, 0.3), 0.2),
     "claw": Gesture(0.8, (0.05, 0.05, 0.08, 0.1), (0.75, 0.8, 0.8, 0.75), (0.25, 0.35), 0.4),
@@ -69,6 +69,7 @@ SPREAD_DEG = (0.0, 11.0, 2.0, -7.0, -17.0)
 # Hand axes -> camera: fingers up, back of the hand towards the viewer.
 UPRIGHT = np.array([[0.0, 0.0, -1.0], [1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 DEPTH_MM = (250.0, 900.0)
+SHAPE_STD = 1.6  # wider than people are: annotations place wrist and knuckles each in its own way
 CUT = 0.1  # share of hands that may be cut by the edge of the image
 
 
@@ -127,12 +128,12 @@ def random_angles(uniform: np.ndarray, normal: np.ndarray) -> np.ndarray:
     bend = np.clip(bend + 0.07 * normal[:, :4], -0.15, 1.05)
     curl = np.clip(curl + 0.07 * normal[:, 4:8], 0.0, 1.05)
     thumb = thumb + 0.12 * normal[:, 8:10]
-    jitter = normal[:, 15:60].reshape(num, 15, 3) * (4.0, 2.5, 2.0)
+    jitter = normal[:, 15:60].reshape(num, 15, 3) * (5.0, 4.0, 2.0)
     deg = np.zeros((num, 15, 3))
     root, middle, last = (k - 1 for k in chain(0))
     opposed, low = thumb[:, :1], np.array(THUMB_OPEN_DEG[0], float)
     deg[:, root] = low + opposed * (np.array(THUMB_OPPOSED_DEG) - low)
-    deg[:, root, 1] += 7.0 * normal[:, 10]
+    deg[:, root, 1] += 3.0 + 11.0 * normal[:, 10]
     deg[:, middle, 0], deg[:, last, 0] = (thumb[:, 1] * most for most in THUMB_BENT_DEG)
     deg[:, last, 0] += 9.0 * normal[:, 11]  # some bend only its last joint, some lean it back
     for d in range(1, 5):
@@ -157,8 +158,13 @@ def _fingers(uniform: np.ndarray) -> tuple[np.ndarray, ...]:
         return np.where(is_free, free, begin + way * (end - begin))
 
     thumb = uniform[:, 12:14] * (1.05, 0.9) - (0.05, 0.0)
-    spread = blended("spread", 1.4 * uniform[:, 14:15] - 0.2)[:, 0] + 0.5 * (uniform[:, 15] - 0.5)
-    return blended("bend", uniform[:, 4:8]), blended("curl", uniform[:, 8:12]), blended("thumb", thumb), spread
+    spread = blended("spread", 1.8 * uniform[:, 14:15] - 0.3)[:, 0] + 1.2 * (uniform[:, 15] - 0.35)
+    return (
+        blended("bend", uniform[:, 4:8] ** 1.7),
+        blended("curl", uniform[:, 8:12] ** 1.7),
+        blended("thumb", thumb),
+        spread,
+    )
 
 
 def _fk(rotmat: np.ndarray, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -182,7 +188,7 @@ def draw_hands(rngs: list[np.random.Generator], img_size: int, free_rotation: fl
     root = random_orientation(uniform[:, :5], normal[:, :7], free_rotation)
     fingers = angles_to_rotmat(random_angles(uniform[:, 5:21], normal[:, 7:67]))
     rotmat = np.concatenate([root[:, None], fingers], axis=1)
-    shape = np.clip(normal[:, 67:77], -2.5, 2.5).astype(np.float32)
+    shape = np.clip(SHAPE_STD * normal[:, 67:77], -3.5, 3.5).astype(np.float32)
     pose, vert, joint = _fk(rotmat, shape)
 
     fov = np.radians(25.0 * (90.0 / 25.0) ** (uniform[:, 21] ** 1.4))
