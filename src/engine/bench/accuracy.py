@@ -31,7 +31,7 @@ from src.model.net import PoseNet
 
 # Peak learning rates; what others give is in docs/ABLATIONS.md.
 LEARNING_RATE = {"ours": 5e-4, "hamer": 5e-4, "csvit": 5e-4}
-FULL = {"step": 2100, "train": 24000, "val": 1500, "seeds": [0, 1, 2]}  # three times the demo's steps
+FULL = {"step": 2400, "train": 24000, "val": 1500, "seeds": [0, 1, 2]}  # three times the demo's steps
 QUICK = {"step": 40, "train": 500, "val": 100, "seeds": [0]}
 
 
