@@ -76,7 +76,7 @@ def make_demo_shards(
         num_sample: subset name -> number of samples, e.g. {"train": 12000, "val": 512}.
         seed: any integer >= 0; subsets of one seed share no sample.
         img_size: side of the pictures, px.
-        free_rotation: share of hands turned anywhere on SO(3); the others show rather their back.
+        free_rotation: share of hands turned anywhere on SO(3); the others are seen as hands are photographed.
         num_process: worker processes; None takes one per usable core, 1 works in this process.
         progress: called with (samples done, samples in all) before the first and after each shard; not at all where
             the data set is complete.
