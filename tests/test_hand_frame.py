@@ -78,7 +78,8 @@ def test_the_root_is_predicted_against_it() -> None:
     """The same queries in a turned frame give a hand that is turned and otherwise the same."""
     torch.manual_seed(0)
     net, batch = PoseNet(small_config().MODEL, build_standin_hand()).eval(), random_batch(3, IMG_SIZE)
-    args = (torch.randn(3, 18, net.decoder.query.shape[1]), torch.rand(3, 21, 2) * IMG_SIZE)
+    heat = torch.zeros(3, net.backbone.grid_size**2, 21)
+    args = (torch.randn(3, 18, net.decoder.query.shape[1]), torch.rand(3, 21, 2) * IMG_SIZE, heat)
     turn = axis_angle_to_matrix(torch.tensor([0.3, -0.2, math.pi / 2]))
     straight, turned = (
         net._predict(*args, HandFrame(rot.expand(3, 3, 3), torch.ones(3, 1)), batch.patch_focal, batch.patch_princpt)

@@ -132,7 +132,7 @@ def test_hugging_face_folder(tmp_path: Path, batch: Batch) -> None:
 
 
 def test_wrong_patch_size_is_named() -> None:
-    cfg = compose_config("stage1-demo", "MODEL.img_size=85")
+    cfg = compose_config("stage1-demo", "backbone=tiny", "MODEL.img_size=85")
     with pytest.raises(ValueError, match=r"MODEL\.img_size=85.*14"):
         PoseNet(cfg.MODEL, build_standin_hand())
 
