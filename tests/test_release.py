@@ -252,3 +252,20 @@ def test_git_takes_it() -> None:
         assert not [name for name in FILES if is_ignored(f"model/{folder}/{name}")]
     assert is_ignored("model/mano/MANO_RIGHT.pkl")
     assert is_ignored("model/facebook/dinov2-large/model.safetensors")
+
+
+def test_the_backbone_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Hugging Face folder that a new run starts from, with the trained weights in it; an existing one is kept."""
+    output = place / "model/own-backbone"
+    command = [str(place / "run"), "--to", "backbone", "--output", str(output)]
+    assert script.main(command) == script.DONE
+    assert {"config.json", "model.safetensors"} <= {file.name for file in output.iterdir()}
+    cfg = small_config("MODEL.backbone.random_init=false", f"MODEL.backbone.backbone_str={output}")
+    trained = PoseNet.from_checkpoint(place / "run")
+    image = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    fresh = PoseNet(cfg.MODEL, build_standin_hand())
+    assert torch.allclose(fresh.backbone(image), trained.backbone(image), atol=1e-5)
+    assert script.main(command) == script.WRONG_ARGUMENTS
+    assert "exists; choose --overwrite" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script.parse_arguments([str(place / "run"), "--to", "backbone", "onnx"])
