@@ -3,7 +3,7 @@
 python script/evaluate.py checkpoint/2026-01-31/12-00-00_stage1-dino_large
 python script/evaluate.py model/hand-mini
 python script/evaluate.py RUN/checkpoints/best data=labs DATA.root=/data/shards DATA.val.max_sample=null
-python script/evaluate.py RUN DATA.root=data 'DATA.val.source=[realhands/*]' GENERAL.num_worker=2
+python script/evaluate.py RUN DATA.root=data 'DATA.val.source=[realhands/all/*]' GENERAL.num_worker=2
 python script/evaluate.py RUN DATA.root=/data 'DATA.val.source=[FreiHAND/evaluation/*]' --submission freihand
 
 The configuration is the checkpoint's own; KEY=VALUE changes it as for script/stage1.py.

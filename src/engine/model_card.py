@@ -47,7 +47,7 @@ TODO: results on data that the network was not trained on, with the command that
 
 ```bash
 python script/predict.py {folder} photo.jpg --handedness right
-python script/evaluate.py {folder} DATA.root=data 'DATA.val.source=[realhands/*]'
+python script/evaluate.py {folder}   # its own validation hands, rendered on first use
 python script/export.py {folder} --to onnx
 python script/stage1.py --config-name={config} MODEL.init_from={folder}   # a new run from these weights
 ```
