@@ -82,9 +82,19 @@ def release(
 def release_backbone(net: PoseNet, folder: Path) -> None:
     """Write the backbone to `folder` as transformers does (config.json, model.safetensors) and read it back.
 
-    Raises ExportError where what was read computes other tokens.
+    Raises ExportError where what was read computes other tokens; `folder` is then as it was before.
     """
-    net.backbone.model.save_pretrained(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
+        net.backbone.model.save_pretrained(place)
+        _check_backbone(net, Path(place))
+        folder.mkdir(exist_ok=True)
+        for file in Path(place).iterdir():  # large weights come in several
+            os.replace(file, folder / file.name)
+
+
+def _check_backbone(net: PoseNet, folder: Path) -> None:
+    """Raises ExportError where the backbone in `folder` computes other tokens than that of `net`."""
     patch, *_ = example_inputs(net, 2)
     image = patch.float() / 255.0
     own = replace(net.saved.model.backbone, backbone_str=str(folder), random_init=False)
@@ -92,7 +102,7 @@ def release_backbone(net: PoseNet, folder: Path) -> None:
         tokens = Backbone(own, net.img_size).eval().to(image.device)(image)
         largest = (tokens - net.backbone(image)).abs().max().item()
     if not largest < 1e-3:
-        raise ExportError(f"the backbone in {folder} computes tokens that differ by {largest:.3g}")
+        raise ExportError(f"the saved backbone computes tokens that differ by {largest:.3g}; it was not kept")
 
 
 def _write_network(net: PoseNet, folder: Path, precision: str) -> None:
