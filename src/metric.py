@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.batch import Batch, Prediction
+from src.hand.skeleton import MIDDLE_KNUCKLE, WRIST
 
 PCK_THRESHOLDS_MM = np.linspace(0.0, 50.0, 100)  # FreiHAND's evaluation: 0-50 mm, 100 thresholds
 PCK_2D_THRESHOLDS = np.linspace(0.0, 0.2, 100)  # of the longer side of the hand's 2D box
-WRIST, MIDDLE_KNUCKLE = 0, 9
 _MIN_ALIGN_POINT = 3  # fewer points do not fix a similarity transform
 
 

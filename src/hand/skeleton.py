@@ -29,6 +29,7 @@ JOINT_NAMES = ("wrist", *(f"{f}{i}" for f in FINGER_NAMES for i in (1, 2, 3, 4))
 WRIST = 0
 # Index of each finger's four joints in OpenPose order, palm to tip.
 FINGER_JOINTS = {f: tuple(range(1 + 4 * i, 5 + 4 * i)) for i, f in enumerate(FINGER_NAMES)}
+MIDDLE_KNUCKLE = FINGER_JOINTS["middle"][0]
 TIP_JOINTS = tuple(joints[-1] for joints in FINGER_JOINTS.values())
 JOINT_PARENTS = tuple(-1 if j == 0 else (0 if j % 4 == 1 else j - 1) for j in range(21))
 # (parent, child) pairs for drawing and bone lengths.

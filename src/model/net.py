@@ -17,7 +17,7 @@ from src.config import ModelConfig
 from src.geometry.camera import project
 from src.geometry.rotation import matrix_to_axis_angle
 from src.hand.mano import ManoLayer
-from src.hand.skeleton import MANO_TO_OPENPOSE, NUM_MANO_JOINT, WRIST, HandArrays
+from src.hand.skeleton import MANO_TO_OPENPOSE, MIDDLE_KNUCKLE, NUM_MANO_JOINT, WRIST, HandArrays
 from src.model.backbone import Backbone
 from src.model.decoder import HandDecoder
 from src.model.grid import CAMERA_FEATURES, camera_features, log_zoom, token_centres
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 EVIDENCE_GAIN = 4.0  # brings the spread of a hand's joints, in sides of the patch, to about one
 NUM_EVIDENCE = 2 * NUM_JOINT + 6
 # The joints at both ends of the bone that each MANO joint turns; wrist and middle knuckle for wrist, shape and root.
-MIDDLE_KNUCKLE = 9
 _OPENPOSE_OF_MANO = [MANO_TO_OPENPOSE.index(joint) for joint in range(NUM_MANO_JOINT)]
 _BONE_ENDS = [(joint, joint + 1) for joint in _OPENPOSE_OF_MANO[1:]]
 QUERY_JOINT = ((WRIST, MIDDLE_KNUCKLE), *_BONE_ENDS, (WRIST, MIDDLE_KNUCKLE), (WRIST, MIDDLE_KNUCKLE))

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.batch import Batch, Prediction
+from src.hand.skeleton import MIDDLE_KNUCKLE, WRIST
 from src.metric import (
-    MIDDLE_KNUCKLE,
     PCK_2D_THRESHOLDS,
-    WRIST,
     SampleMetric,
     align_procrustes,
     align_scale_translation,
