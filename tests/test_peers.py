@@ -168,3 +168,14 @@ def test_documented_table_is_what_the_stored_cells_say(capsys: pytest.CaptureFix
 def test_report_of_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no file"):
         accuracy.reported(tmp_path / "accuracy.json")
+
+
+def test_a_cell_belongs_to_its_weights(tmp_path: Path) -> None:
+    """New weights under the same name are another experiment: an earlier cell is not taken for theirs."""
+    cfg = compose_config("stage1-demo", f"MODEL.backbone.backbone_str={tmp_path}")
+    digests = []
+    for content in (b"one", b"two"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        digests.append(accuracy.digest_of(accuracy.cell_settings(cfg, "ours", 0, 5e-4)))
+    assert digests[0] != digests[1]
+    assert accuracy.weights_digest(small_config().MODEL.backbone) is None

@@ -13,13 +13,15 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from src.batch import Batch
-from src.config import Config
+from src.config import BackboneConfig, Config
+from src.data.demo import VERSION
 from src.engine.bench.accuracy_data import constant_answers, digest_of, load_sets
 from src.engine.bench.accuracy_report import METHODS, markdown_table, read_cells, report
 from src.engine.bench.accuracy_train import make_cell
@@ -145,10 +147,19 @@ def cell_settings(cfg: Config, method: str, seed: int, lr: float) -> dict[str, A
         "max_grad": train.max_grad,
         "expansion_ratio": train.expansion_ratio,
         "demo": asdict(cfg.DATA.demo),
+        "renderer": VERSION,
         "backbone": model["backbone"],
+        "weights": weights_digest(cfg.MODEL.backbone),
         "img_size": model["img_size"],
         "dim": model["handec"]["dim"],
     }
     if method == "ours":
         settings |= {"model": model, "loss": asdict(cfg.LOSS)}
     return settings
+
+
+def weights_digest(backbone: BackboneConfig) -> str | None:
+    """Changes with the pre-trained weights that all networks start from; None for random ones."""
+    if backbone.random_init:
+        return None
+    return blake2b((Path(backbone.backbone_str) / "model.safetensors").read_bytes(), digest_size=8).hexdigest()

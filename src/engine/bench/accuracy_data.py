@@ -13,7 +13,7 @@ import torch
 
 from src.batch import Batch
 from src.config import Config
-from src.data.demo import make_demo_shards
+from src.data.demo import VERSION, make_demo_shards
 from src.data.loader import build_train_loader, build_val_loader
 from src.data.mean_hand import HandLabels, mean_of
 from src.engine.evaluate import constant_metrics
@@ -30,7 +30,8 @@ def load_sets(cfg: Config, out: Path, say: Callable[[str], None]) -> tuple[Batch
     say("rendering hands")
     make_demo_shards(root, number, demo.seed, demo.img_size, demo.free_rotation)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    what = {"img_size": cfg.MODEL.img_size, "expansion_ratio": cfg.TRAIN.expansion_ratio, "demo": asdict(demo)}
+    what = {"img_size": cfg.MODEL.img_size, "expansion_ratio": cfg.TRAIN.expansion_ratio}
+    what |= {"demo": asdict(demo), "renderer": VERSION}
     file = out / f"patches-{digest_of(what)}.pt"
     if not file.is_file():
         say("cropping patches")
