@@ -39,7 +39,7 @@ from src.data.demo_scene import paint
 from src.data.rng import stream
 from src.hand.standin import build_standin_hand
 
-VERSION = 3  # raise it whenever a sample of the same seed would come out different
+VERSION = 4  # raise it whenever a sample of the same seed would come out different
 SAMPLE_PER_SHARD = 500
 CHUNK = 50  # samples drawn together
 MANIFEST = "demo.json"
@@ -231,20 +231,16 @@ def make_sample(key: str, draw: HandDraw, i: int, image: np.ndarray, rng: np.ran
     joint, focal, princpt = draw.joint[i].astype(np.float32), draw.focal[i], draw.princpt[i].copy()
     pose = draw.pose[i].copy().reshape(16, 3)
     joint_img = joint[:, :2] / joint[:, 2:] * focal + princpt
-    point = np.concatenate([joint_img, draw.vert[i, :, :2] / draw.vert[i, :, 2:] * focal + princpt])
-    size = image.shape[0]
     if not is_right:
         image = cv2.flip(image, 1)
         joint[:, 0] *= -1
         pose[:, 1:] *= -1
-        for pixel in (joint_img, point):
-            pixel[:, 0] = size - 1 - pixel[:, 0]
-        princpt[0] = size - 1 - princpt[0]
-    bbox = np.clip(np.concatenate([point.min(0), point.max(0)]), 0, size - 1)
+        joint_img[:, 0] = image.shape[1] - 1 - joint_img[:, 0]
+        princpt[0] = image.shape[1] - 1 - princpt[0]
     quality = int(rng.integers(40, 96))
     _, jpg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     arrays = {
-        "hand_bbox": bbox,
+        "hand_bbox": np.concatenate([joint_img.min(0), joint_img.max(0)]),
         "joint_img": joint_img,
         "joint_cam": joint,
         "joint_2d_valid": np.ones(len(joint)),

@@ -61,34 +61,45 @@ class MuonAdamW(torch.optim.AdamW):
         for _, parameter, _ in taken:
             parameter.grad = None  # AdamW passes over what has none
         super().step()
+        alike: dict[tuple[int, torch.Size], list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]] = {}
         for group, parameter, gradient in taken:
             parameter.grad = gradient
-            self._orthogonal_step(group, parameter, gradient)
+            alike.setdefault((id(group), parameter.shape), []).append((group, parameter, gradient))
+        for rows in alike.values():
+            self._orthogonal_step(rows[0][0], [row[1] for row in rows], [row[2] for row in rows])
 
-    def _orthogonal_step(self, group: dict[str, Any], parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        state = self.state[parameter]
-        if not state:  # AdamW asks for a `step` in every state that it loads
-            state.update(step=torch.zeros((), device=parameter.device), momentum=torch.zeros_like(parameter))
-        momentum, bad = state["momentum"], getattr(self, "found_inf", None)
+    def _orthogonal_step(
+        self, group: dict[str, Any], parameters: list[torch.Tensor], gradients: list[torch.Tensor]
+    ) -> None:
+        """One step of matrices of one shape [M, N], together: small matrices keep no processor busy one by one."""
+        for parameter in parameters:
+            if not self.state[parameter]:  # AdamW asks for a `step` in every state that it loads
+                step = torch.zeros((), device=parameter.device)
+                self.state[parameter].update(step=step, momentum=torch.zeros_like(parameter))
+        momenta, bad = [self.state[p]["momentum"] for p in parameters], getattr(self, "found_inf", None)
+        gradient, momentum = torch.stack(gradients), torch.stack(momenta)
         moved = torch.lerp(gradient, momentum, MOMENTUM)
         ahead = torch.lerp(gradient, moved, MOMENTUM)  # Nesterov's momentum
-        update = orthogonalised(ahead, self.precision).to(parameter.dtype)
-        update *= group["lr"] * _RMS * max(parameter.shape) ** 0.5
+        update = orthogonalised(ahead, self.precision).to(gradient.dtype)
+        update *= group["lr"] * _RMS * max(update.shape[1:]) ** 0.5
         decay = group["lr"] * group["weight_decay"]
         if bad is not None:
             is_bad = bad > 0
             moved, update = torch.where(is_bad, momentum, moved), torch.where(is_bad, 0.0, update)
             decay = torch.where(is_bad, 0.0, decay)
-        momentum.copy_(moved)
-        parameter.mul_(1.0 - decay).sub_(update)
+        for parameter, kept, new_momentum, step in zip(parameters, momenta, moved, update, strict=True):
+            kept.copy_(new_momentum)
+            parameter.mul_(1.0 - decay).sub_(step)
 
 
 def orthogonalised(matrix: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
-    """U V^T, nearly, of a matrix U S V^T [M, N], by five steps of Newton-Schulz; singular values within 0.7 and 1.2."""
+    """U V^T, nearly, of matrices U S V^T [..., M, N], by five steps of Newton-Schulz; singular values within 0.7 and
+    1.2."""
     a, b, c = _QUINTIC
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = (x / (x.norm() + 1e-7)).to(precision)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(precision)
     for _ in range(_NUM_ITERATION):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x

@@ -17,6 +17,7 @@ from transformers import Dinov2Config, Dinov2Model
 from transformers.utils import logging
 
 from src.config import BackboneConfig
+from src.model.attention import ATTENTION
 from src.model.grid import sincos_position
 
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
@@ -68,7 +69,7 @@ def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
             raise ValueError(f"MODEL.backbone.backbone_str={cfg.backbone_str}: there is no config.json in this folder")
         logging.disable_progress_bar()  # a bar over a second's work, on every process
         return Dinov2Model.from_pretrained(
-            folder, local_files_only=True, attn_implementation="sdpa", dtype=torch.float32, **_NO_DROPOUT
+            folder, local_files_only=True, attn_implementation=ATTENTION, dtype=torch.float32, **_NO_DROPOUT
         )
     shape = Dinov2Config(
         hidden_size=cfg.hidden_size,
@@ -79,7 +80,7 @@ def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
         image_size=img_size,
         **_NO_DROPOUT,
     )
-    shape._attn_implementation = "sdpa"
+    shape._attn_implementation = ATTENTION
     model = Dinov2Model(shape)
     _init_for_width(model, img_size // cfg.patch_size)
     return model
@@ -89,7 +90,7 @@ def _build_empty(shape: Mapping[str, Any], img_size: int) -> Dinov2Model:
     """A DINOv2 whose weights hold whatever was in memory."""
     known = {name: shape[name] for name in _SHAPE_KEYS if name in shape}
     config = Dinov2Config(**known, image_size=img_size, **_NO_DROPOUT)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = ATTENTION
     with torch.device("meta"):
         model = Dinov2Model(config)
     return model.to_empty(device="cpu")

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from src.config import HandDecoderConfig
+from src.model.attention import attend
 from src.model.dropout import Dropout
 
 EVIDENCE_WIDTH = 256  # of the layer between the evidence and what each query takes from it
 
 
 class Attention(nn.Module):
-    """Multi-head attention through `scaled_dot_product_attention`.
+    """Multi-head attention.
 
     Both dropouts are modules, the one on the attention weights too, so that whoever walks the network's modules to set
     a rate meets every place that drops.
@@ -38,16 +38,9 @@ class Attention(nn.Module):
         """query [B, Q, D] attends to context [B, N, D] -> [B, Q, D]."""
         q = self._split_heads(self.to_query(query))
         k, v = (self._split_heads(t) for t in self.to_key_value(context).chunk(2, dim=-1))
-        out = (
-            self._attend_dropping(q, k, v) if self.weight_dropout.is_active else F.scaled_dot_product_attention(q, k, v)
-        )
+        drop = self.weight_dropout if self.weight_dropout.is_active else None
+        out = attend(q, k, v, drop)
         return self.out_dropout(self.to_out(out.transpose(1, 2).flatten(2)))  # out: [B, H, Q, E]
-
-    def _attend_dropping(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention with dropped weights. The fused kernels take the rate as a number, which a compiled graph would
-        keep; the weights are few, as the queries are."""
-        weight = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
-        return self.weight_dropout(weight.to(v.dtype)) @ v
 
     def _split_heads(self, token: torch.Tensor) -> torch.Tensor:
         return token.unflatten(-1, (self.num_head, -1)).transpose(1, 2)
