@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Dinov2Config, Dinov2Model
 
 from src.batch import Batch
 from src.geometry.camera import project
 from src.hand.standin import build_standin_hand
 from src.loss import loss_sums
+from src.model.attention import attend
 from src.model.grid import camera_features, sincos_position, token_centres
 from src.model.net import PoseNet
 from tests.helpers import compose_config, random_batch, small_config
@@ -29,6 +31,17 @@ def net() -> PoseNet:
 @pytest.fixture(scope="module")
 def batch() -> Batch:
     return random_batch(3, 56)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_the_fused_kernels(dtype: torch.dtype) -> None:
+    """What is written out for bfloat16 on a CPU, and for dropped weights, equals PyTorch's own."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, num, 8, generator=random).to(dtype) for num in (5, 7, 7))
+    wanted, atol = F.scaled_dot_product_attention(q, k, v), 1e-6 if dtype == torch.float32 else 0.03
+    assert torch.allclose(attend(q, k, v), wanted, atol=atol)
+    assert torch.allclose(attend(q, k, v, drop=torch.nn.Identity()), wanted, atol=atol)
+    assert torch.equal(attend(q, k, v, drop=torch.zeros_like), torch.zeros_like(wanted))
 
 
 def test_shapes_and_consistency(net: PoseNet, batch: Batch) -> None:

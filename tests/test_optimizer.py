@@ -51,12 +51,15 @@ def test_muon_takes_the_matrices_of_the_blocks_alone() -> None:
 
 
 def test_size_of_a_first_step() -> None:
-    """The update of a matrix is lr times 0.6 sqrt(longer side) times an orthogonal matrix."""
-    weight = torch.nn.Parameter(torch.zeros(8, 32))
-    optimizer = MuonAdamW([{"params": [weight], "lr": 0.01, "weight_decay": 0.0, "muon": True}], lr=0.01)
-    weight.grad = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    """The update of each matrix is lr times 0.6 sqrt(longer side) times an orthogonal matrix of its own, though
+    matrices of one shape are stepped together."""
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 32), (32, 8), (8, 32))]
+    optimizer = MuonAdamW([{"params": weights, "lr": 0.01, "weight_decay": 0.0, "muon": True}], lr=0.01)
+    for seed, weight in enumerate(weights):
+        weight.grad = 10**seed * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
     optimizer.step()
-    assert torch.allclose(weight, -0.01 * 0.6 * 32**0.5 * orthogonalised(weight.grad), atol=1e-7)
+    for weight in weights:
+        assert torch.allclose(weight, -0.01 * 0.6 * 32**0.5 * orthogonalised(weight.grad), atol=1e-6)
 
 
 def test_resumes_exactly() -> None:

@@ -41,6 +41,16 @@ def test_prediction_is_whole_and_before_the_camera(net: torch.nn.Module, batch: 
     assert torch.allclose(project(out.joint_cam, batch.patch_focal, batch.patch_princpt), out.joint_patch, atol=1e-3)
 
 
+def test_reads_out_in_float32_whatever_the_precision(net: torch.nn.Module, batch: Batch) -> None:
+    with torch.no_grad():
+        token = net.eval().decode(batch)
+        wanted = net.read_out(token, batch).joint_cam
+        net.decode = lambda batch: token
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = net(batch).joint_cam
+    assert torch.equal(found, wanted)
+
+
 def test_nothing_of_the_target_reaches_a_prediction(net: torch.nn.Module, batch: Batch) -> None:
     other = replace(random_batch(3, 56, seed=1), **{name: getattr(batch, name) for name in READ_FIELDS})
     first, second = net.eval()(batch), net(other)
@@ -163,6 +173,18 @@ def test_documented_table_is_what_the_stored_cells_say(capsys: pytest.CaptureFix
     figures = {f.name: f for f in accuracy.reported(root / "docs/figures/data/accuracy.json")}
     assert capsys.readouterr().out.strip() in (root / "docs/ABLATIONS.md").read_text(encoding="utf-8")
     assert all("over 3 seeds" in f.note for f in figures.values() if f.unit == "mm"), "the main row, nothing else"
+
+
+@pytest.mark.parametrize("method", ["hamer", "csvit"])
+def test_weights_of_a_peers_losses(method: str) -> None:
+    published = load_peer(method).LOSS_WEIGHT
+    assert set(accuracy.peer_weights(published, method, [])) == set(published)
+    term = next(iter(published))
+    assert accuracy.peer_weights(published, method, [f"{term}=7"])[term] == 7.0
+    with pytest.raises(SystemExit, match="no term nonsense; it has"):
+        accuracy.peer_weights(published, method, ["nonsense=1"])
+    with pytest.raises(SystemExit, match="could not convert"):
+        accuracy.peer_weights(published, method, [f"{term}=much"])
 
 
 def test_report_of_a_file_that_is_not_there(tmp_path: Path) -> None:

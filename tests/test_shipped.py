@@ -49,8 +49,8 @@ def test_hand_mini_sees_rendered_hands() -> None:
     draw = draw_hands(rngs, 160, free_rotation=0.0)
     images = paint(draw, rngs, 160)
     net = PoseNet.from_checkpoint(HAND_MINI)
-    vert_px = draw.vert[..., :2] / draw.vert[..., 2:] * draw.focal[:, None] + draw.princpt[:, None]
-    boxes = np.concatenate([vert_px.min(1), vert_px.max(1)], axis=1).clip(0, 159)
+    pixel = draw.joint[..., :2] / draw.joint[..., 2:] * draw.focal[:, None] + draw.princpt[:, None]
+    boxes = np.concatenate([pixel.min(1), pixel.max(1)], axis=1)
     hands = net.predict(images, list(boxes), draw.focal, draw.princpt)
     target = draw.joint - draw.joint[:, :1]
     found = hands.joint_cam.astype(np.float64) - hands.joint_cam[:, :1]

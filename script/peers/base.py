@@ -6,7 +6,7 @@ Shapes: B batch, S patch side, N image tokens, C backbone width, D decoder width
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,8 +25,11 @@ from src.model.net import PoseNet
 class PeerNet(nn.Module):
     """A network with another project's decoder and losses.
 
-    A subclass gives `forward(batch) -> Prediction` and `training_loss(batch) -> scalar tensor`.
+    A subclass gives `LOSS_WEIGHT`, `decode(batch) -> [B, D]`, `read_out(token, batch) -> Prediction`, in float32 whatever
+    the precision of the network, and `training_loss(batch) -> scalar tensor`, which weights its terms by `loss_weight`.
     """
+
+    LOSS_WEIGHT: ClassVar[Mapping[str, float]]  # as published
 
     def __init__(self, cfg: ModelConfig, hand: HandArrays, backbone_shape: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -36,9 +39,15 @@ class PeerNet(nn.Module):
         self.register_buffer("img_mean", torch.tensor(cfg.img_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("img_std", torch.tensor(cfg.img_std).view(1, 3, 1, 1), persistent=False)
         self.dropout_rate = -1.0
+        self.loss_weight = dict(self.LOSS_WEIGHT)
 
     parameter_groups = PoseNet.parameter_groups
     set_dropout_rate = PoseNet.set_dropout_rate
+
+    def forward(self, batch: Batch) -> Prediction:
+        token = self.decode(batch)
+        with torch.autocast(token.device.type, enabled=False):
+            return self.read_out(token.float(), batch)
 
     def tokens(self, batch: Batch) -> torch.Tensor:
         """[B, N, C] of the normalised patches."""

@@ -26,7 +26,7 @@ from src.geometry.camera import pixel_ray, project
 from src.hand.skeleton import FINGER_JOINTS, NUM_MANO_JOINT, HandArrays
 from src.model.decoder import DecoderLayer
 
-THETA, SHAPE, TRANS, REL, IMG = 3.0, 3.0, 0.05, 0.012, 0.002
+LOSS_WEIGHT = {"theta": 3.0, "shape": 3.0, "trans": 0.05, "rel": 0.012, "img": 0.002}
 NUM_BIN = (512, 512, 1024)
 BINS_BELOW, BINS_ABOVE = 5.0, 4.0  # standard deviations
 SIGMA = 0.09  # of the target Gaussian, in finger lengths
@@ -77,6 +77,8 @@ class RayEmbedder(nn.Module):
 class CsVitNet(PeerNet):
     """Our backbone with CS-ViT2's head."""
 
+    LOSS_WEIGHT = LOSS_WEIGHT
+
     def __init__(self, cfg: ModelConfig, hand: HandArrays, backbone_shape: Mapping[str, Any] | None = None) -> None:
         super().__init__(cfg, hand, backbone_shape)
         dim, width = cfg.handec.dim, self.backbone.hidden_size
@@ -100,8 +102,10 @@ class CsVitNet(PeerNet):
         for axis, num in enumerate(NUM_BIN):
             getattr(self, f"bin{axis}").copy_(torch.linspace(low[axis], high[axis], num))
 
-    def forward(self, batch: Batch) -> CsVitPrediction:
-        token = self.decoder(self.rays(self.tokens(batch), batch)).float()
+    def decode(self, batch: Batch) -> torch.Tensor:
+        return self.decoder(self.rays(self.tokens(batch), batch))
+
+    def read_out(self, token: torch.Tensor, batch: Batch) -> CsVitPrediction:
         pose, shape = self.to_pose(token), self.to_shape(token)
         log_heatmap = tuple(to_bin(token).log_softmax(1) for to_bin in self.to_bin)
         place = torch.stack([(h.exp() * getattr(self, f"bin{i}")).sum(1) for i, h in enumerate(log_heatmap)], dim=1)
@@ -121,12 +125,13 @@ class CsVitNet(PeerNet):
         heat = self._heatmap_loss(out.log_heatmap, batch.joint_cam[:, 0] / length)
         rel = (joint_rel - (batch.joint_cam - batch.joint_cam[:, :1])).abs().mean(2)
         img = (joint_patch - batch.joint_patch).abs().mean(2) * (224.0 / self.img_size)
+        weight = self.loss_weight
         return (
-            THETA * ((out.pose - self._target_pose(batch)).abs().mean(1) * batch.has_mano).mean()
-            + SHAPE * ((out.mano_shape - batch.mano_shape).abs().mean(1) * batch.has_mano).mean()
-            + TRANS * (heat * root_valid[:, 0] * batch.has_intr).mean()
-            + REL * (rel * batch.joint_3d_valid * root_valid).mean()
-            + IMG * (img * batch.joint_2d_valid).mean()
+            weight["theta"] * ((out.pose - self._target_pose(batch)).abs().mean(1) * batch.has_mano).mean()
+            + weight["shape"] * ((out.mano_shape - batch.mano_shape).abs().mean(1) * batch.has_mano).mean()
+            + weight["trans"] * (heat * root_valid[:, 0] * batch.has_intr).mean()
+            + weight["rel"] * (rel * batch.joint_3d_valid * root_valid).mean()
+            + weight["img"] * (img * batch.joint_2d_valid).mean()
         )
 
     def _target_pose(self, batch: Batch) -> torch.Tensor:

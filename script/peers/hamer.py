@@ -26,7 +26,7 @@ from src.geometry.camera import project
 from src.geometry.rotation import axis_angle_to_matrix, matrix_to_rotation_6d, rotation_6d_to_matrix
 from src.hand.skeleton import NUM_MANO_JOINT, HandArrays
 
-KEYPOINT_3D, KEYPOINT_2D, GLOBAL_ORIENT, HAND_POSE, BETAS = 0.05, 0.01, 0.001, 0.001, 0.0005
+LOSS_WEIGHT = {"keypoint_3d": 0.05, "keypoint_2d": 0.01, "global_orient": 0.001, "hand_pose": 0.001, "betas": 0.0005}
 START_SCALE = 2.0 / 0.3  # camera scale of a patch that shows 0.3 m
 LEAST_SCALE = 1.0  # a patch 2 m wide
 
@@ -53,6 +53,8 @@ def _positive(scale: torch.Tensor) -> torch.Tensor:
 class HamerNet(PeerNet):
     """Our backbone with HaMeR's head."""
 
+    LOSS_WEIGHT = LOSS_WEIGHT
+
     def __init__(self, cfg: ModelConfig, hand: HandArrays, backbone_shape: Mapping[str, Any] | None = None) -> None:
         super().__init__(cfg, hand, backbone_shape)
         dim = cfg.handec.dim
@@ -64,8 +66,10 @@ class HamerNet(PeerNet):
         self.register_buffer("mean_camera", torch.tensor([START_SCALE, 0.0, 0.0]))
         self.set_dropout_rate(0.0)
 
-    def forward(self, batch: Batch) -> HamerPrediction:
-        token = self.decoder(self.tokens(batch)).float()
+    def decode(self, batch: Batch) -> torch.Tensor:
+        return self.decoder(self.tokens(batch))
+
+    def read_out(self, token: torch.Tensor, batch: Batch) -> HamerPrediction:
         rotmat = rotation_6d_to_matrix(self.mean_pose + self.to_pose(token).unflatten(1, (NUM_MANO_JOINT, 6)))
         shape = self.to_shape(token)
         focal, side = batch.patch_focal, self.img_size
@@ -86,11 +90,12 @@ class HamerNet(PeerNet):
         target_2d = (batch.joint_patch - (self.img_size - 1) / 2) / self.img_size
         rotmat_error = (out.mano_rotmat - self.hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean)).square()
         has_rel = batch.joint_3d_valid * batch.joint_3d_valid[:, :1]
+        weight = self.loss_weight
         per_sample = (
-            KEYPOINT_3D * ((joint_rel - target_rel).abs().sum(2) * has_rel).sum(1)
-            + KEYPOINT_2D * ((out.keypoint_2d - target_2d).abs().sum(2) * batch.joint_2d_valid).sum(1)
-            + GLOBAL_ORIENT * rotmat_error[:, 0].sum((1, 2)) * batch.has_mano
-            + HAND_POSE * rotmat_error[:, 1:].sum((1, 2, 3)) * batch.has_mano
-            + BETAS * (out.mano_shape - batch.mano_shape).square().sum(1) * batch.has_mano
+            weight["keypoint_3d"] * ((joint_rel - target_rel).abs().sum(2) * has_rel).sum(1)
+            + weight["keypoint_2d"] * ((out.keypoint_2d - target_2d).abs().sum(2) * batch.joint_2d_valid).sum(1)
+            + weight["global_orient"] * rotmat_error[:, 0].sum((1, 2)) * batch.has_mano
+            + weight["hand_pose"] * rotmat_error[:, 1:].sum((1, 2, 3)) * batch.has_mano
+            + weight["betas"] * (out.mano_shape - batch.mano_shape).square().sum(1) * batch.has_mano
         )
         return per_sample.mean()

@@ -6,14 +6,9 @@ Shapes: B batch, H heads, Q queries, N tokens that they look at, E width of a he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import AttentionInterface
-
-ATTENTION = "attend"  # the name under which transformers finds `attend`
 
 
 def attend(
@@ -28,14 +23,3 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v)
     weight = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1).to(v.dtype)
     return (weight if drop is None else drop(weight)) @ v
-
-
-def _attend_for_transformers(
-    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, **_: Any
-) -> tuple[torch.Tensor, None]:
-    """`attend` as transformers calls it and wants it back, [B, Q, H, E]; a ViT has no mask."""
-    assert mask is None
-    return attend(q, k, v).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, _attend_for_transformers)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Dinov2Config, Dinov2Model
+from transformers import AttentionInterface, Dinov2Config, Dinov2Model
 from transformers.utils import logging
 
 from src.config import BackboneConfig
-from src.model.attention import ATTENTION
+from src.model.attention import attend
 from src.model.grid import sincos_position
 
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
@@ -25,6 +25,7 @@ _SHAPE_KEYS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
     *("patch_size", "num_channels", "qkv_bias", "layerscale_value", "use_swiglu_ffn", "use_mask_token"),
 )
+_ATTENTION = "attend"  # the name under which transformers finds `attend`
 
 
 class Backbone(nn.Module):
@@ -69,7 +70,7 @@ def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
             raise ValueError(f"MODEL.backbone.backbone_str={cfg.backbone_str}: there is no config.json in this folder")
         logging.disable_progress_bar()  # a bar over a second's work, on every process
         return Dinov2Model.from_pretrained(
-            folder, local_files_only=True, attn_implementation=ATTENTION, dtype=torch.float32, **_NO_DROPOUT
+            folder, local_files_only=True, attn_implementation=_ATTENTION, dtype=torch.float32, **_NO_DROPOUT
         )
     shape = Dinov2Config(
         hidden_size=cfg.hidden_size,
@@ -80,7 +81,7 @@ def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
         image_size=img_size,
         **_NO_DROPOUT,
     )
-    shape._attn_implementation = ATTENTION
+    shape._attn_implementation = _ATTENTION
     model = Dinov2Model(shape)
     _init_for_width(model, img_size // cfg.patch_size)
     return model
@@ -90,7 +91,7 @@ def _build_empty(shape: Mapping[str, Any], img_size: int) -> Dinov2Model:
     """A DINOv2 whose weights hold whatever was in memory."""
     known = {name: shape[name] for name in _SHAPE_KEYS if name in shape}
     config = Dinov2Config(**known, image_size=img_size, **_NO_DROPOUT)
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = _ATTENTION
     with torch.device("meta"):
         model = Dinov2Model(config)
     return model.to_empty(device="cpu")
@@ -130,3 +131,14 @@ def _remove_dropout(model: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
                 setattr(module, name, nn.Identity())
+
+
+def _attend_for_transformers(
+    module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """`attend` as transformers calls it and wants it back, [B, Q, H, E]; a ViT has no mask."""
+    assert mask is None
+    return attend(q, k, v).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION, _attend_for_transformers)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -31,8 +31,9 @@ from src.hand.load import load_hand
 from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
 from src.model.net import PoseNet
 
-# Peak learning rates; what others give is in docs/ABLATIONS.md.
+# Peak learning rates, and weights of the peers' losses other than published; what others give is in docs/ABLATIONS.md.
 LEARNING_RATE = {"ours": 5e-4, "hamer": 5e-4, "csvit": 5e-4}
+PEER_WEIGHT: dict[str, dict[str, float]] = {"hamer": {}, "csvit": {}}
 FULL = {"step": 2400, "train": 24000, "val": 1500, "seeds": [0, 1, 2]}  # three times the demo's steps
 QUICK = {"step": 40, "train": 500, "val": 100, "seeds": [0]}
 
@@ -59,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, help="peak learning rate, instead of each method's own")
     parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32"
+    )
+    parser.add_argument("--peer-weight", nargs="+", default=[], metavar="TERM=WEIGHT", help="of the peers' losses")
+    parser.add_argument(
         "--backbone", default="mini", help="a file of config/backbone (default mini; tiny: from scratch)"
     )
     parser.add_argument("--img-size", type=int, default=80, help="patch side, px (default 80)")
@@ -71,6 +76,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
     """Train and measure what is missing; `say` is told what is going on."""
     if args.report is not None:
         return reported(args.report)
+    if args.peer_weight and not args.name:
+        raise SystemExit("--peer-weight: give the variant a --name, or it would count as the comparison itself")
     size = QUICK if args.quick else FULL
     out = args.out / "quick" if args.quick else args.out
     out.mkdir(parents=True, exist_ok=True)
@@ -83,17 +90,34 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
     for seed in seeds:
         for method in args.method:
             lr = args.lr or LEARNING_RATE[method]
-            settings = cell_settings(cfg, method, seed, lr) | {"name": args.name}
+            settings = cell_settings(cfg, method, seed, lr) | {"name": args.name, "precision": args.precision}
+            if method != "ours":
+                settings["loss"] = peer_weights(args.peer(method).LOSS_WEIGHT, method, args.peer_weight)
             cell = read_cells(results).get(digest_of(settings))
             if cell is None:
                 torch.manual_seed(seed)
-                net = OurNet(cfg, hand) if method == "ours" else args.peer(method)(cfg.MODEL, hand)
+                if method == "ours":
+                    net = OurNet(cfg, hand)
+                else:
+                    net = args.peer(method)(cfg.MODEL, hand)
+                    net.loss_weight = settings["loss"]
                 cell = make_cell(net, cfg, settings, train, val, say)
                 text = json.dumps(read_cells(results) | {digest_of(settings): cell}, indent=1)
                 write_text_atomic(results, text + "\n")
             cells.append(cell)
     constant = constant_answers(train, val, hand)
     return report(cells) + [Figure(f"{metric}, without looking", mm, "mm") for metric, mm in constant.items()]
+
+
+def peer_weights(published: Mapping[str, float], method: str, changed: Sequence[str]) -> dict[str, float]:
+    """The weights of a peer's losses: as published, tuned, or as `TERM=WEIGHT` on the command line says."""
+    asked = dict(item.partition("=")[::2] for item in changed)
+    if unknown := set(asked) - set(published):
+        raise SystemExit(f"--peer-weight: {method} has no term {', '.join(sorted(unknown))}; it has {', '.join(published)}")
+    try:
+        return {**published, **PEER_WEIGHT[method], **{term: float(value) for term, value in asked.items()}}
+    except ValueError as error:
+        raise SystemExit(f"--peer-weight: {error}") from None
 
 
 def reported(file: Path) -> list[Figure]:

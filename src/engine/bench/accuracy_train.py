@@ -23,7 +23,10 @@ def make_cell(
     net: nn.Module, cfg: Config, settings: dict[str, Any], train: Batch, val: Batch, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Train one network and measure it."""
-    net.to(train.patch.device)
+    device = train.patch.device.type
+    net.to(device)
+    if settings["precision"] == "bf16":  # the losses stay outside
+        net.forward = torch.autocast(device, torch.bfloat16)(net.forward)
     if hasattr(net, "fit"):
         net.fit(train)
     begin = time.perf_counter()
@@ -64,9 +67,7 @@ def train_network(
         if len(index) < batch:
             index = torch.cat([index, torch.randperm(len(data), generator=order)])
         chosen, index = index[:batch], index[batch:]
-        with torch.autocast("cuda", torch.bfloat16, enabled=data.patch.is_cuda):
-            loss = loss_of(rows_of(data, chosen))
-        loss.backward()
+        loss_of(rows_of(data, chosen)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, cfg.TRAIN.max_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -81,8 +82,7 @@ def measure(net: nn.Module, val: Batch) -> dict[str, float]:
     gathered = MetricAccumulator()
     for index in torch.arange(len(val)).split(VAL_BATCH):
         batch = rows_of(val, index)
-        with torch.autocast("cuda", torch.bfloat16, enabled=val.patch.is_cuda):
-            prediction = net(batch)
+        prediction = net(batch)
         target = net.hand(net.hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean), batch.mano_shape).vert
         gathered.update(batch.position.cpu().numpy(), batch.source, evaluate_batch(prediction, batch, target))
     return gathered.compute()
