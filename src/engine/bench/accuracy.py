@@ -113,7 +113,9 @@ def peer_weights(published: Mapping[str, float], method: str, changed: Sequence[
     """The weights of a peer's losses: as published, tuned, or as `TERM=WEIGHT` on the command line says."""
     asked = dict(item.partition("=")[::2] for item in changed)
     if unknown := set(asked) - set(published):
-        raise SystemExit(f"--peer-weight: {method} has no term {', '.join(sorted(unknown))}; it has {', '.join(published)}")
+        raise SystemExit(
+            f"--peer-weight: {method} has no term {', '.join(sorted(unknown))}; it has {', '.join(published)}"
+        )
     try:
         return {**published, **PEER_WEIGHT[method], **{term: float(value) for term, value in asked.items()}}
     except ValueError as error:
