@@ -25,8 +25,8 @@ from src.model.net import PoseNet
 class PeerNet(nn.Module):
     """A network with another project's decoder and losses.
 
-    A subclass gives `LOSS_WEIGHT`, `decode(batch) -> [B, D]`, `read_out(token, batch) -> Prediction`, in float32 always,
-    and `training_loss(batch) -> scalar tensor`, whose terms `loss_weight` weights.
+    A subclass gives `LOSS_WEIGHT`, `decode(batch) -> [B, D]`, `read_out(token, batch) -> Prediction` in float32, and
+    `training_loss(batch) -> scalar tensor`, whose terms `loss_weight` weights.
     """
 
     LOSS_WEIGHT: ClassVar[Mapping[str, float]]  # as published
