@@ -149,7 +149,7 @@ def test_annotations_agree_for_both_sides(samples: list[dict], hand: HandArrays)
         np.testing.assert_allclose(sample["hand_bbox.npy"][0], extent, atol=0.05)
         assert (extent[2:] - extent[:2]).max() > 0.15 * SIZE
         inside = (point > -0.5) & (point < SIZE - 0.5)
-        assert inside.all(1).mean() > 0.8
+        assert inside.all(1).mean() > 0.6, "some hands are cut by the edge, none is outside"
         assert 200 < cam[:, 2].min() < 1100
 
 
