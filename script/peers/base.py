@@ -6,7 +6,7 @@ Shapes: B batch, S patch side, N image tokens, C backbone width, D decoder width
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -26,20 +26,20 @@ class PeerNet(nn.Module):
     """A network with another project's decoder and losses.
 
     A subclass gives `LOSS_WEIGHT`, `decode(batch) -> [B, D]`, `read_out(token, batch) -> Prediction` in float32, and
-    `training_loss(batch) -> scalar tensor`, whose terms `loss_weight` weights.
+    `training_loss(batch) -> scalar tensor`, whose terms are weighted by `loss_weight`: `LOSS_WEIGHT` unless given.
     """
 
     LOSS_WEIGHT: ClassVar[Mapping[str, float]]  # as published
 
-    def __init__(self, cfg: ModelConfig, hand: HandArrays, backbone_shape: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, cfg: ModelConfig, hand: HandArrays, loss_weight: Mapping[str, float] | None = None) -> None:
         super().__init__()
         self.img_size = cfg.img_size
-        self.backbone = Backbone(cfg.backbone, cfg.img_size, backbone_shape)
+        self.backbone = Backbone(cfg.backbone, cfg.img_size)
         self.hand = ManoLayer(hand)
         self.register_buffer("img_mean", torch.tensor(cfg.img_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("img_std", torch.tensor(cfg.img_std).view(1, 3, 1, 1), persistent=False)
         self.dropout_rate = -1.0
-        self.loss_weight = dict(self.LOSS_WEIGHT)
+        self.loss_weight = self.LOSS_WEIGHT if loss_weight is None else loss_weight
 
     parameter_groups = PoseNet.parameter_groups
     set_dropout_rate = PoseNet.set_dropout_rate

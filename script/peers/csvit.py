@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -26,7 +26,6 @@ from src.geometry.camera import pixel_ray, project
 from src.hand.skeleton import FINGER_JOINTS, NUM_MANO_JOINT, HandArrays
 from src.model.decoder import DecoderLayer
 
-LOSS_WEIGHT = {"theta": 3.0, "shape": 3.0, "trans": 0.05, "rel": 0.012, "img": 0.002}
 NUM_BIN = (512, 512, 1024)
 BINS_BELOW, BINS_ABOVE = 5.0, 4.0  # standard deviations
 SIGMA = 0.09  # of the target Gaussian, in finger lengths
@@ -77,10 +76,10 @@ class RayEmbedder(nn.Module):
 class CsVitNet(PeerNet):
     """Our backbone with CS-ViT2's head."""
 
-    LOSS_WEIGHT = LOSS_WEIGHT
+    LOSS_WEIGHT: ClassVar[Mapping[str, float]] = {"theta": 3.0, "shape": 3.0, "trans": 0.05, "rel": 0.012, "img": 0.002}
 
-    def __init__(self, cfg: ModelConfig, hand: HandArrays, backbone_shape: Mapping[str, Any] | None = None) -> None:
-        super().__init__(cfg, hand, backbone_shape)
+    def __init__(self, cfg: ModelConfig, hand: HandArrays, loss_weight: Mapping[str, float] | None = None) -> None:
+        super().__init__(cfg, hand, loss_weight)
         dim, width = cfg.handec.dim, self.backbone.hidden_size
         shape = replace(cfg.handec, num_layer=4, num_head=16, dim_head=max(dim // 16, 8), dim_mlp=4 * dim, dropout=0.0)
         self.rays = RayEmbedder(cfg, width, self.backbone.grid_size**2)

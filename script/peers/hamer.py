@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -26,7 +26,6 @@ from src.geometry.camera import project
 from src.geometry.rotation import axis_angle_to_matrix, matrix_to_rotation_6d, rotation_6d_to_matrix
 from src.hand.skeleton import NUM_MANO_JOINT, HandArrays
 
-LOSS_WEIGHT = {"keypoint_3d": 0.05, "keypoint_2d": 0.01, "global_orient": 0.001, "hand_pose": 0.001, "betas": 0.0005}
 START_SCALE = 2.0 / 0.3  # camera scale of a patch that shows 0.3 m
 LEAST_SCALE = 1.0  # a patch 2 m wide
 
@@ -53,10 +52,16 @@ def _positive(scale: torch.Tensor) -> torch.Tensor:
 class HamerNet(PeerNet):
     """Our backbone with HaMeR's head."""
 
-    LOSS_WEIGHT = LOSS_WEIGHT
+    LOSS_WEIGHT: ClassVar[Mapping[str, float]] = {
+        "keypoint_3d": 0.05,
+        "keypoint_2d": 0.01,
+        "global_orient": 0.001,
+        "hand_pose": 0.001,
+        "betas": 0.0005,
+    }
 
-    def __init__(self, cfg: ModelConfig, hand: HandArrays, backbone_shape: Mapping[str, Any] | None = None) -> None:
-        super().__init__(cfg, hand, backbone_shape)
+    def __init__(self, cfg: ModelConfig, hand: HandArrays, loss_weight: Mapping[str, float] | None = None) -> None:
+        super().__init__(cfg, hand, loss_weight)
         dim = cfg.handec.dim
         shape = replace(cfg.handec, num_layer=6, num_head=8, dim_head=max(dim // 16, 16), dim_mlp=dim, dropout=0.0)
         self.decoder = OneTokenDecoder(shape, self.backbone.hidden_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from src.config import Config
 from src.model.net import PoseNet
 
 MOMENTUM = 0.95
+STACK = 2**22  # numbers that are orthogonalised together
 # Coefficients of the quintic iteration (Jordan et al., "Muon", 2024), and the RMS of an update in learning rates. 0.2
 # would be AdamW's (Liu et al., arXiv 2502.16982), so that one rate serves both; three times that was better here.
 _QUINTIC, _NUM_ITERATION, _RMS = (3.4445, -4.7750, 2.0315), 5, 0.6
@@ -54,30 +56,25 @@ class MuonAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:
         """Take one step from the gradients that are there."""
         assert closure is None
-        taken = []
-        for group in self.param_groups:
-            if group["muon"]:
-                taken += [(group, p, p.grad) for p in group["params"] if p.grad is not None]
-        for _, parameter, _ in taken:
+        muon = [group for group in self.param_groups if group["muon"]]
+        taken = [(p, p.grad) for group in muon for p in group["params"] if p.grad is not None]
+        for parameter, _ in taken:
             parameter.grad = None  # AdamW passes over what has none
         super().step()
-        alike: dict[tuple[int, torch.Size], list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]] = {}
-        for group, parameter, gradient in taken:
+        for parameter, gradient in taken:
             parameter.grad = gradient
-            alike.setdefault((id(group), parameter.shape), []).append((group, parameter, gradient))
-        for rows in alike.values():
-            self._orthogonal_step(rows[0][0], [row[1] for row in rows], [row[2] for row in rows])
+        for group in muon:
+            for parameters in _stacks([p for p in group["params"] if p.grad is not None]):
+                self._orthogonal_step(group, parameters)
 
-    def _orthogonal_step(
-        self, group: dict[str, Any], parameters: list[torch.Tensor], gradients: list[torch.Tensor]
-    ) -> None:
-        """One step of matrices of one shape [M, N], together: small matrices keep no processor busy one by one."""
+    def _orthogonal_step(self, group: dict[str, Any], parameters: Sequence[torch.Tensor]) -> None:
+        """One step of matrices of one shape [M, N], together."""
         for parameter in parameters:
             if not self.state[parameter]:  # AdamW asks for a `step` in every state that it loads
                 step = torch.zeros((), device=parameter.device)
                 self.state[parameter].update(step=step, momentum=torch.zeros_like(parameter))
         momenta, bad = [self.state[p]["momentum"] for p in parameters], getattr(self, "found_inf", None)
-        gradient, momentum = torch.stack(gradients), torch.stack(momenta)
+        gradient, momentum = torch.stack([p.grad for p in parameters]), torch.stack(momenta)
         moved = torch.lerp(gradient, momentum, MOMENTUM)
         ahead = torch.lerp(gradient, moved, MOMENTUM)  # Nesterov's momentum
         update = orthogonalised(ahead, self.precision).to(gradient.dtype)
@@ -90,6 +87,18 @@ class MuonAdamW(torch.optim.AdamW):
         for parameter, kept, new_momentum, step in zip(parameters, momenta, moved, update, strict=True):
             kept.copy_(new_momentum)
             parameter.mul_(1.0 - decay).sub_(step)
+
+
+def _stacks(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The matrices of each shape, in lists of at most STACK numbers: one small matrix does not keep a device busy, and
+    many large ones together would need as much memory again as the network."""
+    alike: dict[torch.Size, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        alike.setdefault(parameter.shape, []).append(parameter)
+    for shape, of_shape in alike.items():
+        count = max(1, STACK // shape.numel())
+        for begin in range(0, len(of_shape), count):
+            yield of_shape[begin : begin + count]
 
 
 def orthogonalised(matrix: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:

@@ -16,8 +16,8 @@ def attend(
 ) -> torch.Tensor:
     """q [B, H, Q, E], k and v [B, H, N, E] -> [B, H, Q, E]; `drop` is applied to the weights [B, H, Q, N].
 
-    With dropped weights it is written out because the fused kernels take the rate as a number, which a compiled graph
-    would keep; in bfloat16 on a CPU because the fused kernel's backward pass takes there ten times as long.
+    Written out in two cases. With dropout, because the fused kernels take the rate as a number, which a compiled graph
+    would keep. In bfloat16 on a CPU, because the backward pass of the fused kernel is slower than this one.
     """
     if drop is None and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v)

@@ -136,7 +136,7 @@ def _remove_dropout(model: nn.Module) -> None:
 def _attend_for_transformers(
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    """`attend` as transformers calls it and wants it back, [B, Q, H, E]; a ViT has no mask."""
+    """`attend` with the arguments and the result [B, Q, H, E] that transformers expects; a ViT has no mask."""
     assert mask is None
     return attend(q, k, v).transpose(1, 2).contiguous(), None
 

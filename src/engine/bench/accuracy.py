@@ -31,9 +31,8 @@ from src.hand.load import load_hand
 from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
 from src.model.net import PoseNet
 
-# Peak learning rates, and weights of the peers' losses other than published; what others give is in docs/ABLATIONS.md.
+# Peak learning rates; what others give is in docs/ABLATIONS.md.
 LEARNING_RATE = {"ours": 1e-3, "hamer": 1e-3, "csvit": 2e-3}
-PEER_WEIGHT: dict[str, dict[str, float]] = {"hamer": {}, "csvit": {}}
 FULL = {"step": 2400, "train": 24000, "val": 1500, "seeds": [0, 1, 2]}  # three times the demo's steps
 QUICK = {"step": 40, "train": 500, "val": 100, "seeds": [0]}
 
@@ -96,11 +95,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
             cell = read_cells(results).get(digest_of(settings))
             if cell is None:
                 torch.manual_seed(seed)
-                if method == "ours":
-                    net = OurNet(cfg, hand)
-                else:
-                    net = args.peer(method)(cfg.MODEL, hand)
-                    net.loss_weight = settings["loss"]
+                net = OurNet(cfg, hand) if method == "ours" else args.peer(method)(cfg.MODEL, hand, settings["loss"])
                 cell = make_cell(net, cfg, settings, train, val, say)
                 text = json.dumps(read_cells(results) | {digest_of(settings): cell}, indent=1)
                 write_text_atomic(results, text + "\n")
@@ -110,14 +105,14 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
 
 
 def peer_weights(published: Mapping[str, float], method: str, changed: Sequence[str]) -> dict[str, float]:
-    """The weights of a peer's losses: as published, tuned, or as `TERM=WEIGHT` on the command line says."""
+    """The weights of a peer's losses: as published, but for what `TERM=WEIGHT` on the command line changes."""
     asked = dict(item.partition("=")[::2] for item in changed)
     if unknown := set(asked) - set(published):
         raise SystemExit(
             f"--peer-weight: {method} has no term {', '.join(sorted(unknown))}; it has {', '.join(published)}"
         )
     try:
-        return {**published, **PEER_WEIGHT[method], **{term: float(value) for term, value in asked.items()}}
+        return {**published, **{term: float(value) for term, value in asked.items()}}
     except ValueError as error:
         raise SystemExit(f"--peer-weight: {error}") from None
 

@@ -25,7 +25,7 @@ def make_cell(
     """Train one network and measure it."""
     device = train.patch.device.type
     net.to(device)
-    if settings["precision"] == "bf16":  # the losses stay outside
+    if settings["precision"] == "bf16":  # the losses stay in float32
         net.forward = torch.autocast(device, torch.bfloat16)(net.forward)
     if hasattr(net, "fit"):
         net.fit(train)
