@@ -59,7 +59,7 @@ def test_from_checkpoint_is_the_same_network(tmp_path: Path) -> None:
     net = PoseNet.from_checkpoint(str(run))
     assert not net.training
     assert net.saved.step == 9
-    assert net.saved.expansion_ratio == 1.4
+    assert net.saved.expansion_ratio == 1.25
 
 
 def test_needs_no_backbone_folder_and_no_optimizer(tmp_path: Path) -> None:

@@ -105,15 +105,22 @@ class HostTalk:
 
 
 def part(accelerator: Accelerator) -> None:
-    """The orderly end: nobody leaves before all are ready to, for a launcher ends those that stay.
-
-    The pause matters. gloo's thread drops the last collective a moment after it is done, and needs Python's lock for
-    that; the main thread, which holds the lock while it takes the process group down, would wait for the thread.
-    """
+    """The orderly end: nobody leaves before all are ready to, for a launcher ends those that stay."""
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
-        time.sleep(0.5)
+        take_down_process_group()
     accelerator.end_training()
+
+
+def take_down_process_group() -> None:
+    """End the process group after its last collective, on every process. A model in DDP has to be gone before.
+
+    The pause matters, and so does the model. gloo's thread drops the last collective a moment after it is done, and
+    needs Python's lock for that; who destroys the group while holding the lock waits for that thread for ever. DDP's
+    reducer, where it is the last to hold the group, does so.
+    """
+    time.sleep(0.5)
+    dist.destroy_process_group()
 
 
 def is_lost_contact(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from src.config import Config
 from src.data.crop import padding_patch
 from src.data.dataset import Fetched
 from src.data.loader import collate
+from src.engine.processes import take_down_process_group
 from src.hand.mano import ManoLayer
 from src.hand.standin import build_standin_hand
 from src.loss import NUM_TERM, loss_sums
@@ -61,6 +62,14 @@ def communication_seconds(cfg: Config, num_process: int, repeat: int) -> tuple[f
 def _process(rank: int, num_process: int, cfg: Config, repeat: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=num_process)
+    seconds = _block_seconds(cfg, repeat)
+    if rank == 0:
+        (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+    take_down_process_group()
+
+
+def _block_seconds(cfg: Config, repeat: int) -> tuple[list[float], list[float]]:
+    """Seconds of a step in each block of `repeat`, without and with the all-reduce, after one block to warm up."""
     net = PoseNet(cfg.MODEL, build_standin_hand()).train()
     model = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     batch = grey_batch(cfg.TRAIN.sample_per_device, cfg.MODEL.img_size)
@@ -74,6 +83,4 @@ def _process(rank: int, num_process: int, cfg: Config, repeat: int, folder: str)
                     step(model, net.hand, batch)
             dist.barrier()
             seconds.append((time.perf_counter() - start) / STEP_PER_BLOCK)
-    if rank == 0:
-        (Path(folder) / "seconds.json").write_text(json.dumps([apart[1:], together[1:]]))
-    dist.destroy_process_group()
+    return apart[1:], together[1:]
