@@ -32,7 +32,7 @@ from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
 from src.model.net import PoseNet
 
 # Peak learning rates; what others give is in docs/ABLATIONS.md.
-LEARNING_RATE = {"ours": 1e-3, "hamer": 1e-3, "csvit": 2e-3}
+LEARNING_RATE = {"ours": 2e-3, "hamer": 1e-3, "csvit": 2e-3}
 FULL = {"step": 2400, "train": 24000, "val": 1500, "seeds": [0, 1, 2]}  # three times the demo's steps
 QUICK = {"step": 40, "train": 500, "val": 100, "seeds": [0]}
 
