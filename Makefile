@@ -22,7 +22,7 @@ slow-test: $(STAMP)  ## what is too slow for every day
 lint: $(STAMP)       ## ruff
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
-mini: $(STAMP)       ## train model/mini and model/hand-mini anew: hours on two cores, minutes on a GPU; run it again to resume
+mini: $(STAMP)       ## train model/mini and model/hand-mini anew: hours on two cores; run it again to resume
 	$(PY) script/stage1.py --config-name=stage1-mini GENERAL.output_root=checkpoint/mini GENERAL.resume_path=auto $(ARGS)
 	RUN=$$(ls -d checkpoint/mini/20*/*_stage1-mini | tail -n 1) && \
 	$(PY) script/export.py $$RUN --to backbone --output model/mini --overwrite && \
