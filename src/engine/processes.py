@@ -113,7 +113,7 @@ def part(accelerator: Accelerator) -> None:
 
 
 def take_down_process_group() -> None:
-    """End the process group after its last collective, on every process. A model in DDP has to be gone before.
+    """End the process group after its last collective, on every process. Drop a model in DDP before it, if you can.
 
     The pause matters, and so does the model. gloo's thread drops the last collective a moment after it is done, and
     needs Python's lock for that; who destroys the group while holding the lock waits for that thread for ever. DDP's
