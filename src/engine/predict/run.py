@@ -53,7 +53,8 @@ class Tally:
             yield f"{_count(self.assumed_right, 'hand')} taken for right; --handedness or the boxes file can tell"
         if self.whole_image:
             images = _count(self.whole_image, "image")
-            yield f"no --boxes: the whole of {images} was taken as the crop of one hand each"
+            taken = f"the whole of {images} was taken as the crop of one hand each"
+            yield f"no --boxes: {taken}; where a hand is small in it, give --boxes"
         if self.no_box:
             yield f"no box for {_count(len(self.no_box), 'picture')}, e.g. {self.no_box[0]}"
         if strangers:
