@@ -1,7 +1,5 @@
 """Gradients of several micro-batches are reduced over the processes once a step, not once a micro-batch."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,14 +12,6 @@ from src.engine.step import Trainer
 from src.hand.standin import build_standin_hand
 from src.model.net import PoseNet
 from tests.helpers import random_batch, small_config
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    """A process group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("num_micro", [1, 3])

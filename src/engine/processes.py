@@ -105,7 +105,7 @@ class HostTalk:
 
 
 def part(accelerator: Accelerator) -> None:
-    """The orderly end: nobody leaves before all are ready to, for a launcher ends those that stay."""
+    """Shut down in order: wait for every process, because a launcher kills the others as soon as one has exited."""
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
         take_down_process_group()
@@ -115,9 +115,9 @@ def part(accelerator: Accelerator) -> None:
 def take_down_process_group() -> None:
     """End the process group after its last collective, on every process. Drop a model in DDP before it, if you can.
 
-    The pause matters, and so does the model. gloo's thread drops the last collective a moment after it is done, and
-    needs Python's lock for that; who destroys the group while holding the lock waits for that thread for ever. DDP's
-    reducer, where it is the last to hold the group, does so.
+    Without the pause this can deadlock. gloo's thread releases the last collective a moment after it is done and needs
+    the GIL for that; whoever destroys the group while holding the GIL waits for that thread forever. So does DDP's
+    reducer where it holds the last reference to the group.
     """
     time.sleep(0.5)
     dist.destroy_process_group()
