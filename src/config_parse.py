@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -12,6 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import Config, ConfigError, cross_problems
+
+# `${env:NAME,default}` in a configuration: as in a shell, a variable that is set but empty counts as unset.
+OmegaConf.register_new_resolver("env", lambda name, default=None: os.environ.get(name) or default, replace=True)
 
 GROUPS = ("data", "backbone", "augmentation", "dropout", "launch")
 _OVERRIDE = re.compile(r"^[+~]{0,2}(?!hydra[./])([A-Za-z_][\w.]*)(?:@[\w.]+)?(?:=|$)")

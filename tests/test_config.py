@@ -56,6 +56,13 @@ def test_environment_sets_places(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cfg.AIM.server_url == "aim://127.0.0.1:53800"
 
 
+def test_environment_variable_set_but_empty_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("HAND_DATA_ROOT", "")
+    monkeypatch.setenv("AIM_SERVER_URL", "")
+    cfg = compose_config("stage1-dino_large")
+    assert (cfg.DATA.root, cfg.AIM.server_url) == ("/mnt/qnap/data/datasets/webdatasets", None)
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
