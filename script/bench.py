@@ -19,24 +19,24 @@ from hydra import compose, initialize_config_dir
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
-from script.peers import load_peer
+from script.benchmarks.measurement import figure_json, figure_table, machine
+from script.benchmarks.peers import load_peer
 from src.config import Config
 from src.config_parse import check_overrides, parse_config
-from src.engine.bench.figure import figure_json, figure_table, machine
-from src.engine.console import make_console
+from src.utils.console import make_console
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 # sub-command -> (what it measures, module with add_arguments(parser) and run(args, say) -> list[Figure])
 SUBJECTS = {
-    "accuracy": ("our decoder and losses against HaMeR's and CS-ViT2's", "src.engine.bench.accuracy"),
-    "checkpoint": ("how long training stands still for a checkpoint", "src.engine.bench.checkpoint"),
-    "data": ("reading, decoding and augmenting shards", "src.engine.bench.data"),
-    "gpu": ("DINOv2-large on a GPU: step, compiled step, data, profile", "src.engine.bench.gpu"),
-    "peers": ("a training step against HaMeR's and CS-ViT2's, end to end", "src.engine.bench.peers"),
-    "scale": ("how cost grows with data, workers, processes and sizes", "src.engine.bench.scale"),
-    "mano": ("the hand layer, forward and backward", "src.engine.bench.mano"),
-    "mediapipe": ("MediaPipe Hands on the hands that evaluate.py reads", "src.engine.bench.mediapipe_hands"),
-    "step": ("the training loop against the bare network and the machine", "src.engine.bench.step"),
+    "accuracy": ("our decoder and losses against HaMeR's and CS-ViT2's", "script.benchmarks.accuracy"),
+    "checkpoint": ("how long training stands still for a checkpoint", "script.benchmarks.checkpoint"),
+    "data": ("reading, decoding and augmenting shards", "script.benchmarks.data"),
+    "gpu": ("DINOv2-large on a GPU: step, compiled step, data, profile", "script.benchmarks.gpu"),
+    "peers": ("a training step against HaMeR's and CS-ViT2's, end to end", "script.benchmarks.peer_steps"),
+    "scale": ("how cost grows with data, workers, processes and sizes", "script.benchmarks.scale"),
+    "mano": ("the hand layer, forward and backward", "script.benchmarks.mano"),
+    "mediapipe": ("MediaPipe Hands on the hands that evaluate.py reads", "script.benchmarks.mediapipe_hands"),
+    "step": ("the training loop against the bare network and the machine", "script.benchmarks.step"),
 }
 
 

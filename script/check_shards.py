@@ -20,11 +20,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
-from src.data.check import ShardReport, check_shards, examples, merge
-from src.data.index_build import open_indexes
-from src.data.sheet import contact_sheet
-from src.data.source import resolve_source
-from src.engine.console import make_console
+from src.data.check_shards import ShardReport, check_shards, examples, merge
+from src.data.contact_sheet import contact_sheet
+from src.data.shards.build_index import open_indexes
+from src.data.shards.paths import resolve_source
+from src.utils.console import make_console
 
 HEALTHY, DAMAGED, WRONG_ARGUMENTS = 0, 1, 2
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
 if TYPE_CHECKING:
-    from src.engine.comparison.report import Comparison, Options
+    from src.compare.report import Comparison, Options
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,8 +55,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load(args: argparse.Namespace, options: Options) -> Comparison:
     """Read every side. Raises ComparisonError."""
-    from src.engine.comparison.read import find_runs, read_sides
-    from src.engine.comparison.report import Comparison, read_data
+    from src.compare.read import find_runs, read_sides
+    from src.compare.report import Comparison, read_data
 
     if args.redraw is not None:
         names = [*args.runs, *(name for also in args.also for name in also), *(args.against or [])]
@@ -79,7 +79,7 @@ def side_names(patterns: Sequence[Sequence[str]]) -> list[str]:
 
 def new_folder(path: Path | None) -> Path:
     """Make the output folder. Raises ComparisonError where it holds something already."""
-    from src.engine.comparison.curves import ComparisonError
+    from src.compare.runs import ComparisonError
 
     path = path or Path("checkpoint/comparison") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     try:
@@ -95,10 +95,10 @@ def new_folder(path: Path | None) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
 
-    from src.engine.comparison.curves import ComparisonError
-    from src.engine.comparison.plot import plot_curves
-    from src.engine.comparison.report import DATA, FIGURE, MARKDOWN, Options, grids, markdown, notes, write_data
-    from src.engine.console import console
+    from src.compare.plot import plot_curves
+    from src.compare.report import DATA, FIGURE, MARKDOWN, Options, grids, markdown, notes, write_data
+    from src.compare.runs import ComparisonError
+    from src.utils.console import console
 
     try:
         comparison = load(args, Options(args.early, args.late, args.num_bootstrap, args.seed))

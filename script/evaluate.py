@@ -24,7 +24,7 @@ from src.config_parse import GROUPS, check_overrides
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 CHALLENGES = ("freihand", "ho3d")
-HALVES = ("a", "b")  # as in src/data/plan.py, which imports more than a command line needs
+HALVES = ("a", "b")  # as in src/data/order/plan.py, which imports more than a command line needs
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -92,7 +92,7 @@ def compose(saved: Mapping[str, Any], overrides: Sequence[str], whole: bool) -> 
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    from src.engine.evaluation.settings import check_files_exist, evaluation_config
+    from src.evaluate.settings import check_files_exist, evaluation_config
 
     data, changes = parse_overrides(overrides)
     try:
@@ -116,13 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return refuse(error)
 
+    from src.checkpoint.network import read_checkpoint
     from src.data.health import BadDataError
-    from src.engine.console import console, progress_bar, set_up_logging
-    from src.engine.evaluation.result import how, terminal_grids
-    from src.engine.evaluation.run import Options, run_evaluation
-    from src.engine.evaluation.submission import read_order
-    from src.engine.evaluation.summary import Bootstrap
-    from src.model.restore import read_checkpoint
+    from src.evaluate.bootstrap import Bootstrap
+    from src.evaluate.run import Options, run_evaluation
+    from src.evaluate.submission import read_order
+    from src.evaluate.write import how, terminal_grids
+    from src.utils.console import console, progress_bar, set_up_logging
 
     set_up_logging()
     bootstrap = Bootstrap(args.num_bootstrap, args.resample, args.seed)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
 if TYPE_CHECKING:
-    from src.engine.export import Difference
+    from src.export.onnx import Difference
     from src.model.net import PoseNet
 
 DONE, DIFFERS, WRONG_ARGUMENTS = 0, 1, 2
@@ -96,8 +96,8 @@ def export_files(args: argparse.Namespace) -> int:
     if not args.overwrite and (existing := [file for file in files.values() if file.exists()]):
         raise ValueError(f"{existing[0]} exists; choose --overwrite or another --output or --name")
 
-    from src.engine.console import console
-    from src.engine.export import ExportError, export, trace
+    from src.export.onnx import ExportError, export, trace
+    from src.utils.console import console
 
     net = load(args)
     with console.status("tracing"):
@@ -124,9 +124,9 @@ def export_checkpoint(args: argparse.Namespace) -> int:
     if args.output.resolve() == args.checkpoint.resolve() or (args.output / "optimizer.pt").exists():
         raise ValueError(f"--output {args.output} is a checkpoint to export from; name another folder")
 
-    from src.engine.console import console
-    from src.engine.export import ExportError
-    from src.engine.release import release
+    from src.export.onnx import ExportError
+    from src.export.release import release
+    from src.utils.console import console
 
     net = load(args)
     try:
@@ -147,9 +147,9 @@ def export_backbone(args: argparse.Namespace) -> int:
     if file.exists() and not args.overwrite:
         raise ValueError(f"{file} exists; choose --overwrite or another --output")
 
-    from src.engine.console import console
-    from src.engine.export import ExportError
-    from src.engine.release import release_backbone
+    from src.export.onnx import ExportError
+    from src.export.release import release_backbone
+    from src.utils.console import console
 
     try:
         release_backbone(load(args), args.output)
@@ -164,8 +164,8 @@ def export_backbone(args: argparse.Namespace) -> int:
 
 def load(args: argparse.Namespace) -> PoseNet:
     """The network of the command line."""
-    from src.engine.console import console
     from src.model.net import PoseNet
+    from src.utils.console import console
 
     net = PoseNet.from_checkpoint(args.checkpoint, args.hand_model)
     console.print(f"{net.saved.folder}, step {net.saved.step}, hand model {net.hand.name}", soft_wrap=True)
@@ -176,8 +176,8 @@ def report(title: str, differences: Sequence[Difference]) -> None:
     """Print how far each output is from the network's own."""
     from rich.table import Table
 
-    from src.engine.console import console
-    from src.engine.export import OUTPUTS
+    from src.export.onnx import OUTPUTS
+    from src.utils.console import console
 
     table = Table("output", "what", "largest difference", "allowed", title=title, title_justify="left")
     for d in differences:

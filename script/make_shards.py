@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 
 from src.data.convert.chunk import Request
 from src.data.convert.registry import CONVERTERS, Converter
-from src.engine.console import make_console
+from src.utils.console import make_console
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -81,7 +81,7 @@ def make_shards(args: argparse.Namespace, bar: Progress) -> list[str]:
         bar.update(task, completed=done, total=total)
 
     if args.kind == "demo":
-        from src.data.demo import make_demo_shards
+        from src.data.demo.make import make_demo_shards
 
         count = {"train": args.train_sample, "val": args.val_sample}
         make_demo_shards(args.output, count, args.seed, args.img_size, args.free_rotation, args.num_process, progress)

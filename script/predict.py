@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
-from src.engine.predict.outputs import KINDS, name_outputs
+from src.predict.outputs import KINDS, name_outputs
 
 DONE, SKIPPED_SOME, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def predict(args: argparse.Namespace) -> int:
     """Check what can be checked, load the network, predict, tell."""
-    from src.engine.predict.boxes import read_boxes
-    from src.engine.predict.photo import find_photos
+    from src.predict.boxes import read_boxes
+    from src.predict.photo import find_photos
 
     photos = find_photos(args.photos)
     boxes, strangers = read_boxes(args.boxes, photos) if args.boxes else (None, [])
@@ -100,9 +100,9 @@ def predict(args: argparse.Namespace) -> int:
 
     import torch
 
-    from src.engine.console import console, progress_bar
-    from src.engine.predict.run import Given, predict_photos
     from src.model.net import PoseNet
+    from src.predict.run import Given, predict_photos
+    from src.utils.console import console, progress_bar
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     net = PoseNet.from_checkpoint(args.checkpoint, args.hand_model, _checked_device(device))

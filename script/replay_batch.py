@@ -19,7 +19,7 @@ def main() -> int:
     args = parser.parse_args()
     import torch
 
-    from src.engine.replay import replay
+    from src.train.replay import replay
 
     try:
         print("\n".join(replay(args.folder, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))))

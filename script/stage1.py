@@ -26,13 +26,13 @@ from omegaconf import DictConfig
 
 from src.config import Config, ConfigError
 from src.config_parse import check_overrides, parse_config
-from src.engine.failure import is_told, leave, leave_after_peer, several
-from src.engine.launch import adopt_slurm_step, check_launcher, requeue_slurm_job, start_missing_processes
-from src.engine.preflight import check_files
-from src.engine.stop import RESUMABLE, StopRequested, StopSignals
+from src.distributed.exit import is_told, leave, leave_after_peer, several
+from src.distributed.launch import adopt_slurm_step, check_launcher, requeue_slurm_job, start_missing_processes
+from src.distributed.signals import RESUMABLE, StopRequested, StopSignals
+from src.train.preflight import check_files
 
 if TYPE_CHECKING:
-    from src.engine.run import Run
+    from src.train.run import Run
 
 T = TypeVar("T")
 SIGNALS = StopSignals()
@@ -56,12 +56,12 @@ def main(composed: DictConfig) -> None:
 def train(cfg: Config, config_name: str) -> None:
     """The training loop."""
     with SIGNALS.held():
+        from src.checkpoint.save import CheckpointError
         from src.data.health import BadDataError
-        from src.engine.bad_batch import NumbersError
-        from src.engine.checkpoint import CheckpointError
-        from src.engine.console import logger, progress_bar, set_up_logging
-        from src.engine.resume import RunComplete
-        from src.engine.run import Run
+        from src.train.bad_batch import NumbersError
+        from src.train.resume import RunComplete
+        from src.train.run import Run
+        from src.utils.console import logger, progress_bar, set_up_logging
 
     set_up_logging()
     run, patience = None, 60.0
@@ -99,8 +99,8 @@ def train(cfg: Config, config_name: str) -> None:
 
 def stop_early(run: Run | None, stop: StopRequested) -> NoReturn:
     """Save what there is and leave with the code that says: run the same command again."""
-    from src.engine.checkpoint import CheckpointError
-    from src.engine.console import logger
+    from src.checkpoint.save import CheckpointError
+    from src.utils.console import logger
 
     if run is None or run.state.step == 0:
         logger.info(
@@ -126,7 +126,7 @@ def give_up(run: Run, reason: str) -> NoReturn:
 
 def break_off(run: Run | None, error: Exception) -> NoReturn:
     """Leave because of an error that nobody foresaw, or because another process has left."""
-    from src.engine.processes import is_lost_contact
+    from src.distributed.processes import is_lost_contact
 
     if not several():
         raise error

@@ -30,7 +30,7 @@ def main() -> int:
     if importlib.util.find_spec("aim") is None:
         parser.error("AIM is not installed here (it needs Python 3.12 or older); run this where it is")
     target = arguments.server_url or (str(arguments.repo.resolve()) if arguments.repo else None)
-    command = [sys.executable, "-m", "src.engine.aim_child", str(run_folder)]
+    command = [sys.executable, "-m", "src.tracking.aim_child", str(run_folder)]
     return subprocess.call(command + (["--target", target] if target else []), cwd=ROOT)
 
 

@@ -22,7 +22,7 @@ import yaml
 
 from src.hand.mano import ManoLayer, load_hand_arrays
 from src.hand.skeleton import MANO_PARENTS, MANO_TIP_VERTEX_IDS, MANO_TO_OPENPOSE
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from tests.data_shards import encode, image_of
 
 FLIP = np.diag([1.0, -1.0, -1.0])

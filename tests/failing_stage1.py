@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from src.data.health import BadDataError  # noqa: E402  (after the path)
-from src.engine.run import Run  # noqa: E402
+from src.train.run import Run  # noqa: E402
 
 KIND, RANK, STEP = os.environ["FAULT"].split(":")
 take_step = Run.step

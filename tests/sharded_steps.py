@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.batch import Batch
 from src.config import Config
-from src.engine import parts, sharding
-from src.engine.optimizer import build_optimizer
-from src.engine.processes import build_accelerator, part
-from src.engine.step import Trainer
-from src.hand.standin import build_standin_hand
+from src.distributed.processes import build_accelerator, part
+from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
+from src.train import components as parts
+from src.train import sharding
+from src.train.optimizer import build_optimizer
+from src.train.step import Trainer
 from tests.helpers import random_batch, small_config
 
 CFG = small_config(

@@ -6,11 +6,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
-from src.engine.optimizer import build_optimizer
-from src.engine.processes import build_accelerator
-from src.engine.step import Trainer
-from src.hand.standin import build_standin_hand
+from src.distributed.processes import build_accelerator
+from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
+from src.train.optimizer import build_optimizer
+from src.train.step import Trainer
 from tests.helpers import random_batch, small_config
 
 

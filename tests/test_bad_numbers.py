@@ -12,16 +12,16 @@ import torch
 from accelerate import Accelerator
 
 from src.batch import Batch, Sample
-from src.engine.bad_batch import NumbersError, find_shard
-from src.engine.checkpoint import TrainState
-from src.engine.optimizer import build_optimizer
-from src.engine.parts import network_texts
-from src.engine.replay import replay
-from src.engine.step import StepResult, Trainer
-from src.engine.watch import DelayedRead, StepWatch
-from src.hand.standin import build_standin_hand
+from src.checkpoint.save import TrainState
+from src.hand.standin.build import build_standin_hand
 from src.loss import LOSS_TERMS
 from src.model.net import PoseNet
+from src.train.bad_batch import NumbersError, find_shard
+from src.train.components import network_texts
+from src.train.optimizer import build_optimizer
+from src.train.replay import replay
+from src.train.step import StepResult, Trainer
+from src.train.step_watch import DelayedRead, StepWatch
 from tests.helpers import random_batch, small_config
 
 CFG = small_config("TRAIN.max_skipped_step=3", "MODEL.backbone.random_init=true")

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from script.peers import load_peer
-from src.data.convert.native import write_shards
-from src.data.index_build import open_indexes
-from src.engine.bench import checkpoint, gpu, scale, shards
-from src.engine.bench.figure import Figure
-from src.engine.bench.step import MOST_LOOP
+from script.bench import SUBJECTS
+from script.benchmarks import checkpoint, gpu, scale, shards
+from script.benchmarks.measurement import Figure
+from script.benchmarks.peers import load_peer
+from script.benchmarks.step import MOST_LOOP
+from src.data.shards.build_index import open_indexes
+from src.data.shards.writer import write_shards
 from tests.helpers import ROOT, compose_config
 
 TINY = (
@@ -39,7 +40,7 @@ DEMO = ("DATA.demo.train_sample=16", "DATA.demo.val_sample=4", "DATA.demo.img_si
 
 def measure(subject: str, *arguments: str, shrunk: Sequence[str] = ()) -> dict[str, Figure]:
     """The figures of a subject by name, run in this process; `shrunk` goes before what the subject overrides itself."""
-    module = importlib.import_module(f"src.engine.bench.{subject}")
+    module = importlib.import_module(SUBJECTS[subject][1])
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     args = parser.parse_args(arguments)

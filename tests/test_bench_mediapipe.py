@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import pytest
 
+from script.benchmarks import mediapipe_hands
+from script.benchmarks.mediapipe_hands import Detection, match, measure_hand
 from src.batch import Sample
-from src.engine.bench import mediapipe_hands
-from src.engine.bench.mediapipe_hands import Detection, match, measure_hand
 from tests.data_shards import native_sample, write_shard
 from tests.helpers import REALHANDS, ROOT
 from tests.test_bench import measure

@@ -16,9 +16,9 @@ import pytest
 
 from script.check_shards import main as check_main
 from script.make_shards import main as make_main
-from src.data.check import ShardReport, check_shard, check_shards, examples, merge
-from src.data.index_build import build_index, open_indexes
-from src.data.sheet import contact_sheet, spread_places
+from src.data.check_shards import ShardReport, check_shard, check_shards, examples, merge
+from src.data.contact_sheet import contact_sheet, spread_places
+from src.data.shards.build_index import build_index, open_indexes
 from tests.data_shards import lab_sample, native_sample, raw_members, write_shard, write_tar
 from tests.helpers import ROOT
 

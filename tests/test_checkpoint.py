@@ -20,16 +20,16 @@ import pytest
 import torch
 from torch import nn
 
-from src.engine.checkpoint import (
+from src.checkpoint.folder import find_checkpoint
+from src.checkpoint.run_folder import create_run_folder, lock_run_folder
+from src.checkpoint.save import (
     CheckpointError,
     TrainState,
     find_newest,
     load_checkpoint,
     save_checkpoint,
 )
-from src.engine.run_folder import create_run_folder, lock_run_folder
-from src.engine.weights import load_weights
-from src.utils.checkpoint_read import find_checkpoint
+from src.checkpoint.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,7 +204,7 @@ def test_sigkill_while_saving_leaves_a_loadable_one(tmp_path: Path) -> None:
 SAVE_WITHOUT_ROOM = """
 import resource, sys
 from pathlib import Path
-from src.engine.checkpoint import CheckpointError
+from src.checkpoint.save import CheckpointError
 from tests.test_checkpoint import save
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
@@ -280,7 +280,7 @@ def test_auto_finds_the_newest_run_of_its_config(tmp_path: Path) -> None:
 
 def test_only_one_process_writes_to_a_run(tmp_path: Path) -> None:
     held = lock_run_folder(tmp_path)
-    code = "import sys; from pathlib import Path; from src.engine.run_folder import lock_run_folder as f; "
+    code = "import sys; from pathlib import Path; from src.checkpoint.run_folder import lock_run_folder as f; "
     out, _ = run_python(code + "\ntry: f(Path(sys.argv[1]))\nexcept ValueError as e: print(e)", tmp_path).communicate()
     assert "another process is training" in out
     held.close()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.engine.checkpoint import CheckpointError, TrainState, load_checkpoint
-from src.engine.checkpoint_writer import CheckpointWriter, Frozen
+from src.checkpoint.save import CheckpointError, TrainState, load_checkpoint
+from src.checkpoint.writer import CheckpointWriter, Frozen
 from tests.test_checkpoint import make, train
 
 
@@ -75,7 +75,7 @@ def test_a_failure_is_told_and_holds_up_no_step(tmp_path: Path, monkeypatch: pyt
     if fails == "disk":
         (tmp_path / "checkpoints").write_text("in the way")
     else:
-        monkeypatch.setattr("src.engine.checkpoint_writer.HostCopy._host", lambda *_: 1 / 0)
+        monkeypatch.setattr("src.checkpoint.writer.HostCopy._host", lambda *_: 1 / 0)
     with pytest.raises((CheckpointError, ZeroDivisionError)):  # noqa: PT012  (whichever call comes to know of it)
         writer.save(tmp_path, model=model, optimizer=optimizer, scaler=None, state=TrainState(step=1))
         train(model, optimizer, 1)

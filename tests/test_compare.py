@@ -12,10 +12,10 @@ import pytest
 from scipy import stats
 
 from script.compare import main, side_names
-from src.engine.comparison.curves import ComparisonError, Curve, differences
-from src.engine.comparison.measure import Window, _draw, _interval, _percent, changes, measure_run, tail_share
-from src.engine.comparison.read import find_runs, read_run, read_sides
-from src.engine.comparison.report import Comparison, Options, grids, notes, read_data, write_data
+from src.compare.changes import Window, _draw, _interval, _percent, changes, measure_run, tail_share
+from src.compare.read import find_runs, read_run, read_sides
+from src.compare.report import Comparison, Options, grids, notes, read_data, write_data
+from src.compare.runs import ComparisonError, Curve, differences
 from tests.helpers import ROOT
 
 OPTIONS = Options(early=0.5, late=0.5, num_draw=500, seed=0)

@@ -11,14 +11,14 @@ from accelerate.state import AcceleratorState
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
-from src.engine.evaluate import evaluate
-from src.engine.optimizer import build_optimizer
-from src.engine.parts import training_form
-from src.engine.processes import build_accelerator
-from src.engine.step import Trainer
-from src.hand.standin import build_standin_hand
+from src.distributed.processes import build_accelerator
+from src.hand.standin.build import build_standin_hand
 from src.model.dropout import Dropout
 from src.model.net import PoseNet
+from src.train.components import training_form
+from src.train.optimizer import build_optimizer
+from src.train.step import Trainer
+from src.train.validation import evaluate
 from src.utils.train_utils import get_progressive_dropout
 from tests.helpers import random_batch, small_config
 

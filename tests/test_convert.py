@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from script.make_shards import main
-from src.data.blob import SampleError
 from src.data.convert.annotate import plain_key, seen, tight_box, turn_root
 from src.data.convert.chunk import Chunk, Job, Request, Skip
 from src.data.convert.dexycb_split import takes_sequence
 from src.data.convert.job import run
 from src.data.convert.mano_check import apply_convention, find_convention, left_shape_map
-from src.data.convert.native import HandRecord
 from src.data.convert.pickle_parse import parse_pickle
 from src.data.image import image_info
+from src.data.shards.safe_parse import SampleError
+from src.data.shards.writer import HandRecord
 from src.hand.mano import ManoLayer
 from src.hand.mano_file import load_pose_components
 from src.hand.skeleton import HandArrays

@@ -14,11 +14,11 @@ import torch
 import webdataset as wds
 
 from script.make_shards import main
-from src.data.blob import SampleError
 from src.data.convert.dexycb import read_labels
 from src.data.convert.interhand import TO_OPENPOSE
-from src.data.index_build import build_index
 from src.data.loader import build_val_loader
+from src.data.shards.build_index import build_index
+from src.data.shards.safe_parse import SampleError
 from tests import convert_sets
 from tests.convert_sets import Truth, fk, layer, put, write_mano
 from tests.data_shards import data_config

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from src.data import ahead, plan
-from src.data.ahead import ReadAhead, pieces
 from src.data.dataset import HandDataset
-from src.data.index import ShardIndex
-from src.data.index_build import open_indexes
-from src.data.plan import MixedPlan, SourcePlan
+from src.data.order import plan
+from src.data.order import readahead as ahead
+from src.data.order.plan import MixedPlan, SourcePlan
+from src.data.order.readahead import ReadAhead, pieces
+from src.data.shards.build_index import open_indexes
+from src.data.shards.index import ShardIndex
 from tests.data_shards import native_sample, write_shard
 
 NUM_SHARD, NUM_SAMPLE = 5, 40

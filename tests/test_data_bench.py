@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
-from src.engine.bench import data
-from src.engine.bench.figure import Figure, figure_json, figure_table, seconds_per_call
-from src.engine.bench.shards import picture
+from script.benchmarks import data
+from script.benchmarks.measurement import Figure, figure_json, figure_table, seconds_per_call
+from script.benchmarks.shards import picture
 from tests.helpers import ROOT
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from src.data.convert.native import HandRecord, write_shards
 from src.data.convert.realhands import convert_realhands
-from src.data.index_build import build_index
 from src.data.loader import build_val_loader
+from src.data.shards.build_index import build_index
+from src.data.shards.writer import HandRecord, write_shards
 from tests.data_shards import data_config, encode, hand_arrays, image_of
 from tests.helpers import REALHANDS, ROOT
 

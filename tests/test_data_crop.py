@@ -26,7 +26,7 @@ from src.data.rng import uniforms
 from src.geometry.patch import mirror_pose, warp_image
 from src.geometry.rotation import axis_angle_to_matrix
 from src.hand.mano import ManoLayer
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 
 KNOBS = SimpleNamespace(
     rot_max=180.0,

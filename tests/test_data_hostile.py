@@ -15,15 +15,15 @@ import pytest
 
 from src.batch import Sample
 from src.data import crop
+from src.data.contact_sheet import contact_sheet
 from src.data.health import BadDataError
-from src.data.index import FRAME, index_path, load_index
-from src.data.index_build import build_index, open_indexes
 from src.data.loader import build_train_loader
-from src.data.reader import ShardReader
-from src.data.sheet import contact_sheet
-from src.data.tar import BLOCK, TarWalk, padded
-from src.engine.console import add_log_file, log_said, logger, set_up_logging
+from src.data.shards.build_index import build_index, open_indexes
+from src.data.shards.index import FRAME, index_path, load_index
+from src.data.shards.reader import ShardReader
+from src.data.shards.tar import BLOCK, TarWalk, padded
 from src.geometry.patch import PatchView
+from src.utils.console import add_log_file, log_said, logger, set_up_logging
 from tests.data_shards import (
     data_config,
     encode,

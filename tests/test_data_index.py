@@ -11,11 +11,11 @@ import pytest
 
 from src.data.dataset import Fetched, HandDataset
 from src.data.health import BadDataError, DataHealth
-from src.data.index import cache_dir, index_path, load_index
-from src.data.index_build import build_index, open_indexes
-from src.data.plan import MixedPlan, SourcePlan, validation_plan
-from src.data.reader import ShardReader
-from src.data.tar import BLOCK, TarWalk
+from src.data.order.plan import MixedPlan, SourcePlan, validation_plan
+from src.data.shards.build_index import build_index, open_indexes
+from src.data.shards.index import cache_dir, index_path, load_index
+from src.data.shards.reader import ShardReader
+from src.data.shards.tar import BLOCK, TarWalk
 from tests.data_shards import native_sample, write_shard
 
 NUM = 8

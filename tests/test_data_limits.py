@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from src.data.clip import MIN_FOCAL, VALUE_LIMIT
-from src.data.index_build import build_index
 from src.data.loader import build_train_loader
+from src.data.shards.annotation import MIN_FOCAL, VALUE_LIMIT
+from src.data.shards.build_index import build_index
 from tests.data_shards import data_config, lab_sample, native_sample, write_shard
 
 REASON = {

@@ -11,9 +11,9 @@ import torch
 
 from src.batch import Batch
 from src.data.health import BadDataError, merge_states
-from src.data.index_build import open_indexes
 from src.data.loader import build_train_loader, build_val_loader
-from src.data.plan import HALVES, EpochOrder, MixedPlan, SourcePlan, validation_plan
+from src.data.order.plan import HALVES, EpochOrder, MixedPlan, SourcePlan, validation_plan
+from src.data.shards.build_index import open_indexes
 from tests.data_shards import data_config, lab_sample, native_sample, write_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose

@@ -14,13 +14,13 @@ import pytest
 import webdataset as wds
 
 from src.batch import Sample
-from src.data.blob import SampleError, parse_npy, pickled_image_spans
 from src.data.image import decode_image
-from src.data.index_build import build_index
-from src.data.reader import ShardReader
 from src.data.sample import make_sample
-from src.data.schema import parse_clip
-from src.data.source import resolve_source
+from src.data.shards.build_index import build_index
+from src.data.shards.format import parse_clip
+from src.data.shards.paths import resolve_source
+from src.data.shards.reader import ShardReader
+from src.data.shards.safe_parse import SampleError, parse_npy, pickled_image_spans
 from tests.data_shards import WIDTH, encode, image_of, lab_sample, native_sample, raw_members, write_shard, write_tar
 from tests.helpers import ROOT
 
@@ -261,13 +261,17 @@ def test_patterns_name_shards(tmp_path: Path) -> None:
 
 
 def test_patterns_cost_no_heavy_import() -> None:
-    code = "import sys, src.data.source; print(sorted({'numpy', 'cv2', 'torch', 'webdataset'} & set(sys.modules)))"
+    code = (
+        "import sys, src.data.shards.paths; print(sorted({'numpy', 'cv2', 'torch', 'webdataset'} & set(sys.modules)))"
+    )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 
 
 def test_workers_need_no_torch() -> None:
-    code = "import sys, src.data.dataset, src.data.plan, src.data.index_build; print('torch' in sys.modules)"
+    code = (
+        "import sys, src.data.dataset, src.data.order.plan, src.data.shards.build_index; print('torch' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"
 

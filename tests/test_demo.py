@@ -11,12 +11,12 @@ import pytest
 import torch
 import webdataset as wds
 
-from src.data import demo
-from src.data.demo_hand import draw_hands
+from src.data.demo import make as demo
+from src.data.demo.hand import draw_hands
 from src.data.rng import stream
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.utils.mesh_render import render_mesh
 
 SIZE = 128

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from src.utils.checkpoint_read import find_checkpoint, verify
+from src.checkpoint.folder import find_checkpoint, verify
 from tests.helpers import ROOT
 from tests.test_tracker import free_port, in_aim, journalled, sync
 from tests.test_training import SMALL
@@ -186,7 +186,7 @@ def test_output_root_that_cannot_be_written(place: Path, disk: Path, how: str, c
 SAME_SECOND = """
 import sys, time
 from pathlib import Path
-from src.engine.run_folder import create_run_folder
+from src.checkpoint.run_folder import create_run_folder
 time.sleep(max(0.0, float(sys.argv[2]) - time.time()))
 for _ in range(20):
     print(create_run_folder(Path(sys.argv[1]), "demo"))

@@ -13,8 +13,8 @@ import pytest
 
 from script.make_shards import parse_arguments
 from src.config_parse import check_overrides, is_known_key, known_keys
-from src.engine.step import log_line
 from src.loss import LOSS_TERMS
+from src.train.step import log_line
 from tests.helpers import ROOT, compose_config
 
 ENGLISH, CHINESE = ROOT / "docs/QUICK_START.md", ROOT / "docs/QUICK_START.zh-CN.md"

@@ -24,18 +24,18 @@ from src.data.augment import Augmentation
 from src.data.convert.annotate import MANO_21, OPENGL_TO_OPENCV, plain_key
 from src.data.crop import crop_sample
 from src.data.dataset import Fetched
-from src.data.demo import make_demo_shards
+from src.data.demo.make import make_demo_shards
 from src.data.loader import build_val_loader, collate
-from src.engine.evaluate import describe, evaluate
-from src.engine.evaluation import overlay
-from src.engine.evaluation.collect import Samples, to_photograph
-from src.engine.evaluation.submission import write_submission
-from src.engine.evaluation.summary import Bootstrap, Estimate, Group, summarise
-from src.engine.evaluation.table import group_grid, joint_grid, metric_grid
+from src.evaluate import hand_sheets as overlay
+from src.evaluate.bootstrap import Bootstrap, Estimate, Group, summarise
+from src.evaluate.collect import Samples, to_photograph
+from src.evaluate.submission import write_submission
+from src.evaluate.tables import group_grid, joint_grid, metric_grid
 from src.hand.skeleton import JOINT_NAMES
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.metric import SampleMetric
 from src.model.net import PoseNet
+from src.train.validation import describe, evaluate
 from tests.data_shards import lab_sample, write_shard
 from tests.helpers import ROOT, random_batch, small_config
 from tests.test_predict import make_run
@@ -269,7 +269,7 @@ def test_tables_fit_a_terminal_and_leave_out_what_is_absent() -> None:
 
 def test_names_in_brackets_are_told_whole_and_a_pipe_is_wide() -> None:
     """rich would take `[x]` for markup and leave it out, and fold what goes to a job's log at 80 columns."""
-    code = "from src.engine.console import console\nfrom src.engine.grid import Grid\n"
+    code = "from src.utils.console import console\nfrom src.utils.table import Grid\n"
     code += "console.print(Grid('runs [x]', ('', 'side [y]'), [('[z]', '[a] ' * 25)]).as_rich(), 'to [b]')"
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from script import export as script
-from src.engine.export import ABOUT, INPUTS, OUTPUTS, ExportError, PatchNetwork, example_inputs, export
+from src.export.onnx import ABOUT, INPUTS, OUTPUTS, ExportError, PatchNetwork, example_inputs, export
 from src.model.net import PoseNet
 from tests.helpers import ROOT
 from tests.test_predict import make_run

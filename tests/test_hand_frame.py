@@ -9,7 +9,7 @@ import torch
 
 from src.geometry.camera import project
 from src.geometry.rotation import axis_angle_to_matrix
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.model.hand_frame import HandFrame, hand_frame
 from src.model.net import PoseNet
 from tests.helpers import random_batch, small_config

@@ -11,7 +11,7 @@ import torch
 from src.batch import Batch, Prediction
 from src.geometry.camera import project
 from src.hand.mano import ManoLayer
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.loss import HEAT_SIGMA, LOSS_TERMS, NUM_TERM, loss_counts, loss_sums, mean_terms
 from tests.helpers import random_batch
 

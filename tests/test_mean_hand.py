@@ -13,17 +13,17 @@ import torch
 from rich.console import Console
 
 from src.batch import Batch
-from src.data.demo import make_demo_shards
+from src.data.demo.make import make_demo_shards
 from src.data.loader import build_train_loader, build_val_loader
 from src.data.mean_hand import HandLabels, MeanHand, mean_hand, mean_of, mean_rotation
-from src.engine.evaluate import constant_metrics
-from src.engine.report import closing_table
-from src.engine.tracker import METRICS
 from src.geometry.rotation import axis_angle_to_matrix
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.metric import evaluate_batch, procrustes_error
+from src.tracking.tracker import METRICS
+from src.train.report import closing_table
+from src.train.validation import constant_metrics
 from tests.helpers import random_batch, small_config
 
 SIDE = 56

@@ -12,11 +12,11 @@ from transformers import Dinov2Config, Dinov2Model
 
 from src.batch import Batch
 from src.geometry.camera import project
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.loss import loss_sums
 from src.model.attention import attend
-from src.model.grid import camera_features, sincos_position, token_centres
 from src.model.net import PoseNet
+from src.model.tokens import camera_features, sincos_position, token_centres
 from tests.helpers import compose_config, random_batch, small_config
 
 READ_FIELDS = {"patch", "patch_focal", "patch_princpt"}

@@ -18,14 +18,14 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.engine.checkpoint import TrainState
-from src.engine.optimizer import build_optimizer
-from src.engine.prefetch import to_device
-from src.engine.processes import build_accelerator
-from src.engine.step import Trainer
-from src.engine.watch import DelayedRead, StepWatch
-from src.hand.standin import build_standin_hand
+from src.checkpoint.save import TrainState
+from src.data.prefetch import to_device
+from src.distributed.processes import build_accelerator
+from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
+from src.train.optimizer import build_optimizer
+from src.train.step import Trainer
+from src.train.step_watch import DelayedRead, StepWatch
 from tests.helpers import random_batch, small_config
 
 READING_OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2")

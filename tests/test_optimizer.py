@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from src.engine.optimizer import MuonAdamW, build_optimizer, orthogonalised
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
+from src.train.optimizer import MuonAdamW, build_optimizer, orthogonalised
 from tests.helpers import random_batch, small_config
 
 CFG = small_config("TRAIN.optimizer=muon", "TRAIN.lr=1e-3", "MODEL.handec.dropout=0.0")

@@ -14,10 +14,10 @@ from src.data.augment import Augmentation
 from src.data.crop import crop_sample
 from src.data.dataset import Fetched
 from src.data.loader import collate
-from src.engine.evaluation.measure import PCK_2D, measure, measure_2d, to_source_image
-from src.engine.evaluation.plot import plot_pck
-from src.engine.evaluation.summary import Estimate, Group
-from src.engine.evaluation.table import group_grid_2d, metric_grid
+from src.evaluate.bootstrap import Estimate, Group
+from src.evaluate.metrics import PCK_2D, measure, measure_2d, to_source_image
+from src.evaluate.plot import plot_pck
+from src.evaluate.tables import group_grid_2d, metric_grid
 from src.metric import SampleMetric
 from tests.helpers import random_batch
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from script.peers import PEERS, load_peer
-from script.peers.csvit import CsVitNet, finger_length
-from script.peers.hamer import HamerNet
+from script.benchmarks import accuracy, accuracy_train
+from script.benchmarks.peers import PEERS, load_peer
+from script.benchmarks.peers.csvit import CsVitNet, finger_length
+from script.benchmarks.peers.hamer import HamerNet
 from src.batch import Batch
-from src.engine.bench import accuracy, accuracy_train
 from src.geometry.camera import project
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from tests.helpers import compose_config, random_batch, small_config
 
 READ_FIELDS = {"patch", "patch_focal", "patch_princpt"}

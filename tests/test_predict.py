@@ -13,14 +13,14 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from src.batch import Batch, Sample
+from src.checkpoint.save import TrainState, save_checkpoint
 from src.config import Config
 from src.data.augment import identity_augmentation
 from src.data.crop import crop_sample
-from src.engine.checkpoint import TrainState, save_checkpoint
-from src.engine.parts import network_texts, write_config
 from src.geometry.patch import BORDER, MIRROR
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
+from src.train.components import network_texts, write_config
 from tests.helpers import random_batch, small_config
 
 

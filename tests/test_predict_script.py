@@ -16,11 +16,11 @@ from PIL import Image
 from PIL.ExifTags import IFD, Base
 
 from script import predict as script
-from src.engine.predict.boxes import HandBox, read_boxes
-from src.engine.predict.outputs import name_outputs
-from src.engine.predict.photo import GUESS, PhotoError, read_photo
 from src.model.net import PoseNet
-from src.utils.mesh_overlay import SIDE_RGB, Mesh, draw_meshes
+from src.predict.boxes import HandBox, read_boxes
+from src.predict.mesh_overlay import SIDE_RGB, Mesh, draw_meshes
+from src.predict.outputs import name_outputs
+from src.predict.photo import GUESS, PhotoError, read_photo
 from tests.helpers import REALHANDS, ROOT
 from tests.test_predict import make_run, photograph
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from src.engine.stop import RESUMABLE
+from src.distributed.signals import RESUMABLE
 from tests.helpers import ROOT
 from tests.test_training import SMALL
 
@@ -105,7 +105,7 @@ def test_one_of_two_processes_is_asked(place: Path) -> None:
 
 TWICE = """
 import time
-from src.engine.stop import StopSignals
+from src.distributed.signals import StopSignals
 signals = StopSignals()
 signals.install()
 signals.defer()
@@ -155,7 +155,7 @@ def test_a_signal_waits_for_the_end_of_an_import() -> None:
     """Raised within a C extension that is being loaded it would come out as an ImportError, with a traceback."""
     code = """
 import os, signal
-from src.engine.stop import StopRequested, StopSignals
+from src.distributed.signals import StopRequested, StopSignals
 signals = StopSignals()
 signals.install()
 try:

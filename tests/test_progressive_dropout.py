@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
 from src.utils.train_utils import DROPOUT_SCHEDULES, get_progressive_dropout
 from tests.helpers import compose_config, random_batch, small_config

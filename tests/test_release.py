@@ -16,16 +16,16 @@ from safetensors import safe_open
 from script import evaluate, predict
 from script import export as script
 from src.batch import Batch
+from src.checkpoint.folder import find_checkpoint
+from src.checkpoint.save import TrainState, save_checkpoint
 from src.config import ConfigError
-from src.engine.checkpoint import TrainState, save_checkpoint
-from src.engine.model_card import BEGIN, END
-from src.engine.parts import network_texts
-from src.engine.preflight import check_files
-from src.engine.release import portable_config
-from src.engine.tracker import METRICS
-from src.hand.standin import build_standin_hand
+from src.export.model_card import BEGIN, END
+from src.export.release import portable_config
+from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
-from src.utils.checkpoint_read import find_checkpoint
+from src.tracking.tracker import METRICS
+from src.train.components import network_texts
+from src.train.preflight import check_files
 from tests.helpers import ROOT, random_batch, small_config
 from tests.test_predict import photograph
 from tests.test_predict_script import save as save_photo
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_not_kept(released: Path, tmp_path: Path, capsys: p
     with torch.no_grad():
         net.decoder.layers[0].self_norm.weight[0] = 1e5  # a vector: kept in float32
         net.pose_head.weight[0, 0, 0] = 1e5
-    from src.engine.release import cast_weights
+    from src.export.release import cast_weights
 
     with pytest.raises(ValueError, match=r"pose_head\.weight holds a weight of 1e\+05, too large"):
         cast_weights(net, torch.float16)

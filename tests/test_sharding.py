@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from src.config import ConfigError
-from src.engine.sharding import check_processes
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
+from src.train.sharding import check_processes
 from tests.helpers import ROOT, compose_config, random_batch
 from tests.test_processes import DROPOUT, finish, rows, start, torchrun
 

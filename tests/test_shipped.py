@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from src.data.demo_hand import draw_hands
-from src.data.demo_scene import paint
+from src.data.demo.hand import draw_hands
+from src.data.demo.scene import paint
 from src.data.rng import stream
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 from src.metric import align_procrustes
 from src.model.net import PoseNet
 from tests.helpers import ROOT, compose_config

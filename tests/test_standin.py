@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from src.hand.skeleton import FINGER_NAMES, HandArrays
-from src.hand.standin import build_standin_hand
-from src.hand.standin_design import angles_to_rotmat, chain, design, joint_limits
-from src.hand.standin_mesh import signed_volume
+from src.hand.standin.build import build_standin_hand
+from src.hand.standin.design import angles_to_rotmat, chain, design, joint_limits
+from src.hand.standin.mesh import signed_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,7 +149,7 @@ def test_limits_contain_rest_and_the_rotations_are_proper() -> None:
 
 def test_another_process_builds_the_same_hand_without_torch(hand: HandArrays) -> None:
     code = (
-        "import sys, hashlib; from src.hand.standin import build_standin_hand as build; h = build(); "
+        "import sys, hashlib; from src.hand.standin.build import build_standin_hand as build; h = build(); "
         "assert 'torch' not in sys.modules; "
         "print(hashlib.sha1(h.v_template.tobytes() + h.posedirs.tobytes() + h.shapedirs.tobytes()).hexdigest())"
     )

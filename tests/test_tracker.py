@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.engine.aim_state import read_state
-from src.engine.tracker import Tracker
+from src.tracking.aim_state import read_state
+from src.tracking.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -179,7 +179,7 @@ def test_wrong_address_is_explained(tmp_path: Path) -> None:
 
 
 def test_without_aim_the_journal_is_kept_and_said(tmp_path: Path, monkeypatch, said) -> None:
-    monkeypatch.setattr("src.engine.tracker.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("src.tracking.tracker.importlib.util.find_spec", lambda name: None)
     tracker = start(tmp_path, tmp_path)
     fill(tracker, 0, 3)
     tracker.close()

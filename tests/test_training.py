@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.engine.resume import setting_changes
 from src.loss import LOSS_TERMS
+from src.train.resume import setting_changes
 from tests.helpers import ROOT, compose_config
 
 SMALL = (

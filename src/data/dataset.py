@@ -18,17 +18,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from src.batch import Sample
-from src.data.ahead import ReadAhead
 from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation, identity_augmentation
-from src.data.blob import SampleError, reason_of
-from src.data.clip import Clip
 from src.data.crop import PatchSample, fill_patch, padding_patch, turn_samples
 from src.data.image import decode_image, image_info
-from src.data.index import ShardIndex
-from src.data.plan import MixedPlan, Place
-from src.data.reader import ClipCache, ShardReader
+from src.data.order.plan import MixedPlan, Place
+from src.data.order.readahead import ReadAhead
 from src.data.rng import uniforms
 from src.data.sample import annotated_sample, make_sample
+from src.data.shards.annotation import Clip
+from src.data.shards.index import ShardIndex
+from src.data.shards.reader import ClipCache, ShardReader
+from src.data.shards.safe_parse import SampleError, reason_of
 from src.geometry.patch import Warp, plan_warps
 
 _MAX_OPEN = 512  # shards held open by one process: an order works on some 256 blocks at a time
@@ -36,7 +36,7 @@ MAX_ATTEMPT = 20  # frames that are tried for a position
 
 
 class Plan(Protocol):
-    """What a dataset needs of src/data/plan.py."""
+    """What a dataset needs of src/data/order/plan.py."""
 
     @property
     def num_frame(self) -> int: ...

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from src.data.dataset import MAX_ATTEMPT, BadFrame
-from src.data.index import ShardIndex
+from src.data.shards.index import ShardIndex
 
-logger = logging.getLogger("stage1.data")  # below the logger of src/engine/console.py
+logger = logging.getLogger("stage1.data")  # below the logger of src/utils/console.py
 _MAX_EXAMPLE = 20
 _AT = ", at position "  # what an example ends with
 _MIN_READ = 1000  # fewer frames than this say little about a fraction

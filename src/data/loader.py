@@ -22,10 +22,10 @@ from src.batch import Batch
 from src.config import Config, named_sources
 from src.data.dataset import BadFrame, Fetched, HandDataset
 from src.data.health import DataHealth
-from src.data.index import ShardIndex
-from src.data.index_build import open_indexes, worker_context
-from src.data.plan import MixedPlan, SourcePlan, validation_plan
-from src.data.source import resolve_source
+from src.data.order.plan import MixedPlan, SourcePlan, validation_plan
+from src.data.shards.build_index import open_indexes, worker_context
+from src.data.shards.index import ShardIndex
+from src.data.shards.paths import resolve_source
 
 Progress = Callable[[int, int], None]
 
@@ -218,8 +218,8 @@ def build_val_loader(
     """Batches of validation: the frames fixed by `GENERAL.val_seed`, unaugmented, in one order, each once across ranks.
 
     Rows with position -1 fill up the last batches (and stand for frames that cannot be read). `half`: only the samples
-    of that half (src/data/plan.py). Other arguments and errors as in `build_train_loader`. May be iterated again and
-    again.
+    of that half (src/data/order/plan.py). Other arguments and errors as in `build_train_loader`. May be iterated again
+    and again.
     """
     sources = _open_sources(cfg, cfg.DATA.val.source, "DATA.val.source", progress)
     shards = [shard for source in sources for shard in source]

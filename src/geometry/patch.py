@@ -7,7 +7,7 @@ turns of the camera about its principal axis, scale and focal changes are its zo
 nothing is approximated. `K_patch` has one focal length for both axes: pixels of the patch are square even where those
 of the source are not.
 
-Numpy and OpenCV. Training (src/data/crop.py) and prediction (src/model/predict.py) cut their patches here.
+Numpy and OpenCV. Training (src/data/crop.py) and prediction (src/predict/predictor.py) cut their patches here.
 Shape legend: N patches, S patch side. Computed in float64.
 """
 

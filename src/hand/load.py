@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.hand.mano_file import load_hand_arrays
 from src.hand.skeleton import HandArrays
-from src.hand.standin import build_standin_hand
+from src.hand.standin.build import build_standin_hand
 
 
 def load_hand(hand_model: str) -> HandArrays:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from src.config import BackboneConfig
 from src.model.attention import attend
-from src.model.grid import sincos_position
+from src.model.tokens import sincos_position
 
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.0}
 _SHAPE_KEYS = (

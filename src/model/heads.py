@@ -13,7 +13,7 @@ from src.batch import NUM_JOINT
 from src.geometry.camera import unproject
 from src.geometry.rotation import rotation_6d_to_matrix
 from src.hand.skeleton import NUM_MANO_JOINT
-from src.model.grid import token_centres
+from src.model.tokens import token_centres
 
 SCENE_WIDTH = 300.0  # mm: the width of scene that a patch shows at the hand's depth, before anything is learned
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from src.batch import NUM_JOINT, NUM_SHAPE, Batch, Prediction
+from src.checkpoint.network import SavedNetwork, choose_hand, load_weights_into, read_checkpoint
 from src.config import ModelConfig
 from src.geometry.camera import project
 from src.geometry.rotation import matrix_to_axis_angle
@@ -20,11 +21,10 @@ from src.hand.mano import ManoLayer
 from src.hand.skeleton import MANO_TO_OPENPOSE, MIDDLE_KNUCKLE, NUM_MANO_JOINT, WRIST, HandArrays
 from src.model.backbone import Backbone
 from src.model.decoder import HandDecoder
-from src.model.grid import CAMERA_FEATURES, camera_features, log_zoom, token_centres
 from src.model.hand_frame import HandFrame, hand_frame
 from src.model.heads import KeypointHead, PoseHead, RootHead, ShapeHead
-from src.model.predict import Hands, aims_at_hands, predict_hands
-from src.model.restore import SavedNetwork, choose_hand, load_weights_into, read_checkpoint
+from src.model.tokens import CAMERA_FEATURES, camera_features, log_zoom, token_centres
+from src.predict.predictor import Hands, aims_at_hands, predict_hands
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,8 +12,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from src.data.blob import SampleError
 from src.data.image import image_info
+from src.data.shards.safe_parse import SampleError
 from src.hand.skeleton import MANO_TO_OPENPOSE
 
 MM_PER_M = 1000.0

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.data.blob import reason_of
-from src.data.convert.native import HandRecord
+from src.data.shards.safe_parse import reason_of
+from src.data.shards.writer import HandRecord
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from src.data.blob import SampleError, parse_npy
 from src.data.convert.annotate import (
     MM_PER_M,
     fields_2d,
@@ -51,7 +50,8 @@ from src.data.convert.annotate import (
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.dexycb_split import SETUPS, choose_sequences
 from src.data.convert.job import run
-from src.data.convert.native import ConvertSummary, HandRecord, Progress
+from src.data.shards.safe_parse import SampleError, parse_npy
+from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 from src.hand.mano_file import load_pose_components
 
 SPLITS = (

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from src.data.blob import SampleError
 from src.data.convert.annotate import (
     MM_PER_M,
     fields_2d,
@@ -39,7 +38,8 @@ from src.data.convert.annotate import (
 )
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.convert.native import ConvertSummary, HandRecord, Progress
+from src.data.shards.safe_parse import SampleError
+from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 
 SPLITS = ("training", "evaluation")
 VERSIONS = ("gs", "hom", "sample", "auto")

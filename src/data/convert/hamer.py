@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from src.data.blob import SampleError
 from src.data.convert.annotate import MM_PER_M, finite, known_only, plain_key, seen, tight_box
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.convert.native import ConvertSummary, HandRecord, Progress
 from src.data.convert.pickle_parse import parse_pickle
 from src.data.image import image_info
-from src.data.tar import Damage, TarWalk, split_name
+from src.data.shards.safe_parse import SampleError
+from src.data.shards.tar import Damage, TarWalk, split_name
+from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 
 SPLITS = ("all",)
 TOLERANCE_MM = 12.0

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from src.data.blob import SampleError
 from src.data.convert.annotate import (
     MANO_21,
     MM_PER_M,
@@ -42,8 +41,9 @@ from src.data.convert.annotate import (
 )
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.convert.native import ConvertSummary, HandRecord, Progress
 from src.data.convert.pickle_parse import parse_pickle
+from src.data.shards.safe_parse import SampleError
+from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 
 SPLITS = ("train", "evaluation")
 TOLERANCE_MM = 1.0  # the published joints are the model's own

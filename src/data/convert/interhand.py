@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from src.data.blob import SampleError
 from src.data.convert.annotate import (
     fields_2d,
     fields_mano,
@@ -44,7 +43,8 @@ from src.data.convert.annotate import (
 )
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.convert.native import ConvertSummary, HandRecord, Progress
+from src.data.shards.safe_parse import SampleError
+from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 
 SPLITS = ("train", "val", "test")
 TOLERANCE_MM = 12.0

@@ -32,7 +32,7 @@ from src.data.convert.mano_check import (
     describe,
     find_convention,
 )
-from src.data.convert.native import ConvertSummary, HandRecord, Progress, write_shard
+from src.data.shards.writer import ConvertSummary, HandRecord, Progress, write_shard
 
 VERSION = 1  # raise it whenever the same input would come out different
 MANIFEST = "convert.json"

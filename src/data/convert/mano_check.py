@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from src.data.convert.annotate import mirror_pose
-from src.data.convert.native import HandRecord
+from src.data.shards.writer import HandRecord
 from src.hand.mano_file import load_hand_arrays
 from src.hand.skeleton import TIP_JOINTS
 

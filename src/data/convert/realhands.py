@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from src.data.convert.native import ConvertSummary, HandRecord, Progress, write_shards
+from src.data.shards.writer import ConvertSummary, HandRecord, Progress, write_shards
 
 SPLITS = ("all", "freihand", "hand_graph_cnn", "interhand2.6m", "rhd", "taco")
 

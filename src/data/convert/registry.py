@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from src.data.convert import dexycb, freihand, hamer, ho3d, interhand, realhands
 from src.data.convert.chunk import Request
-from src.data.convert.native import ConvertSummary, Progress
+from src.data.shards.writer import ConvertSummary, Progress
 
 
 @dataclass(frozen=True)

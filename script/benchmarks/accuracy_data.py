@@ -1,0 +1,78 @@
+"""The sets of `script/bench.py accuracy`: rendered hands of all poses, cropped once and kept on the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.batch import Batch
+from src.config import Config
+from src.data.demo.make import VERSION, make_demo_shards
+from src.data.loader import build_train_loader, build_val_loader
+from src.data.mean_hand import HandLabels, mean_of
+from src.hand.mano import ManoLayer
+from src.hand.skeleton import HandArrays
+from src.train.validation import constant_metrics
+
+LOADED_TOGETHER = 125
+
+
+def load_sets(cfg: Config, out: Path, say: Callable[[str], None]) -> tuple[Batch, Batch]:
+    """All training and validation samples, cropped, on the device: what is compared is not the reading."""
+    demo, root = cfg.DATA.demo, Path(cfg.DATA.root)
+    number = {"train": demo.train_sample, "val": demo.val_sample}
+    say("rendering hands")
+    make_demo_shards(root, number, demo.seed, demo.img_size, demo.free_rotation)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    what = {"img_size": cfg.MODEL.img_size, "expansion_ratio": cfg.TRAIN.expansion_ratio}
+    what |= {"demo": asdict(demo), "renderer": VERSION}
+    file = out / f"patches-{digest_of(what)}.pt"
+    if not file.is_file():
+        say("cropping patches")
+        loading = replace(cfg, TRAIN=replace(cfg.TRAIN, sample_per_device=LOADED_TOGETHER))
+        loader = build_train_loader(loading, "standin", num_batch=-(-demo.train_sample // LOADED_TOGETHER))
+        sets = [_tensors(loader), _tensors(build_val_loader(loading, "standin"))]
+        partial = file.with_suffix(".part")
+        torch.save(sets, partial)
+        partial.rename(file)
+    return tuple(_batch(tensors).to(device) for tensors in torch.load(file, weights_only=True))
+
+
+def _tensors(loader: Any) -> dict[str, torch.Tensor]:
+    """The tensors of all batches, one after the other; padding left out."""
+    parts = [{f.name: v for f in fields(b) if hasattr(v := getattr(b, f.name), "dtype")} for b in loader]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    real = joined["position"] >= 0
+    return {name: value[real] for name, value in joined.items()}
+
+
+def _batch(tensors: dict[str, torch.Tensor]) -> Batch:
+    num = len(tensors["position"])
+    return Batch(key=[""] * num, source=["demo"] * num, **tensors)
+
+
+def rows_of(data: Batch, index: torch.Tensor) -> Batch:
+    """The samples `index` [B] of a set."""
+    names = ["demo"] * len(index)
+    return replace(data._map(lambda t: t[index.to(t.device)]), key=names, source=names)
+
+
+def constant_answers(train: Batch, val: Batch, hand: HandArrays) -> dict[str, float]:
+    """What the image-independent baseline of the training set scores on the validation set, mm, root-relative and after
+    Procrustes alignment. A network that is not below has learned nothing of the kind."""
+    labels = HandLabels(**{f.name: getattr(train, f.name).cpu().numpy() for f in fields(HandLabels)})
+    layer, val = ManoLayer(hand), val.to("cpu")
+    target_vert = layer(layer.pose_to_rotmat(val.mano_pose, val.flat_hand_mean), val.mano_shape).vert
+    values = constant_metrics(mean_of(labels, hand, train.patch.shape[-1]), val, target_vert)
+    return {n: (v := values[f"{n}_mean_hand"]).total.sum() / v.count.sum() for n in ("mpjpe_rel", "mpjpe_pa")}
+
+
+def digest_of(what: dict[str, Any]) -> str:
+    """A name for what is described: equal for equal descriptions."""
+    return blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,163 @@
+"""`script/bench.py mediapipe`: MediaPipe Hands on the hands that script/evaluate.py reads, measured with its metrics.
+
+MediaPipe sees one whole source image at a time (no tracking). The detection nearest to the annotated joints counts.
+A hand without one counts as wrong in 2D PCK and does not count in PA-MPJPE. docs/EVALUATION.md describes the
+installation: MediaPipe needs an environment of its own.
+
+Shapes: D detections in an image, J = 21 joints (MediaPipe's order is ours).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from script.benchmarks.measurement import Figure
+from src.batch import NUM_JOINT, Sample
+from src.data.loader import HandLoader, build_val_loader
+from src.data.order.plan import HALVES
+from src.evaluate.bootstrap import RESAMPLE, Bootstrap, Group, summarise
+from src.evaluate.collect import Samples
+from src.evaluate.metrics import PCK_2D, measure_2d
+from src.evaluate.run import name_unknown
+from src.evaluate.tables import UNITS
+from src.metric import SampleMetric, box_side, point_distance, procrustes_error
+
+VERSION = "0.10.14"
+INSTALL = f"python3.11 -m venv mediapipe-venv && mediapipe-venv/bin/pip install -e . mediapipe=={VERSION}"
+MAX_DISTANCE = 1.0  # mean distance of a detection's joints over the box's side, at most, to be the annotated hand
+SHOWN = ("found", *PCK_2D, "auc_2d", "mpjpe_pa")
+BORDER = (0, 0, 0)
+
+
+class Detection(NamedTuple):
+    """One hand that MediaPipe found."""
+
+    joint_img: np.ndarray  # [J, 2] px of the source image
+    joint_world: np.ndarray  # [J, 3] mm, about the hand's centre; axes as in our camera frame
+
+
+Detector = Callable[[np.ndarray], Sequence[Detection]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this sub-command."""
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for evaluate: DATA.root=data ...")
+    parser.add_argument("--half", choices=HALVES, help="only this half of the samples, as in evaluate.py")
+    parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws; default: %(default)s")
+    parser.add_argument("--resample", choices=RESAMPLE, default="sample", help="what is drawn anew")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--confidence", type=float, default=0.5, help="min_detection_confidence; default: %(default)s")
+    parser.add_argument("--pad", type=float, default=0.0, help="black border, share of the longer side of the image")
+
+
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
+    """Detect, match and measure every hand; `say` shows the progress."""
+    detect = load_detector(args.confidence, args.pad)
+    overrides = ["DATA.demo=null", "DATA.val.max_sample=null", *args.overrides]
+    cfg = args.compose("stage1-demo", overrides)
+    loader = build_val_loader(cfg, "standin", half=args.half)
+    rows = []
+    for position, sample in read_samples(loader):
+        rows.append((position, sample.key, sample.source, sample.is_right, measure_hand(sample, detect(sample.image))))
+        say(f"{len(rows)} of {loader.dataset.plan.num_frame} hands")
+    samples = name_unknown(stack_samples(rows), loader, cfg)
+    groups = summarise(samples, Bootstrap(args.num_bootstrap, args.resample, args.seed))
+    return [figure for group in groups for figure in group_figures(group)]
+
+
+def load_detector(confidence: float, pad: float) -> Detector:
+    """MediaPipe Hands for single photographs. Raises SystemExit where it is not installed."""
+    try:
+        mediapipe = importlib.import_module("mediapipe")
+    except ImportError as error:
+        raise SystemExit(f"bench mediapipe: {error}. Install it into an environment of its own: {INSTALL}") from error
+    hands = mediapipe.solutions.hands.Hands(
+        static_image_mode=True, max_num_hands=2, min_detection_confidence=confidence
+    )
+
+    def detect(image: np.ndarray) -> list[Detection]:
+        border = round(pad * max(image.shape[:2]))
+        padded = cv2.copyMakeBorder(image, border, border, border, border, cv2.BORDER_CONSTANT, value=BORDER)
+        result = hands.process(padded)
+        size = np.array(padded.shape[1::-1])
+        pairs = zip(result.multi_hand_landmarks or (), result.multi_hand_world_landmarks or (), strict=True)
+        # Landmarks are shares of the image, corner to corner; our pixels have their centre at integers.
+        return [Detection(_points(img)[:, :2] * size - 0.5 - border, 1000 * _points(world)) for img, world in pairs]
+
+    return detect
+
+
+def _points(landmarks: Any) -> np.ndarray:
+    """[J, 3] of MediaPipe's list of landmarks."""
+    return np.array([(point.x, point.y, point.z) for point in landmarks.landmark], np.float64)
+
+
+def read_samples(loader: HandLoader) -> Iterator[tuple[int, Sample]]:
+    """(position, sample) of every hand that an evaluation with this loader measures, in its order."""
+    dataset = loader.dataset
+    for batch in loader:
+        for position in batch.position.tolist():
+            if position >= 0:
+                yield position, dataset.read(dataset.plan.locate(position))
+
+
+def match(sample: Sample, detections: Iterable[Detection]) -> Detection | None:
+    """The detection whose joints are nearest to the annotated ones on the average, whatever side it was taken for; None
+    where that is farther than the hand is large."""
+    valid = sample.joint_2d_valid > 0
+    if not valid.any():
+        return None
+
+    def distance(detection: Detection) -> float:
+        return float(point_distance(detection.joint_img[valid], sample.joint_img[valid].astype(np.float64)).mean())
+
+    side = box_side(sample.joint_img[None], valid[None])[0]
+    best = min(detections, key=distance, default=None)
+    return best if best is not None and distance(best) <= MAX_DISTANCE * side else None
+
+
+def measure_hand(sample: Sample, detections: Iterable[Detection]) -> dict[str, SampleMetric]:
+    """The metrics of SHOWN, and the PCK curve, of one hand (B = 1)."""
+    found = match(sample, detections)
+    joint_img = np.full((NUM_JOINT, 2), np.inf) if found is None else found.joint_img
+    joint_world = np.zeros((NUM_JOINT, 3)) if found is None else found.joint_world
+    valid_2d, valid_3d = sample.joint_2d_valid[None] > 0, sample.joint_3d_valid[None] > 0
+    return {
+        "found": SampleMetric(np.array([float(found is not None)]), np.array([float(valid_2d.any())])),
+        **measure_2d(joint_img[None], sample.joint_img[None].astype(np.float64), valid_2d),
+        "mpjpe_pa": procrustes_error(
+            joint_world[None], sample.joint_cam[None].astype(np.float64), valid_3d & (found is not None)
+        ),
+    }
+
+
+def stack_samples(rows: Sequence[tuple[int, str, str, bool, dict[str, SampleMetric]]]) -> Samples:
+    """Rows of (position, key, source, is_right, metrics) as an evaluation keeps them."""
+    position, key, source, is_right, values = zip(*rows, strict=True)
+    num = len(rows)
+    metric = {
+        name: SampleMetric(*(np.concatenate([v[name][part] for v in values]).reshape(num, -1) for part in (0, 1)))
+        for name in values[0]
+    }
+    return Samples(np.array(position), list(key), np.array(source, dtype=object), np.array(is_right), metric)
+
+
+def group_figures(group: Group) -> list[Figure]:
+    """One figure for each metric of a group; the note holds the interval and how many hands have it."""
+    figures = []
+    for name in SHOWN:
+        if (estimate := group.metric.get(name)) is None:
+            continue
+        unit = {"found": "%"}.get(name, UNITS.get(name, ""))
+        scale = 100.0 if unit == "%" else 1.0
+        interval = "" if estimate.low is None else f"[{scale * estimate.low:.4g}, {scale * estimate.high:.4g}] "
+        note = f"{interval}of {estimate.num_sample} hands"
+        label = group.name if group.kind == "all" else f"{group.kind} {group.name}"
+        figures.append(Figure(f"{label}: {name}", scale * estimate.value, unit, note=note))
+    return figures

@@ -1,0 +1,285 @@
+"""`script/bench.py peers`: a training step of ours, of HaMeR's and of CS-ViT2's kind, end to end, in one run.
+
+The same backbone, decoder width, batch, shards, workers and machine; what differs is how the sample travels and what a
+step does, after the published sources:
+
+* HaMeR (github.com/geopavlakos/hamer): workers decode the frame, cut the patch and normalise it to float32; the step is
+  float32, looks whether the loss and the gradient norm are finite and logs the loss: three waits for the device.
+* CS-ViT2 (github.com/Mine268/CS-ViT2): workers decode the frame, which travels whole; on the device it turns to float
+  and each sample's patch is cut by a warp of its own; heatmaps in float32; the step is float32 and reads its loss.
+
+In their favour: both read with our indexed reader and OpenCV's decoders (published: webdataset, PIL, torchvision), and
+HaMeR's adversarial prior is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch.utils.data import DataLoader, Dataset
+
+from script.benchmarks.measurement import Figure
+from script.benchmarks.shards import records
+from src.batch import Batch, Sample
+from src.config import Config
+from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation
+from src.data.crop import crop_samples, turn_samples
+from src.data.dataset import Fetched, HandDataset
+from src.data.loader import collate
+from src.data.rng import uniforms
+from src.data.shards.writer import write_shards
+from src.hand.load import load_hand
+from src.train.run import Run
+
+ON_GPU = ["backbone=dinov2_large", "TRAIN.sample_per_device=64", "GENERAL.num_worker=12"]
+ON_CPU = ["backbone=tiny", "MODEL.img_size=112", "TRAIN.sample_per_device=16", "GENERAL.num_worker=0"]
+LEAST_RATIO = {"cuda": 2.0, "cpu": 1.5}
+EPOCH = 100_000  # positions of a peer's loader: more than are asked for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this sub-command."""
+    parser.add_argument("--repeat", type=int, default=5, help="blocks of each kind (default 5)")
+    parser.add_argument("--block", type=int, default=10, help="steps a block (default 10)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for stage1, e.g. backbone=dinov2_small")
+
+
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
+    """Blocks of steps in turn; `say` is told what is going on."""
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder, Progress(disable=True) as progress:
+        say("writing shards, building networks")
+        write_shards(records(256, "jpg", 0), Path(folder) / "data", num_per_shard=64)
+        cfg = args.compose("stage1-dino_large", peers_overrides(Path(folder)) + args.overrides)
+        ours = Ours(Run(cfg, "bench", progress))
+        try:
+            dataset = ours.run.train_loader.dataset
+            contestants = [ours, Hamer(args.peer("hamer"), cfg, dataset), CsVit(args.peer("csvit"), cfg, dataset)]
+            seconds = measure(contestants, args.repeat, args.block, say)
+        finally:
+            ours.run.close()
+    return figures(seconds, cfg)
+
+
+def peers_overrides(folder: Path) -> list[str]:
+    """The bench's pictures (640x480) and everything that is written below `folder`."""
+    return [
+        f"DATA.root={folder}/data",
+        "DATA.train.source=['*.tar']",
+        "DATA.val={source: ['*.tar'], max_sample: 16}",
+        f"GENERAL.output_root={folder}/run",
+        f"AIM.repo={folder}/run",
+        "MODEL.hand_model=standin",
+        "MODEL.backbone.random_init=true",
+        *(ON_GPU if torch.cuda.is_available() else ON_CPU),
+    ]
+
+
+class Contestant(Protocol):
+    """One way to train."""
+
+    name: str
+
+    def batches(self) -> Iterator[Any]: ...
+    def step(self, batch: Any) -> None: ...
+
+
+def measure(contestants: list[Any], repeat: int, block: int, say: Callable[[str], None]) -> dict[str, list[float]]:
+    """Samples a second of each block. A block starts its own workers and first uses up what they read ahead."""
+    rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for number in range(repeat):
+        for contestant in contestants:
+            say(f"{contestant.name}, repetition {number + 1} of {repeat}")
+            batches = contestant.batches()
+            for _ in range(contestant.read_ahead + 1):
+                contestant.step(next(batches))
+            _wait()
+            start, num = time.perf_counter(), 0
+            for _ in range(block):
+                contestant.step(batch := next(batches))
+                num += len(batch[0]) if isinstance(batch, list) else len(batch)
+            _wait()
+            rates[contestant.name].append(num / (time.perf_counter() - start))
+            del batches
+    return rates
+
+
+def figures(rates: dict[str, list[float]], cfg: Config) -> list[Figure]:
+    """The rates, and ours over the better peer's, neighbour by neighbour."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = f"{cfg.MODEL.backbone.num_layer} x {cfg.MODEL.backbone.hidden_size}, {cfg.MODEL.img_size} px"
+    note = f"{shape}, batch {cfg.TRAIN.sample_per_device}, {cfg.GENERAL.num_worker} workers"
+    rows = [
+        Figure(name, statistics.median(values), "samples/s", note=f"{_span(values)}; {note}")
+        for name, values in rates.items()
+    ]
+    better = [max(pair) for pair in zip(rates["HaMeR's step"], rates["CS-ViT2's step"])]
+    ratio = [ours / peer for ours, peer in zip(rates["our step"], better)]
+    rows.append(
+        Figure("ours over the better peer", statistics.median(ratio), "", at_least=LEAST_RATIO[kind], note=_span(ratio))
+    )
+    return rows
+
+
+def _span(values: list[float]) -> str:
+    return f"{min(values):.4g} to {max(values):.4g} over {len(values)}"
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Ours:
+    """The loop of script/stage1.py."""
+
+    name = "our step"
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.cfg = run, run.cfg
+        self.read_ahead = self.cfg.GENERAL.num_worker * self.cfg.GENERAL.prefetch_factor
+
+    def batches(self) -> Iterator[list[Batch]]:
+        return self.run.micro_batches()
+
+    def step(self, batch: list[Batch]) -> None:
+        result = self.run.step(batch)
+        if self.run.is_due(self.cfg.GENERAL.log_step):
+            self.run.log(result)
+
+
+class Peer:
+    """What the peers' steps share: AdamW as torch makes it, a loader of their own rows, float32."""
+
+    name: str
+    rows: type[Dataset]
+
+    def __init__(self, network: Any, cfg: Config, dataset: HandDataset) -> None:
+        self.cfg = cfg
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.net = network(cfg.MODEL, load_hand(cfg.MODEL.hand_model)).to(self.device).train()
+        self.parameters = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
+        self.dataset = dataset
+        self.read_ahead = cfg.GENERAL.num_worker * cfg.GENERAL.prefetch_factor
+
+    def batches(self) -> Iterator[Any]:
+        worker = self.cfg.GENERAL.num_worker
+        ahead = self.cfg.GENERAL.prefetch_factor if worker else None
+        size = self.cfg.TRAIN.sample_per_device
+        return iter(
+            DataLoader(self.rows(self.dataset), size, num_workers=worker, prefetch_factor=ahead, collate_fn=list)
+        )
+
+    def update(self, loss: torch.Tensor) -> torch.Tensor:
+        """Backward, clip and optimizer step; returns the gradient norm."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.TRAIN.max_grad)
+        self.optimizer.step()
+        return norm
+
+
+class _Rows(Dataset):
+    """What the peers' rows share: the samples at positions of our order, with the draws of our augmentation."""
+
+    def __init__(self, dataset: HandDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return EPOCH
+
+    def samples(self, positions: list[int]) -> tuple[list[Sample], list[Augmentation]]:
+        """The decoded samples, and what is to be done to them."""
+        samples = [self.dataset.read(self.dataset.plan.locate(position)) for position in positions]
+        draws = [uniforms("augment", position, num=NUM_UNIFORM) for position in positions]
+        return samples, [draw_augmentation(draw, self.dataset.augment) for draw in draws]
+
+
+class _HamerRows(_Rows):
+    """The patch as normalised float32, made in the worker, with its labels."""
+
+    mean = np.array([123.675, 116.28, 103.53], np.float32)[:, None, None]
+    std = np.array([58.395, 57.12, 57.375], np.float32)[:, None, None]
+
+    def __getitems__(self, positions: list[int]) -> list[tuple[np.ndarray, Any]]:
+        size, ratio = self.dataset.img_size, self.dataset.expansion_ratio
+        rows = crop_samples(*self.samples(positions), size, ratio, positions)
+        return [(self._normalised(row.patch, position), row) for row, position in zip(rows, positions)]
+
+    def _normalised(self, patch: np.ndarray, position: int) -> np.ndarray:
+        colour = np.random.default_rng(position).uniform(0.8, 1.2, (3, 1, 1)).astype(np.float32)
+        return (np.clip(patch.astype(np.float32) * colour, 0, 255) - self.mean) / self.std
+
+
+class Hamer(Peer):
+    """A step as HaMeR's module takes it."""
+
+    name, rows = "HaMeR's step", _HamerRows
+
+    def step(self, batch: list[tuple[np.ndarray, Any]]) -> None:
+        patch = torch.from_numpy(np.stack([patch for patch, _ in batch])).to(self.device)
+        labels = collate(Fetched(rows=[row for _, row in batch]))[0].to(self.device)
+        self.net.tokens = lambda _: self.net.backbone(patch)  # the patch came normalised
+        loss = self.net.training_loss(labels)
+        if torch.isnan(loss):
+            raise FloatingPointError("the loss is not a number")
+        norm = self.update(loss)
+        float(norm), loss.item()  # error_if_nonfinite and the progress bar
+
+
+class _FrameRows(_Rows):
+    """The whole frame as uint8 with the labels and the homography to the patch."""
+
+    def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, Any]]:
+        samples, augmentations = self.samples(positions)
+        empty = np.empty((len(samples), 3, self.dataset.img_size, self.dataset.img_size), np.uint8)  # cut on the device
+        rows, _ = turn_samples(samples, augmentations, empty, self.dataset.expansion_ratio, positions)
+        frames = [torch.from_numpy(sample.image).permute(2, 0, 1).contiguous() for sample in samples]
+        return list(zip(frames, rows))
+
+
+class CsVit(Peer):
+    """A step as CS-ViT2's script takes it."""
+
+    name, rows = "CS-ViT2's step", _FrameRows
+
+    def step(self, batch: list[tuple[torch.Tensor, Any]]) -> None:
+        labels = collate(Fetched(rows=[row for _, row in batch]))[0].to(self.device)
+        patch = [
+            warp_frame(frame.to(self.device).float() / 255, matrix, self.cfg.MODEL.img_size)
+            for (frame, _), matrix in zip(batch, labels.image_to_patch)
+        ]
+        patch = self.augment(torch.stack(patch))
+        loss = self.net.training_loss(replace(labels, patch=patch * 255))
+        self.update(loss)
+        loss.item()
+
+    def augment(self, patch: torch.Tensor) -> torch.Tensor:
+        """Brightness, contrast, saturation and noise on the device, [B, 3, S, S] in 0 .. 1."""
+        bright, contrast, saturation = (torch.rand(3, len(patch), 1, 1, 1, device=self.device) * 0.4 + 0.8).unbind(0)
+        grey = patch.mean(1, keepdim=True)
+        patch = grey + saturation * (bright * patch - grey)
+        patch = patch.mean((2, 3), keepdim=True) * (1 - contrast) + contrast * patch
+        return (patch + 0.03 * torch.randn_like(patch)).clamp(0, 1)
+
+
+def warp_frame(frame: torch.Tensor, image_to_patch: torch.Tensor, img_size: int) -> torch.Tensor:
+    """frame [3, H, W] under a homography [3, 3] -> patch [3, S, S], bilinear."""
+    height, width = frame.shape[1:]
+    axis = torch.arange(img_size, device=frame.device, dtype=torch.float32)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    point = torch.stack([x, y, torch.ones_like(x)], dim=-1) @ torch.linalg.inv(image_to_patch).T
+    point = point[..., :2] / point[..., 2:]
+    scale = torch.tensor([2.0 / (width - 1), 2.0 / (height - 1)], device=frame.device)
+    return F.grid_sample(frame[None], (point * scale - 1)[None], align_corners=True)[0]

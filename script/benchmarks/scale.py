@@ -1,0 +1,209 @@
+"""`script/bench.py scale`: how cost grows with the data set, workers, processes, patch size and backbone.
+
+Each quantity is measured at several sizes; the exponent is the slope of a straight line through the logarithms. What is
+measured goes to `<out>/scale.json`, from which the figure `<out>/scale.png` is drawn (`--redraw` draws it alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from script.benchmarks.measurement import Figure
+from script.benchmarks.scale_network import communication_seconds, step_seconds
+from script.benchmarks.scale_plot import draw
+from script.benchmarks.shards import bench_dataset, records, shards_of, worker_memory, write_big_indexes
+from src.config import Config
+from src.data.loader import build_train_loader
+from src.data.shards.build_index import open_indexes
+from src.data.shards.writer import write_shards
+from src.hand.standin.build import build_standin_hand
+from src.model.net import PoseNet
+
+WINDOWS_PER_SHARD = 2_000
+LEAST_SHARE = 1e-3  # of communication: what is told where the difference of two times is below that, or below 0
+
+
+@dataclass(frozen=True)
+class Series:
+    """One quantity at several sizes."""
+
+    name: str
+    of: str  # what grows
+    size: list[float]
+    value: list[float]
+    unit: str
+    note: str = ""
+
+    @property
+    def exponent(self) -> float:
+        """b of value = a size^b, by least squares of the logarithms; NaN for one size alone."""
+        if len(self.size) < 2:
+            return math.nan
+        return float(np.polyfit(np.log(self.size), np.log(self.value), 1)[0])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """At what is measured."""
+
+    window: list[int]
+    worker: list[int]
+    process: list[int]
+    img_size: list[int]
+    backbone: list[str]
+    repeat: int
+
+
+FULL = Sizes(
+    window=[10_000, 100_000, 1_000_000, 10_000_000, 20_000_000],
+    worker=[1, 2],
+    process=[1, 2, 4],
+    img_size=[112, 168, 224, 336],
+    backbone=["tiny", "dinov2_small", "dinov2_base", "dinov2_large"],
+    repeat=5,
+)
+QUICK = Sizes([10_000, 40_000], [1, 2], [1, 2, 3], [56, 112], ["tiny", "dinov2_small"], 2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this sub-command."""
+    parser.add_argument("--quick", action="store_true", help="small sizes, a minute")
+    parser.add_argument("--out", type=Path, default=None, help="folder for scale.json and scale.png")
+    parser.add_argument(
+        "--redraw", type=Path, default=None, metavar="JSON", help="draw scale.png beside this file; measure nothing"
+    )
+
+
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
+    """Measure every series; `say` is told what is going on."""
+    if args.redraw is not None:
+        every = [Series(**row) for row in json.loads(args.redraw.read_text(encoding="utf-8"))]
+        draw(every, args.redraw.with_suffix(".png"))
+        return _figures(every)
+    sizes = QUICK if args.quick else FULL
+    with tempfile.TemporaryDirectory(prefix="bench-scale-") as folder:
+        every = window_series(Path(folder), sizes.window, say)
+        every += worker_series(Path(folder), sizes, args.compose, say)
+        every += process_series(sizes, args.compose, say)
+        every += network_series(sizes, args.compose, say)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "scale.json").write_text(json.dumps([asdict(s) for s in every], indent=1) + "\n", encoding="utf-8")
+        draw(every, args.out / "scale.png")
+    return _figures(every)
+
+
+def window_series(folder: Path, num_window: list[int], say: Callable[[str], None]) -> list[Series]:
+    """Start-up, memory of a worker and time per lookup against the number of windows."""
+    write_shards(records(64, "jpg", 0), folder / "small", num_per_shard=64)
+    (shard,) = shards_of(folder / "small")
+    start_up, memory, lookup = [], [], []
+    for number in num_window:
+        say(f"{number:,} windows")
+        write_big_indexes(folder / str(number), shard, number, max(1, number // WINDOWS_PER_SHARD))
+        start = time.perf_counter()
+        dataset = bench_dataset(indexes := open_indexes(shards_of(folder / str(number))))
+        dataset.__getitems__(range(32))
+        start_up.append(time.perf_counter() - start)
+        places = np.random.default_rng(0).integers(0, number, 4000).tolist()
+        start = time.perf_counter()
+        for place in places:
+            dataset.plan.locate(place)
+        lookup.append(1e6 * (time.perf_counter() - start) / len(places))
+        memory.append(worker_memory(indexes)[0])
+    of, size = "windows", [float(number) for number in num_window]
+    return [
+        Series("start-up to the first batch", of, size, start_up, "s", f"{WINDOWS_PER_SHARD:,} windows a shard"),
+        Series("memory of a worker", of, size, memory, "MB", "resident, shared pages included"),
+        Series("place of a random position", of, size, lookup, "us", "a worst case: training asks in order"),
+    ]
+
+
+def worker_series(
+    folder: Path, sizes: Sizes, compose: Callable[..., Config], say: Callable[[str], None]
+) -> list[Series]:
+    """Samples a second that worker processes deliver, with nobody training beside them."""
+    rates = []
+    for worker in sizes.worker:
+        say(f"{worker} data workers")
+        root = folder / "small"
+        cfg = compose(
+            "stage1-dino_large",
+            [f"DATA.train.source=[{root}/*.tar]", f"DATA.val.source=[{root}/*.tar]", f"GENERAL.num_worker={worker}"],
+        )
+        rounds = []
+        batches = iter(build_train_loader(cfg, "mano", start=0))
+        next(batches)
+        for _ in range(sizes.repeat):
+            start = time.perf_counter()
+            for _ in range(8):
+                next(batches)
+            rounds.append(8 * cfg.TRAIN.sample_per_device / (time.perf_counter() - start))
+        rates.append(statistics.median(rounds))
+        del batches
+    note = f"{os.cpu_count()} cores; 640x480 jpeg to 224 px, all augmentation"
+    return [Series("samples of the loader", "workers", [float(w) for w in sizes.worker], rates, "samples/s", note)]
+
+
+def process_series(sizes: Sizes, compose: Callable[..., Config], say: Callable[[str], None]) -> list[Series]:
+    """A step of N processes (gloo, a thread each, the same share for each) and the part that is communication."""
+    cfg = compose("stage1-demo", [])
+    step, share = [], []
+    for number in sizes.process:
+        say(f"{number} processes")
+        apart, together = communication_seconds(cfg, number, sizes.repeat)
+        step.append(1e3 * together)
+        share.append(max(1.0 - apart / together, LEAST_SHARE))
+    size = [float(number) for number in sizes.process]
+    note = f"the demo's network, batch 16 each, {os.cpu_count()} cores"
+    share_note = f"1 - step without all-reduce / with it; {LEAST_SHARE:g} where it is lost in noise"
+    return [
+        Series("step of all processes", "processes", size, step, "ms", note),
+        Series("share of communication", "processes", size[1:], share[1:], "", share_note),
+    ]
+
+
+def network_series(sizes: Sizes, compose: Callable[..., Config], say: Callable[[str], None]) -> list[Series]:
+    """Forward and backward of the whole network against tokens and against parameters of the backbone."""
+    tokens, by_token, parameters, by_parameter = [], [], [], []
+    for img_size in sizes.img_size:
+        say(f"{img_size} px")
+        net = _network(compose, "dinov2_small", img_size)
+        tokens.append(float(net.backbone.grid_size**2))
+        by_token.append(1e3 * step_seconds(net, 2, sizes.repeat))
+    for name in sizes.backbone:
+        say(name)
+        net = _network(compose, name, 112)
+        parameters.append(float(sum(p.numel() for p in net.backbone.parameters())))
+        by_parameter.append(1e3 * step_seconds(net, 2, sizes.repeat))
+        del net
+    return [
+        Series("step by patch size", "image tokens", tokens, by_token, "ms", "DINOv2-small, batch 2"),
+        Series("step by backbone", "backbone parameters", parameters, by_parameter, "ms", "112 px, batch 2"),
+    ]
+
+
+def _network(compose: Callable[..., Config], backbone: str, img_size: int) -> PoseNet:
+    overrides = [f"backbone={backbone}", "MODEL.backbone.random_init=true", f"MODEL.img_size={img_size}"]
+    return PoseNet(compose("stage1-dino_large", ["data=demo", *overrides]).MODEL, build_standin_hand()).train()
+
+
+def _figures(every: list[Series]) -> list[Figure]:
+    """One row per size and one for the exponent of each series."""
+    figures = []
+    for series in every:
+        for size, value in zip(series.size, series.value, strict=True):
+            figures.append(Figure(f"{series.name}, {size:,.0f} {series.of}", value, series.unit))
+        figures.append(Figure(f"{series.name}: exponent of {series.of}", series.exponent, "", note=series.note))
+    return figures

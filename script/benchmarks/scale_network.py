@@ -1,0 +1,86 @@
+"""Times of the network for `script/bench.py scale`: a step of one process, and of several with their all-reduce."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from src.batch import Batch
+from src.config import Config
+from src.data.crop import padding_patch
+from src.data.dataset import Fetched
+from src.data.loader import collate
+from src.distributed.processes import take_down_process_group
+from src.hand.mano import ManoLayer
+from src.hand.standin.build import build_standin_hand
+from src.loss import NUM_TERM, loss_sums
+from src.model.net import PoseNet
+
+STEP_PER_BLOCK = 4
+
+
+def grey_batch(num: int, img_size: int) -> Batch:
+    """[num] patches without a hand: they cost what pictures cost."""
+    return collate(Fetched(rows=[padding_patch(img_size)] * num))[0]
+
+
+def step(model: nn.Module, hand: ManoLayer, batch: Batch) -> None:
+    """Forward, losses and backward; gradients are dropped."""
+    (loss_sums(model(batch), batch, hand).sum(0) @ torch.ones(NUM_TERM)).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def step_seconds(net: PoseNet, num: int, repeat: int) -> float:
+    """Median seconds of a step of `num` samples, after one to warm up."""
+    batch, seconds = grey_batch(num, net.img_size), []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        step(net, net.hand, batch)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def communication_seconds(cfg: Config, num_process: int, repeat: int) -> tuple[float, float]:
+    """Median seconds of a step of `num_process` processes (gloo, a thread each) without and with the all-reduce."""
+    with tempfile.TemporaryDirectory(prefix="bench-gloo-") as folder:
+        multiprocessing.start_processes(
+            _process, (num_process, cfg, repeat, folder), nprocs=num_process, start_method="spawn"
+        )
+        apart, together = json.loads((Path(folder) / "seconds.json").read_text())
+    return statistics.median(apart), statistics.median(together)
+
+
+def _process(rank: int, num_process: int, cfg: Config, repeat: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=num_process)
+    seconds = _block_seconds(cfg, repeat)
+    if rank == 0:
+        (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+    take_down_process_group()
+
+
+def _block_seconds(cfg: Config, repeat: int) -> tuple[list[float], list[float]]:
+    """Seconds of a step in each block of `repeat`, without and with the all-reduce, after one block to warm up."""
+    net = PoseNet(cfg.MODEL, build_standin_hand()).train()
+    model = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+    batch = grey_batch(cfg.TRAIN.sample_per_device, cfg.MODEL.img_size)
+    apart, together = [], []
+    for _ in range(repeat + 1):
+        for seconds, context in ((apart, model.no_sync), (together, nullcontext)):
+            dist.barrier()
+            start = time.perf_counter()
+            with context():
+                for _ in range(STEP_PER_BLOCK):
+                    step(model, net.hand, batch)
+            dist.barrier()
+            seconds.append((time.perf_counter() - start) / STEP_PER_BLOCK)
+    return apart[1:], together[1:]

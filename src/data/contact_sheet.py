@@ -1,0 +1,107 @@
+"""A contact sheet of what the loader feeds: patches with joints, before and after strong augmentation.
+
+Three rows a hand: the plain crop, an augmented crop, and the augmented crop again with the joints as its patch camera
+projects the 3D joints. All three skeletons must sit on the hand: the second proves that picture and 2D are moved
+together, the third that camera and 3D are moved with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+
+from src.data.augment import NUM_UNIFORM, draw_augmentation, identity_augmentation
+from src.data.crop import PatchSample, crop_sample
+from src.data.dataset import HandDataset
+from src.data.order.plan import FixedPlan, Place
+from src.data.rng import uniforms
+from src.data.shards.index import ShardIndex
+from src.utils.vis import draw_skeleton, tile
+
+# Stronger than any recipe in config/augmentation: a mistake in the geometry should be seen at a glance.
+STRONG = SimpleNamespace(
+    rot_max=180.0,
+    persp_rot_max=35.0,
+    scale_z_range=[0.8, 1.3],
+    scale_f_range=[0.9, 1.1],
+    shift_max=0.15,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.5,
+    noise_std=12.0,
+    blur_max=2.0,
+    occlusion_prob=0.4,
+)
+_LABEL_RGB = (255, 255, 255)
+
+
+def spread_places(shards: Sequence[ShardIndex], num: int) -> list[Place]:
+    """`num` places at equal distances over all healthy frames of the shards, or all of them where there are fewer."""
+    ends = np.cumsum([shard.num_frame() for shard in shards])
+    total = int(ends[-1]) if len(ends) else 0
+    places = []
+    for frame in np.unique(np.linspace(0, total - 1, min(num, total)).round().astype(int)).tolist():
+        shard = int(np.searchsorted(ends, frame, side="right"))
+        places.append(Place(0, shard, frame - int(ends[shard - 1] if shard else 0)))
+    return places
+
+
+def contact_sheet(
+    shards: Sequence[ShardIndex], num_hand: int = 24, num_column: int = 8, side: int = 224, expansion_ratio: float = 2.0
+) -> np.ndarray | None:
+    """The sheet as uint8 RGB, `num_column` hands side by side; None where the shards hold no usable frame.
+
+    Args:
+        shards: indexes; the hands are spread evenly over their frames.
+        side: of a patch, px; expansion_ratio: side of the crop over the longer side of the hand's box.
+    """
+    places = spread_places(shards, num_hand)
+    dataset = HandDataset(
+        [shards], FixedPlan(places), stride=1, hand_model="", img_size=side, expansion_ratio=expansion_ratio
+    )
+    columns = []
+    for number, place in enumerate(places):
+        strong = draw_augmentation(uniforms("sheet", number, num=NUM_UNIFORM), STRONG)
+        try:
+            sample = dataset.read(place)
+            plain, moved = (crop_sample(sample, a, side, expansion_ratio) for a in (identity_augmentation(), strong))
+        except Exception:
+            continue  # counted where the loader reads it
+        columns.append((_with_2d(plain), _with_2d(moved), _with_3d(moved)))
+    if not columns:
+        return None
+    rows = []
+    for begin in range(0, len(columns), num_column):
+        group = columns[begin : begin + num_column]
+        blank = [np.full_like(group[0][0], 24)] * (min(num_column, len(columns)) - len(group))
+        rows += [image for row in zip(*group, strict=True) for image in (*row, *blank)]
+    return tile(rows, min(num_column, len(columns)))
+
+
+def _picture(row: PatchSample) -> np.ndarray:
+    return np.ascontiguousarray(row.patch.transpose(1, 2, 0))
+
+
+def _with_2d(row: PatchSample) -> np.ndarray:
+    """The patch with its 2D joints, named by side and data set."""
+    image = draw_skeleton(_picture(row), row.joint_patch, row.joint_2d_valid)
+    return _label(image, f"{'right' if row.is_right else 'left, mirrored'} {row.source}")
+
+
+def _with_3d(row: PatchSample) -> np.ndarray:
+    """The patch with its 3D joints as the patch camera sees them, where they and the camera are known."""
+    if not (row.has_intr and row.joint_3d_valid.any()):
+        return _label(_picture(row), "no 3D in a known camera")
+    depth = np.maximum(row.joint_cam[:, 2:], 1.0)
+    joint = row.joint_cam[:, :2] / depth * row.patch_focal + row.patch_princpt
+    return _label(draw_skeleton(_picture(row), joint, row.joint_3d_valid), "3D")
+
+
+def _label(image: np.ndarray, text: str) -> np.ndarray:
+    text = text.encode("ascii", "replace").decode()  # OpenCV draws no others
+    font, origin = cv2.FONT_HERSHEY_SIMPLEX, (4, image.shape[0] - 6)
+    cv2.putText(image, text, origin, font, 0.38, (0, 0, 0), 3, cv2.LINE_AA)
+    return cv2.putText(image, text, origin, font, 0.38, _LABEL_RGB, 1, cv2.LINE_AA)

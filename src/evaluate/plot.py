@@ -1,0 +1,99 @@
+"""Plots of an evaluation, each drawn from its numbers: the error of each joint, and the PCK curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from src.evaluate.bootstrap import Estimate, Group
+from src.evaluate.metrics import FRAMES
+from src.hand.skeleton import FINGER_NAMES, JOINT_NAMES
+from src.metric import PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM
+
+COLOURS = {"cam": "#7a8794", "rel": "#1f77b4", "pa": "#d1495b", "2d": "#3a7d44"}
+_DPI = 130
+
+
+class _Panel(NamedTuple):
+    """One set of axes of pck.png."""
+
+    title: str
+    xlabel: str
+    thresholds: np.ndarray  # [T]
+    lines: dict[str, tuple[str, str, str]]  # curve -> metric of the area below, label, colour
+
+
+_PANELS = (
+    *(
+        _Panel(
+            title,
+            "error threshold, mm",
+            PCK_THRESHOLDS_MM,
+            {f"{kind}_{frame}": (f"{auc}_{frame}", label, COLOURS[frame]) for frame, label in FRAMES.items()},
+        )
+        for title, kind, auc in (("joints", "joint", "auc"), ("vertices", "vert", "auc_vert"))
+    ),
+    _Panel(
+        "2D joints",
+        "error threshold, share of the hand's box",
+        PCK_2D_THRESHOLDS,
+        {"joint_2d": ("auc_2d", "image", COLOURS["2d"])},
+    ),
+)
+
+
+def plot_joint_error(group: Group, path: Path) -> bool:
+    """Bars of the mean error of each joint with their intervals, one row a frame; False where there is no 3D."""
+    frames = [frame for frame in FRAMES if frame in group.joint]
+    if not frames:
+        return False
+    figure = Figure(figsize=(10, 1.0 + 2.3 * len(frames)), layout="constrained")
+    for axis, frame in zip(np.atleast_1d(figure.subplots(len(frames), 1, sharex=True)), frames):
+        _draw_bars(axis, group.joint[frame], COLOURS[frame])
+        axis.set_ylabel("mm")
+        axis.set_title(FRAMES[frame], loc="left", fontsize=10)
+    axis.set_xticks(range(len(JOINT_NAMES)), [name[-1] if i else "wrist" for i, name in enumerate(JOINT_NAMES)])
+    for i, finger in enumerate(FINGER_NAMES):
+        axis.annotate(finger, (4 * i + 2.5, 0), (0, -22), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", ha="center", va="top", fontsize=9)  # fmt: skip
+    figure.suptitle(f"mean error of each joint, {group.num_sample} hands; lines: 95 % interval", fontsize=11)
+    figure.savefig(path, dpi=_DPI)
+    return True
+
+
+def _draw_bars(axis: object, joints: list[Estimate | None], colour: str) -> None:
+    for index, estimate in enumerate(joints):
+        if estimate is None:
+            continue
+        axis.bar(index, estimate.value, color=colour, width=0.72)
+        if estimate.low is not None and estimate.high is not None:
+            axis.vlines(index, estimate.low, estimate.high, color="black", linewidth=1.2)
+    for border in range(0, len(joints) - 1, 4):
+        axis.axvline(border + 0.5, color="0.85", linewidth=0.8, zorder=0)
+    axis.margins(x=0.01)
+    axis.set_ylim(bottom=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def plot_pck(group: Group, path: Path) -> bool:
+    """PCK of joints, vertices and 2D joints against the threshold, the area below in the legend; False without any."""
+    panels = [panel for panel in _PANELS if any(curve in group.curve for curve in panel.lines)]
+    if not panels:
+        return False
+    figure = Figure(figsize=(1.2 + 4.4 * len(panels), 4.0), layout="constrained")
+    for axis, panel in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels):
+        for name, (auc, label, colour) in panel.lines.items():
+            if (curve := group.curve.get(name)) is not None:
+                axis.plot(panel.thresholds, curve, color=colour, label=f"{label}, AUC {group.metric[auc].value:.3f}")
+        axis.set(xlabel=panel.xlabel, xlim=panel.thresholds[[0, -1]], ylim=(0, 1))
+        axis.set_title(panel.title, loc="left", fontsize=10)
+        axis.grid(color="0.9")
+        axis.legend(loc="best", fontsize=8, frameon=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("share of points within the threshold")
+    figure.suptitle(f"PCK, {group.num_sample} hands", fontsize=11)
+    figure.savefig(path, dpi=_DPI)
+    return True

@@ -1,0 +1,96 @@
+"""The configuration of an evaluation: the checkpoint's own, with what the command line changes. No torch, no Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from src.config import Config, ConfigError, named_sources
+from src.config_parse import is_known_key, parse_config
+from src.data.shards.paths import resolve_source
+
+_WHERE_DATA_LIE = ("DATA.root", "DATA.val.source", "DATA.train.source")
+_WHOLE = ("DATA.val.source", "DATA.train.source")  # free-form: replaced, never merged
+
+
+def evaluation_config(
+    saved: Mapping[str, Any], defaults: Mapping[str, Any], changes: Mapping[str, Any], has_data_group: bool
+) -> Config:
+    """The checked configuration.
+
+    Args:
+        saved: the checkpoint's own. Keys that this version does not know are passed over.
+        defaults: what `config/stage1-base.yaml` says, for keys that the checkpoint does not know yet; with the data
+            group of the command line where there is one.
+        changes: dotted key -> value, from the command line.
+        has_data_group: then DATA is that of `defaults`, and not the checkpoint's.
+
+    Raises:
+        ConfigError: naming every wrong key.
+    """
+    tree = _copy(defaults)
+    for key, value in _leaves(saved):
+        if is_known_key(key) and not (has_data_group and key.startswith("DATA.")):
+            _set(tree, key, value)
+    if any(key in _WHERE_DATA_LIE for key in changes) and not any(key.startswith("DATA.demo") for key in changes):
+        tree["DATA"]["demo"] = None  # other shards than those that the demo makes
+    for key, value in changes.items():
+        _set(tree, key, value)
+    tree["DATA"]["train"]["source"] = tree["DATA"]["val"]["source"]  # not read
+    tree["GENERAL"]["resume_path"] = tree["MODEL"]["init_from"] = None
+    return parse_config(tree)
+
+
+def check_files_exist(cfg: Config) -> None:
+    """Refuse a hand model or patterns of shards that are not there. Raises ConfigError with a line a problem."""
+    problems, hand = [], cfg.MODEL.hand_model
+    if hand != "standin" and not Path(hand).is_file():
+        problems.append(f"MODEL.hand_model={hand}: there is no such file; say where MANO_RIGHT.pkl lies")
+    for named in named_sources(cfg.DATA.val.source) if cfg.DATA.demo is None else ():
+        try:
+            resolve_source(cfg.DATA.root, list(named.patterns), key="DATA.val.source")
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def source_labels(cfg: Config) -> dict[Path, str]:
+    """Shard -> what to call its data set where it does not say so itself: the name of its source in the configuration,
+    else the first folder below DATA.root, else the two folders it lies in."""
+    labels = {}
+    for named in named_sources(cfg.DATA.val.source):
+        for shard in resolve_source(cfg.DATA.root, list(named.patterns), key="DATA.val.source"):
+            labels[shard] = named.name if isinstance(cfg.DATA.val.source, Mapping) else _folder_label(shard, cfg)
+    return labels
+
+
+def _folder_label(shard: Path, cfg: Config) -> str:
+    root = Path(cfg.DATA.root).expanduser().absolute()
+    inside = shard.relative_to(root).parts if shard.is_relative_to(root) else ()
+    return inside[0] if len(inside) > 1 else "/".join(shard.parts[-3:-1])
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and key not in _WHOLE:
+            found += _leaves(value, f"{key}.")
+        else:
+            found.append((key, value))
+    return found
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for name in sections:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[leaf] = value
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree

@@ -1,0 +1,181 @@
+"""A trained network as one file for other programs: `torch.export` (.pt2) or ONNX, checked against the network itself.
+
+Inputs and outputs are those of `PoseNet.predict_patch`; INPUTS and OUTPUTS below name them. Cutting the patch and
+turning hands back (src/predict/predictor.py) stay with the caller: `about` says what they need to know, inside the
+file.
+Shape legend: batch is free; S patch side, V vertices of the hand model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from src.model.net import PoseNet
+
+INPUTS = {
+    "patch": "uint8 [batch, 3, S, S] RGB, right hands (mirror left ones)",
+    "focal": "float32 [batch, 2] px, of the patch camera",
+    "princpt": "float32 [batch, 2] px, of the patch camera",
+}
+# name -> (what it is, largest difference that is allowed relative to --tolerance)
+OUTPUTS = {
+    "mano_rotmat": ("[batch, 16, 3, 3] rotations against the parent joint, root first, flat_hand_mean=True", 0.01),
+    "mano_pose": ("[batch, 48] the same as axis-angle, rad", 0.01),
+    "mano_shape": ("[batch, 10]", 0.01),
+    "root_cam": ("[batch, 3] mm, wrist in the patch camera", 1.0),
+    "joint_cam": ("[batch, 21, 3] mm, patch camera", 1.0),
+    "vert_cam": ("[batch, V, 3] mm, patch camera", 1.0),
+    "joint_patch": ("[batch, 21, 2] px of the patch", 1.0),
+    "joint_seen": ("[batch, 21, 2] px of the patch, located before any 3D", 1.0),
+}
+ABOUT = "about.json"  # name of the description inside a .pt2; key of the metadata in ONNX
+_TRACED_BATCH, _CHECKED_BATCHES = 2, (1, 3)
+_OPSET = 18
+
+Run = Callable[[Sequence[torch.Tensor]], list[np.ndarray]]
+
+
+class PatchNetwork(nn.Module):
+    """`predict_patch` with a tuple of tensors, in the order of OUTPUTS."""
+
+    def __init__(self, net: PoseNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, patch: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        prediction = self.net.predict_patch(patch, focal, princpt)
+        return tuple(getattr(prediction, name) for name in OUTPUTS)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an exported output is from the network's own."""
+
+    name: str
+    largest: float  # absolute, over all batches that were tried
+    allowed: float
+
+    @property
+    def is_within(self) -> bool:
+        return self.largest <= self.allowed  # False for NaN
+
+
+class ExportError(RuntimeError):
+    """The exported file does not compute what the network computes; it was not kept."""
+
+
+def trace(net: PoseNet) -> torch.export.ExportedProgram:
+    """The network as a graph with a free batch size; both kinds of files are made of it."""
+    with torch.no_grad():
+        module = PatchNetwork(net).eval()
+        return torch.export.export(module, example_inputs(net, _TRACED_BATCH), dynamic_shapes=_free_batch())
+
+
+def export(
+    net: PoseNet, program: torch.export.ExportedProgram, kind: str, file: Path, tolerance: float
+) -> list[Difference]:
+    """Write `trace(net)` to `file` as `kind` (`torch_export` or `onnx`), read it back and compare it with `net`.
+
+    Raises ExportError where an output differs by more than `tolerance` mm or px (a hundredth of it for rotations and
+    shape); `file` is then as it was before.
+    """
+    save, load = {"torch_export": (_save_torch, _load_torch), "onnx": (_save_onnx, _load_onnx)}[kind]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as folder, torch.no_grad():
+        temporary = Path(folder) / file.name
+        save(program, temporary, json.dumps(about(net), indent=1))
+        batches = [example_inputs(net, num) for num in _CHECKED_BATCHES]
+        differences = compare(PatchNetwork(net).eval(), load(temporary), batches, tolerance)
+        if far := [d for d in differences if not d.is_within]:
+            raise ExportError(f"the {kind} file differs from the network: {describe_far(far)}; it was not kept")
+        for part in Path(folder).iterdir():  # ONNX above 2 GB comes in two files
+            os.replace(part, file.parent / part.name)
+    return differences
+
+
+def describe_far(far: Sequence[Difference]) -> str:
+    """The outputs that differ too much, for a message."""
+    return ", ".join(f"{d.name} by {d.largest:.3g} (allowed {d.allowed:.3g})" for d in far)
+
+
+def about(net: PoseNet) -> dict[str, Any]:
+    """What a user of the exported file needs to know besides it."""
+    assert net.saved is not None, "export a network that came from a checkpoint"
+    return {
+        "inputs": INPUTS,
+        "outputs": {name: text for name, (text, _) in OUTPUTS.items()},
+        "img_size": net.img_size,
+        "expansion_ratio": net.saved.expansion_ratio,
+        "hand_model": net.hand.name,
+        "checkpoint": str(net.saved.folder),
+        "step": net.saved.step,
+    }
+
+
+def example_inputs(net: PoseNet, num: int) -> tuple[torch.Tensor, ...]:
+    """Noise patches and cameras as crops have them; the same for the same `num`."""
+    rng, side = torch.Generator().manual_seed(num), net.img_size
+    patch = torch.randint(0, 256, (num, 3, side, side), generator=rng, dtype=torch.uint8)
+    focal = side * (1.0 + 4.0 * torch.rand(num, 1, generator=rng)).expand(-1, 2).contiguous()
+    princpt = side * torch.rand(num, 2, generator=rng)
+    return tuple(value.to(net.centre.device) for value in (patch, focal, princpt))
+
+
+def compare(
+    module: PatchNetwork, exported: Run, batches: Sequence[tuple[torch.Tensor, ...]], tolerance: float
+) -> list[Difference]:
+    """The largest difference of each output over the batches."""
+    largest = np.zeros(len(OUTPUTS))
+    for batch in batches:
+        expected = [value.cpu().numpy() for value in module(*batch)]
+        found = exported(batch)
+        assert [value.shape for value in found] == [value.shape for value in expected]
+        largest = np.maximum(largest, [np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])
+    allowed = [tolerance * share for _, share in OUTPUTS.values()]
+    return [Difference(*item) for item in zip(OUTPUTS, largest.tolist(), allowed, strict=True)]
+
+
+def _free_batch() -> dict[str, dict[int, Any]]:
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    return {name: {0: batch} for name in INPUTS}
+
+
+def _save_torch(program: torch.export.ExportedProgram, file: Path, description: str) -> None:
+    torch.export.save(program, file, extra_files={ABOUT: description})
+
+
+def _load_torch(file: Path) -> Run:
+    module = torch.export.load(file).module()
+    return lambda batch: [value.cpu().numpy() for value in module(*batch)]
+
+
+def _save_onnx(program: torch.export.ExportedProgram, file: Path, description: str) -> None:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it looks for torchvision
+    names = {"input_names": list(INPUTS), "output_names": list(OUTPUTS)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FutureWarnings of torch about itself
+        exported = torch.onnx.export(program, dynamo=True, opset_version=_OPSET, verbose=False, **names)
+    exported.model.metadata_props[ABOUT] = description
+    exported.save(file)
+
+
+def _load_onnx(file: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    assert [value.name for value in session.get_outputs()] == list(OUTPUTS)
+    assert session.get_modelmeta().custom_metadata_map[ABOUT]
+    return lambda batch: session.run(None, dict(zip(names, (value.cpu().numpy() for value in batch), strict=True)))

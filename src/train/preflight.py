@@ -1,0 +1,94 @@
+"""Looks for what a run needs (weights, hand model, shards, checkpoint) before anything heavy is imported or written.
+
+Imports neither torch nor transformers, so that a wrong path is told within two seconds. Every problem is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from src.checkpoint.folder import is_released, resume_refusal
+from src.config import BackboneConfig, Config, ConfigError, named_sources
+from src.data.shards.paths import resolve_source
+
+AUTO = "auto"  # GENERAL.resume_path: the newest run of this configuration
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+def check_files(cfg: Config) -> None:
+    """Refuse a run whose inputs are not there.
+
+    Raises:
+        ConfigError: one line per problem: key, value and what to do.
+    """
+    problems = [*_backbone_problems(cfg), *_hand_model_problems(cfg), *_source_problems(cfg), *_resume_problems(cfg)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _backbone_problems(cfg: Config) -> Iterator[str]:
+    backbone = cfg.MODEL.backbone
+    patch_size = backbone.patch_size
+    problem = None if backbone.random_init else _missing_weights(backbone)
+    if problem:
+        yield problem
+    elif not backbone.random_init:
+        patch_size = json.loads((Path(backbone.backbone_str) / "config.json").read_text())["patch_size"]
+    if cfg.MODEL.img_size % patch_size:
+        nearest = max(1, round(cfg.MODEL.img_size / patch_size)) * patch_size
+        yield (
+            f"MODEL.img_size={cfg.MODEL.img_size}: the backbone cuts patches of {patch_size} px, so the side must be "
+            f"a multiple of {patch_size}; try MODEL.img_size={nearest}"
+        )
+
+
+def _missing_weights(backbone: BackboneConfig) -> str | None:
+    folder = Path(backbone.backbone_str)
+    has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
+    if has_weights and (folder / "config.json").is_file():
+        return None
+    what = "there are no weights in this folder" if folder.is_dir() else "there is no such folder"
+    return (
+        f"MODEL.backbone.backbone_str={backbone.backbone_str}: {what}. Fetch them with\n"
+        f"    hf download facebook/{folder.name} --local-dir {backbone.backbone_str}\n"
+        f"or start from random weights with MODEL.backbone.random_init=true"
+    )
+
+
+def _hand_model_problems(cfg: Config) -> Iterator[str]:
+    name = cfg.MODEL.hand_model
+    if name == "standin":
+        return
+    if Path(name).suffix not in (".pkl", ".npz"):
+        yield f"MODEL.hand_model={name}: must be a .pkl or .npz file with MANO's arrays, or `standin`"
+    elif not Path(name).is_file():
+        yield (
+            f"MODEL.hand_model={name}: there is no such file. Register at https://mano.is.tue.mpg.de, get MANO and "
+            f"put MANO_RIGHT.pkl there, or use the hand that ships with MODEL.hand_model=standin"
+        )
+
+
+def _source_problems(cfg: Config) -> Iterator[str]:
+    if cfg.DATA.demo is not None:
+        return  # made on first use
+    for key, source in (("DATA.train.source", cfg.DATA.train.source), ("DATA.val.source", cfg.DATA.val.source)):
+        for named in named_sources(source):
+            try:
+                resolve_source(cfg.DATA.root, list(named.patterns), key=key)
+            except ValueError as error:
+                yield str(error)
+
+
+def _resume_problems(cfg: Config) -> Iterator[str]:
+    for key, path in (("GENERAL.resume_path", cfg.GENERAL.resume_path), ("MODEL.init_from", cfg.MODEL.init_from)):
+        if path is not None and not (Path(path).is_dir() or (path == AUTO and key == "GENERAL.resume_path")):
+            yield (
+                f"{key}={path}: there is no such folder; name a run folder below "
+                f"{cfg.GENERAL.output_root}/ or one of its checkpoints/checkpoint-<step>"
+                + (", or auto for the newest run of this config" if key == "GENERAL.resume_path" else "")
+            )
+    path = cfg.GENERAL.resume_path
+    if path not in (None, AUTO) and is_released(Path(path)):
+        yield f"GENERAL.resume_path={resume_refusal(Path(path))}"
