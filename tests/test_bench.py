@@ -1,4 +1,4 @@
-"""Every subject of script/bench.py that trains: tiny, it runs and gives all its figures."""
+"""Every subject of script/bench.py that trains, on a tiny network: it reports all of its figures."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from torch.autograd import DeviceType
 
 from script.bench import SUBJECTS
 from script.benchmarks import checkpoint, gpu, scale, shards
-from script.benchmarks.measurement import Figure
-from script.benchmarks.peers import load_peer
+from script.benchmarks.measurement import Figure, compose_config
 from script.benchmarks.step import MOST_LOOP
 from src.data.shards.build_index import open_indexes
 from src.data.shards.writer import write_shards
-from tests.helpers import ROOT, compose_config
+from tests.helpers import ROOT
 
 TINY = (
     "backbone=tiny",
@@ -38,20 +37,19 @@ TINY = (
 DEMO = ("DATA.demo.train_sample=16", "DATA.demo.val_sample=4", "DATA.demo.img_size=96")
 
 
-def measure(subject: str, *arguments: str, shrunk: Sequence[str] = ()) -> dict[str, Figure]:
-    """The figures of a subject by name, run in this process; `shrunk` goes before what the subject overrides itself."""
+def measure(subject: str, *arguments: str) -> dict[str, Figure]:
+    """The figures of a subject by name, measured in this process."""
     module = importlib.import_module(SUBJECTS[subject][1])
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     args = parser.parse_args(arguments)
-    args.compose, args.peer = lambda name, overrides: compose_config(name, *shrunk, *overrides), load_peer
     figures = module.run(args, lambda text: None)
-    assert len({figure.name for figure in figures}) == len(figures), "a name of its own for each figure"
+    assert len({figure.name for figure in figures}) == len(figures), "duplicate names"
     return {figure.name: figure for figure in figures}
 
 
 def assert_measured(figures: dict[str, Figure], names: Sequence[str]) -> None:
-    """All of `names` are there, and every figure is a positive number."""
+    """All of `names` are present, and every figure is a positive number."""
     assert set(names) <= set(figures), set(names) - set(figures)
     bad = {name: figure.value for name, figure in figures.items() if not 0 < figure.value < math.inf}
     assert not bad
@@ -79,7 +77,7 @@ def test_step() -> None:
     assert figures["validation rate over forward rate"].at_least == 0.9
 
 
-def test_gpu_tried_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = [*TINY, *DEMO]
     monkeypatch.setattr(gpu, "cases", lambda on_cpu: {"one": case})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -90,8 +88,8 @@ def test_gpu_tried_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "aten::" in profile
 
 
-def test_the_time_of_kernels_counts_once() -> None:
-    """The profiler gives it to the kernel, to the operator that launched it, and to annotations around both."""
+def test_kernel_time_counts_once() -> None:
+    """The profiler attributes it to the kernel, to the operator that launched it, and to annotations around both."""
 
     def event(device: DeviceType, device_us: float, cpu_us: float = 0.0, note: bool = False) -> SimpleNamespace:
         times = {"self_device_time_total": device_us, "self_cpu_time_total": cpu_us}
@@ -102,13 +100,38 @@ def test_the_time_of_kernels_counts_once() -> None:
     assert gpu.busy_seconds(averages, on_gpu=False) == pytest.approx(1.0)
 
 
-def test_gpu_without_time_names_what_it_leaves_out(tmp_path: Path) -> None:
-    figures = measure("gpu", "--cpu", "--minutes", "-1", "--out", str(tmp_path))
-    assert [figure.note for figure in figures.values()] == ["no time was left"] * len(gpu.cases(on_cpu=True))
+def test_gpu_lists_skipped_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(gpu, "measure_case", out_of_memory)
+    late = measure("gpu", "--cpu", "--minutes", "-1", "--out", str(tmp_path))
+    large = measure("gpu", "--cpu", "--out", str(tmp_path))
+    assert late == {"batch 2: skipped": Figure("batch 2: skipped", 0.0, "", note="no time left")}
+    assert large["batch 2: skipped"].note == "out of GPU memory"
+
+
+def test_interrupted_gpu_run_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_case(name: str, *_: object) -> list[Figure]:
+        if name == "second":
+            raise KeyboardInterrupt
+        return [Figure(f"{name}: bare step", 1.5, "ms")]
+
+    monkeypatch.setattr(gpu, "cases", lambda on_cpu: {"first": [], "second": []})
+    monkeypatch.setattr(gpu, "measure_case", measure_case)
+    with pytest.raises(KeyboardInterrupt):
+        measure("gpu", "--cpu", "--out", str(tmp_path))
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert (row["name"], row["value"]) == ("first: bare step", 1.5)
+
+
+def test_gpu_measures_eager_cases_first() -> None:
+    is_compiled = ["TRAIN.compile=true" in overrides for overrides in gpu.cases(on_cpu=False).values()]
+    assert is_compiled == [False, False, False, True, True]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_without_a_gpu_says_so(tmp_path: Path) -> None:
+def test_gpu_without_a_gpu_is_an_error(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "script" / "bench.py"), "gpu", "--out", str(tmp_path / "out")]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
@@ -120,7 +143,8 @@ def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = scale.Sizes([64, 128], [1], [1, 2], [56, 112], ["tiny"], 1)
     monkeypatch.setattr(scale, "QUICK", sizes)
     monkeypatch.setattr(scale, "WINDOWS_PER_SHARD", 32)
-    figures = measure("scale", "--quick", "--out", str(tmp_path), shrunk=TINY)
+    monkeypatch.setattr(scale, "compose_config", lambda name, *overrides: compose_config(name, *TINY, *overrides))
+    figures = measure("scale", "--quick", "--out", str(tmp_path))
     costs = {name: figure for name, figure in figures.items() if "exponent" not in name}
     assert_measured(costs, ["start-up to the first batch, 64 windows", "step by patch size, 64 image tokens"])
     series = [scale.Series(**row) for row in json.loads((tmp_path / "scale.json").read_text())]
@@ -131,7 +155,7 @@ def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "scale.png").is_file()
 
 
-def test_an_exponent_is_a_slope_of_logarithms() -> None:
+def test_exponent_is_the_slope_of_the_logarithms() -> None:
     series = scale.Series("a", "b", [1.0, 10.0, 100.0], [3.0, 300.0, 30000.0], "s")
     assert series.exponent == pytest.approx(2.0)
 
@@ -148,12 +172,14 @@ def test_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["tiny: standstill"].value < figures["tiny: write"].value
 
 
-def test_many_windows_are_links(tmp_path: Path) -> None:
-    """The indexes of millions of windows cost no bytes of pictures."""
-    write_shards(shards.records(8, "jpg", 0, num_picture=1), tmp_path / "small", num_per_shard=8)
+def test_big_indexes_share_one_shard(tmp_path: Path) -> None:
+    """Shards of millions of windows take no space: they are hard links."""
+    write_shards(shards.records(8, "jpg", 0, num_image=1), tmp_path / "small", num_per_shard=8)
     (shard,) = shards.shards_of(tmp_path / "small")
     shards.write_big_indexes(tmp_path / "big", shard, 100, 4)
-    indexes = open_indexes(shards.shards_of(tmp_path / "big"))
+    links = shards.shards_of(tmp_path / "big")
+    assert all(link.samefile(shard) for link in links)
+    indexes = open_indexes(links)
     assert [index.num_frame() for index in indexes] == [25] * 4
     batch = shards.bench_dataset(indexes).__getitems__(range(4))
     assert len(batch.rows) == 4
