@@ -6,8 +6,6 @@ import argparse
 import importlib
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +14,13 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from script.bench import SUBJECTS
+from script.bench import SUBJECTS, main
 from script.benchmarks import checkpoint, gpu, scale, shards
 from script.benchmarks.measurement import Figure, compose_config
 from script.benchmarks.step import MOST_LOOP
+from src.data.demo.make import make_demo_shards
 from src.data.shards.build_index import open_indexes
 from src.data.shards.writer import write_shards
-from tests.helpers import ROOT
 
 TINY = (
     "backbone=tiny",
@@ -34,7 +32,15 @@ TINY = (
     "TRAIN.sample_per_device=2",
     "GENERAL.num_worker=0",
 )
-DEMO = ("DATA.demo.train_sample=16", "DATA.demo.val_sample=4", "DATA.demo.img_size=96")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for a small demo set, rendered once and in this process."""
+    root = tmp_path_factory.mktemp("demo")
+    make_demo_shards(root, {"train": 16, "val": 4}, seed=0, img_size=96, num_process=1)
+    demo = "DATA.demo={train_sample: 16, val_sample: 4, img_size: 96, seed: 0, free_rotation: 0.0}"
+    return [f"DATA.root={root}", demo]
 
 
 def measure(subject: str, *arguments: str) -> dict[str, Figure]:
@@ -70,15 +76,15 @@ STEP_FIGURES = (
 )
 
 
-def test_step() -> None:
-    figures = measure("step", "--repeat", "2", "--block", "2", *TINY, *DEMO)
+def test_step(demo: list[str]) -> None:
+    figures = measure("step", "--repeat", "2", "--block", "2", *TINY, *demo)
     assert_measured(figures, STEP_FIGURES)
     assert figures["loop step over bare step"].at_most in MOST_LOOP.values()
     assert figures["validation rate over forward rate"].at_least == 0.9
 
 
-def test_gpu_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = [*TINY, *DEMO]
+def test_gpu_on_a_cpu(tmp_path: Path, demo: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = [*TINY, *demo]
     monkeypatch.setattr(gpu, "cases", lambda on_cpu: {"one": case})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     figures = measure("gpu", "--cpu", "--repeat", "1", "--out", str(tmp_path))
@@ -132,10 +138,8 @@ def test_gpu_measures_eager_cases_first() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_without_a_gpu_is_an_error(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "script" / "bench.py"), "gpu", "--out", str(tmp_path / "out")]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode == 1
-    assert "torch sees no GPU here" in refused.stderr
+    with pytest.raises(SystemExit, match="torch sees no GPU here"):
+        measure("gpu", "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -143,6 +147,8 @@ def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = scale.Sizes([64, 128], [1], [1, 2], [56, 112], ["tiny"], 1)
     monkeypatch.setattr(scale, "QUICK", sizes)
     monkeypatch.setattr(scale, "WINDOWS_PER_SHARD", 32)
+    measured = scale.communication_seconds  # starting a process takes seconds: one case starts them
+    monkeypatch.setattr(scale, "communication_seconds", lambda *args: measured(*args) if args[1] == 2 else (0.1, 0.1))
     monkeypatch.setattr(scale, "compose_config", lambda name, *overrides: compose_config(name, *TINY, *overrides))
     figures = measure("scale", "--quick", "--out", str(tmp_path))
     costs = {name: figure for name, figure in figures.items() if "exponent" not in name}
@@ -163,6 +169,17 @@ def test_exponent_is_the_slope_of_the_logarithms() -> None:
 def test_peers() -> None:
     figures = measure("peers", "--repeat", "2", "--block", "1", *TINY)
     assert_measured(figures, ["our step", "HaMeR's step", "CS-ViT2's step", "ours over the better peer"])
+
+
+def test_main_prints_and_saves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["mano", "--batch", "2", "--seconds", "0", "--device", "cpu", "--json", str(tmp_path / "a.json")]) == 0
+    figures = json.loads((tmp_path / "a.json").read_text())["figures"]
+    assert len(figures) == 4
+    printed = capsys.readouterr().out
+    assert all(figure["value"] > 0 and figure["name"] in printed for figure in figures)
 
 
 def test_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
