@@ -1,15 +1,16 @@
-"""`script/bench.py checkpoint`: how long a checkpoint stalls training, and how long it takes to write.
+"""`script/bench.py checkpoint`: how long training stands still for a checkpoint, and how long writing one takes.
 
-Networks of the demo's and of DINOv2-base's size with AdamW's moments and random weights write to a temporary folder.
-Checkpoints come in pairs. During the first, training continues with the cheapest possible step, one sample forward and
-backward; the stall is the call that begins the checkpoint plus what the optimizer's step still waits for afterwards.
-The second has the machine to itself: time until the copy is complete (an optimizer that steps at once waits that long)
-and until the files are written.
+Networks of the demo's and of DINOv2-base's size with AdamW's moments, random weights, written to a temporary folder.
+Checkpoints in pairs. In one, training goes on with the least that a step computes, one sample forward and backward;
+standstill is the call that begins the checkpoint and what the optimizer's step then still waits for. The other has the
+machine to itself: when its copy is complete (an optimizer that stepped at once would wait that long), and when it is
+written.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from script.benchmarks.measurement import Figure, Status, compose_config, median_figure
+from script.benchmarks.measurement import Figure, compose_config
 from script.benchmarks.scale_network import grey_batch, step
 from src.checkpoint.save import TrainState
 from src.checkpoint.writer import CheckpointWriter
@@ -41,16 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=5, help="checkpoints of each size (default 5)")
 
 
-def run(args: argparse.Namespace, status: Status) -> list[Figure]:
-    """Measure every size."""
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
+    """Measure every size; `say` is told what is going on."""
     figures = []
     for name, (config, overrides) in SIZES.items():
-        status(f"{name}: building the network")
-        figures += measure(name, compose_config(config, *overrides), args.repeat, status)
+        say(f"{name}: building the network")
+        figures += measure(name, compose_config(config, *overrides), args.repeat, say)
     return figures
 
 
-def measure(name: str, cfg: Config, repeat: int, status: Status) -> list[Figure]:
+def measure(name: str, cfg: Config, repeat: int, say: Callable[[str], None]) -> list[Figure]:
     """Write `repeat` pairs of checkpoints of this configuration's network; each ratio is of one pair."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = PoseNet(cfg.MODEL, build_standin_hand()).to(device)
@@ -66,27 +67,28 @@ def measure(name: str, cfg: Config, repeat: int, status: Status) -> list[Figure]
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
         what = {"model": net, "optimizer": optimizer, "scaler": None, "state": TrainState(step=1), "keep": 1}
         for number in range(repeat):
-            status(f"{name}: checkpoints {number + 1} of {repeat}")
-            begin = host_seconds(lambda: writer.save(Path(folder), **what))
+            say(f"{name}: checkpoints {number + 1} of {repeat}")
+            begin = seconds(lambda: writer.save(Path(folder), **what))
             step(net, net.hand, batch)
-            stood.append(begin + host_seconds(writer.settle))
+            stood.append(begin + seconds(writer.settle))
             writer.join()
-            begin = host_seconds(lambda: writer.save(Path(folder), **what))
-            copied.append(begin + host_seconds(writer.settle))
-            wrote.append(copied[-1] + host_seconds(writer.join))
+            begin = seconds(lambda: writer.save(Path(folder), **what))
+            copied.append(begin + seconds(writer.settle))
+            wrote.append(copied[-1] + seconds(writer.join))
         files = (Path(folder) / "checkpoints" / "checkpoint-1").iterdir()
         size = sum(file.stat().st_size for file in files) / 2**20
     share = [100 * a / b for a, b in zip(stood, wrote, strict=True)]
+    spread = f"{min(share):.2g} to {max(share):.2g} over {repeat}, {size:,.0f} MiB"
     return [
-        median_figure(f"{name}: standstill", [1000 * s for s in stood], "ms"),
-        median_figure(f"{name}: copy complete", [1000 * s for s in copied], "ms"),
-        median_figure(f"{name}: write", [1000 * s for s in wrote], "ms"),
-        median_figure(f"{name}: standstill / write", share, "%", f"{size:,.0f} MiB", at_most=MOST_STANDSTILL),
+        Figure(f"{name}: standstill", 1000 * statistics.median(stood), "ms"),
+        Figure(f"{name}: copy complete", 1000 * statistics.median(copied), "ms"),
+        Figure(f"{name}: write", 1000 * statistics.median(wrote), "ms"),
+        Figure(f"{name}: standstill / write", statistics.median(share), "%", at_most=MOST_STANDSTILL, note=spread),
     ]
 
 
-def host_seconds(call: Callable[[], object]) -> float:
-    """How long a call blocks this thread; work that the GPU still has to do does not count."""
+def seconds(call: Callable[[], object]) -> float:
+    """How long a call takes, by the clock."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
