@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
             if cell is None:
                 torch.manual_seed(seed)
                 net = OurNet(cfg, hand) if method == "ours" else PEERS[method](cfg.MODEL, hand, settings["loss"])
-                cell = make_cell(net, cfg.TRAIN, settings, train, val, status)
+                cell = make_cell(net, cfg, settings, train, val, status)
                 text = json.dumps(read_cells(results) | {digest_of(settings): cell}, indent=1)
                 write_text_atomic(results, text + "\n")
             cells.append(cell)

@@ -11,7 +11,7 @@ from torch import nn
 from script.benchmarks.accuracy_data import rows_of
 from script.benchmarks.measurement import Status, machine
 from src.batch import Batch
-from src.config import TrainConfig
+from src.config import Config
 from src.metric import MetricAccumulator, evaluate_batch
 from src.utils.train_utils import get_lr_factor
 
@@ -19,7 +19,7 @@ VAL_BATCH = 125
 
 
 def make_cell(
-    net: nn.Module, cfg: TrainConfig, settings: dict[str, Any], train: Batch, val: Batch, status: Status
+    net: nn.Module, cfg: Config, settings: dict[str, Any], train: Batch, val: Batch, status: Status
 ) -> dict[str, Any]:
     """Train and evaluate one network; the settings, metrics and cost go to the results file."""
     device = train.patch.device.type
@@ -40,10 +40,10 @@ def make_cell(
     }
 
 
-def train_network(net: nn.Module, cfg: TrainConfig, settings: dict[str, Any], data: Batch, status: Status) -> None:
+def train_network(net: nn.Module, cfg: Config, settings: dict[str, Any], data: Batch, status: Status) -> None:
     """AdamW with warm-up and cosine, as in the training loop; the seed determines the order of the samples."""
-    num_step, batch = settings["step"], cfg.sample_per_device
-    groups = net.parameter_groups(settings["lr"], settings["backbone_lr"], cfg.weight_decay)
+    num_step, batch = settings["step"], cfg.TRAIN.sample_per_device
+    groups = net.parameter_groups(settings["lr"], settings["backbone_lr"], cfg.TRAIN.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     parameters = [p for group in groups for p in group["params"]]
     order = torch.Generator().manual_seed(settings["seed"])
@@ -56,7 +56,7 @@ def train_network(net: nn.Module, cfg: TrainConfig, settings: dict[str, Any], da
             index = torch.cat([index, torch.randperm(len(data), generator=order)])
         chosen, index = index[:batch], index[batch:]
         net.training_loss(rows_of(data, chosen)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad)
+        torch.nn.utils.clip_grad_norm_(parameters, cfg.TRAIN.max_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0:
@@ -65,7 +65,7 @@ def train_network(net: nn.Module, cfg: TrainConfig, settings: dict[str, Any], da
 
 @torch.no_grad()
 def measure(net: nn.Module, val: Batch) -> dict[str, float]:
-    """The metrics on the validation set, mm."""
+    """The metrics of the validation sample, mm."""
     net.eval()
     gathered = MetricAccumulator()
     for index in torch.arange(len(val)).split(VAL_BATCH):

@@ -206,7 +206,7 @@ class HamerStep(PeerStep):
     def step(self, batch: list[tuple[np.ndarray, Any]]) -> None:
         patch = torch.from_numpy(np.stack([patch for patch, _ in batch])).to(self.device)
         labels = collate(Fetched(rows=[row for _, row in batch]))[0].to(self.device)
-        self.net.tokens = lambda _: self.net.backbone(patch)  # the patch is normalised already
+        self.net.tokens = lambda _: self.net.backbone(patch)  # the patch came normalised
         loss = self.net.training_loss(labels)
         if torch.isnan(loss):
             raise FloatingPointError("the loss is not a number")
@@ -219,9 +219,7 @@ class _FrameRows(_Rows):
 
     def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, Any]]:
         samples, augmentations = self.samples(positions)
-        empty = np.empty(
-            (len(samples), 3, self.dataset.img_size, self.dataset.img_size), np.uint8
-        )  # the patch is warped on the device
+        empty = np.empty((len(samples), 3, self.dataset.img_size, self.dataset.img_size), np.uint8)  # cut on the device
         rows, _ = turn_samples(samples, augmentations, empty, self.dataset.expansion_ratio, positions)
         frames = [torch.from_numpy(sample.image).permute(2, 0, 1).contiguous() for sample in samples]
         return list(zip(frames, rows))

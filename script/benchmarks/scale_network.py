@@ -30,7 +30,7 @@ STEP_PER_BLOCK = 4
 
 
 def grey_batch(num: int, img_size: int) -> Batch:
-    """A batch of `num` grey patches; a step takes as long as with real ones."""
+    """[num] patches without a hand: they cost what pictures cost."""
     return collate(Fetched(rows=[padding_patch(img_size)] * num))[0]
 
 
