@@ -24,26 +24,18 @@ def cold_figures(folder: Path, shard: Path, num_copy: int) -> list[Figure]:
         shutil.copy2(index_path(shard), index_path(copy))
     indexes = open_indexes(shards)
     size = sum(index.shard_size for index in indexes) / 1e6
-    rates, requests = {}, {}
-    ways = {
-        "alone": lambda indexes: _in_order(indexes, read_ahead=False),
-        "sequential": _sequentially,
-        "order": _in_order,
-        "warm": _in_order,
+    reads = {
+        "cold, without reading ahead": lambda: _in_order(indexes, read_ahead=False),
+        "cold, sequential": lambda: _sequentially(shards),
+        "cold, training order": lambda: _in_order(indexes),
+        "training order, page cache": lambda: _in_order(indexes),
     }
-    for name, read in ways.items():
-        if name != "warm":
+    figures = []
+    for name, read in reads.items():
+        if name.startswith("cold"):
             _evict(shards)
-        before = _disk_reads(folder)
-        rates[name] = size / seconds_of(lambda read=read: read(indexes))
-        requests[name] = _request_size(before, _disk_reads(folder))
-    what = f"{size:,.0f} MB; mean size of a disk request {{}}"
-    return [
-        Figure("cold, sequential", rates["sequential"], "MB/s", note=what.format(requests["sequential"])),
-        Figure("cold, training order", rates["order"], "MB/s", note=what.format(requests["order"])),
-        Figure("cold, without reading ahead", rates["alone"], "MB/s", note=what.format(requests["alone"])),
-        Figure("training order, page cache", rates["warm"], "MB/s", note="no disk: reading, checksums, parsing"),
-    ]
+        figures.append(Figure(name, size / seconds_of(read), "MB/s", note=f"{size:,.0f} MB"))
+    return figures
 
 
 def _evict(shards: list[Path]) -> None:
@@ -63,24 +55,8 @@ def _in_order(indexes: list[ShardIndex], read_ahead: bool = True) -> None:
         dataset.fetch(dataset.plan.locate(position))
 
 
-def _sequentially(indexes: list[ShardIndex]) -> None:
-    for index in indexes:
-        with index.shard.open("rb", buffering=0) as file:
+def _sequentially(shards: list[Path]) -> None:
+    for shard in shards:
+        with shard.open("rb", buffering=0) as file:
             while file.read(_CHUNK):
                 pass
-
-
-def _disk_reads(folder: Path) -> tuple[int, int] | None:
-    """(requests, sectors) that the folder's disk has read so far, for all programs; None without counters."""
-    device = folder.stat().st_dev
-    try:
-        fields = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text(encoding="ascii").split()
-    except OSError:
-        return None
-    return int(fields[0]), int(fields[2])
-
-
-def _request_size(before: tuple[int, int] | None, after: tuple[int, int] | None) -> str:
-    if before is None or after is None or after[0] == before[0]:
-        return "unknown size"
-    return f"{(after[1] - before[1]) / (after[0] - before[0]) / 2:,.0f} KiB"

@@ -142,6 +142,6 @@ class CsVitNet(PeerNet):
         """Cross-entropy against a Gaussian around the target [B, 3], summed over the axes, [B]."""
         total = torch.zeros(len(target), device=target.device)
         for axis, log_share in enumerate(log_heatmap):
-            wanted = (-(target[:, axis, None] - getattr(self, f"bin{axis}")).square() / (2 * SIGMA**2)).softmax(1)
-            total = total - (wanted * log_share).sum(1)
+            gaussian = (-(target[:, axis, None] - getattr(self, f"bin{axis}")).square() / (2 * SIGMA**2)).softmax(1)
+            total = total - (gaussian * log_share).sum(1)
         return total

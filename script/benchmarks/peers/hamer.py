@@ -80,9 +80,8 @@ class HamerNet(PeerNet):
         focal, side = batch.patch_focal, self.img_size
         camera = self.mean_camera + self.to_camera(token)
         depth = 2.0 * focal.mean(1) / (side * _positive(camera[:, 0]))
-        place = 1000.0 * torch.cat(
-            [camera[:, 1:], depth[:, None]], dim=1
-        )  # m -> mm; in a camera that looks at the patch centre
+        # mm, in a camera that looks at the patch centre
+        place = 1000.0 * torch.cat([camera[:, 1:], depth[:, None]], dim=1)
         middle = torch.full_like(focal, (side - 1) / 2)
         root = torch.cat([place[:, :2] + (middle - batch.patch_princpt) / focal * place[:, 2:], place[:, 2:]], dim=1)
         out = self.assemble(batch, rotmat, shape, root)
