@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from script.make_shards import parse_arguments
+from script import bench, make_shards
 from src.config_parse import check_overrides, is_known_key, known_keys
 from src.loss import LOSS_TERMS
 from src.train.step import log_line
 from tests.helpers import ROOT, compose_config
+
+compose_once = cache(compose_config)  # documents repeat commands
 
 ENGLISH, CHINESE = ROOT / "docs/QUICK_START.md", ROOT / "docs/QUICK_START.zh-CN.md"
 DOCS = [
@@ -105,16 +108,17 @@ def test_training_commands_compose(path: Path) -> None:
         assert name.startswith("--config-name="), words
         check_overrides(overrides)
         for point in points(overrides) if is_sweep else [overrides]:
-            compose_config(name.removeprefix("--config-name="), *point)
+            compose_once(name.removeprefix("--config-name="), *point)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=DOC_IDS)
 def test_other_commands_exist(path: Path) -> None:
-    """The converters accept the options, and the Makefile has the targets."""
+    """The converters and benchmarks accept the options, and the Makefile has the targets."""
     makefile = text_of(ROOT / "Makefile").replace("$(STAMP)", ".venv/.installed")
     for words in commands(path):
-        if (arguments := after(words, "script/make_shards.py")) is not None:
-            parse_arguments(arguments)
+        for script in (make_shards, bench):
+            if (arguments := after(words, f"script/{script.__name__.partition('.')[2]}.py")) is not None:
+                script.parse_arguments(arguments)
         if words[0] == "make":
             assert re.search(rf"^{re.escape(words[-1])}:", makefile, re.MULTILINE), words
 
