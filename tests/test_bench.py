@@ -136,7 +136,7 @@ def test_gpu_measures_eager_cases_first() -> None:
     assert is_compiled == [False, False, False, True, True]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpu_without_a_gpu_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="torch sees no GPU here"):
         measure("gpu", "--out", str(tmp_path / "out"))
