@@ -1,4 +1,4 @@
-"""Drawing: skeletons on images, sheets of patches. All images are uint8 RGB."""
+"""Draws what a person looks at: skeletons over patches, sheets of patches side by side. uint8 RGB throughout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from src.batch import Batch, Prediction
 from src.hand.skeleton import BONES
 from src.predict.mesh_overlay import Mesh, draw_meshes
 
-# thumb, index, middle, ring, pinky: the same colours in all figures of the project
+# thumb, index, middle, ring, pinky: one hue a finger, the same in every picture of the project
 FINGER_RGB = ((235, 80, 70), (240, 180, 40), (80, 190, 90), (60, 150, 235), (180, 90, 220))
 SUBPIXEL_BITS = 4
 
@@ -20,10 +20,10 @@ def _fixed_point(point: np.ndarray) -> tuple[int, int]:
 
 
 def draw_skeleton(image: np.ndarray, joint: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
-    """Draw the hand's bones and joints on a copy of the image.
+    """A copy of the image with the hand's bones and joints drawn over it.
 
     Args:
-        image: [H, W, 3] uint8; joint: [21, 2] px of this image; valid: [21], None: all joints.
+        image: [H, W, 3] uint8; joint: [21, 2] px of this image; valid: [21], all joints where absent.
     """
     out = np.ascontiguousarray(image).copy()
     valid = np.ones(len(joint)) if valid is None else valid
@@ -40,7 +40,7 @@ def draw_skeleton(image: np.ndarray, joint: np.ndarray, valid: np.ndarray | None
 
 
 def tile(images: list[np.ndarray], num_column: int) -> np.ndarray:
-    """Images of one size on a grid, row by row; empty cells are dark."""
+    """Images of one size on a grid, row by row; what is left over stays dark."""
     height, width = images[0].shape[:2]
     num_row = -(-len(images) // num_column)
     sheet = np.full((num_row * height, num_column * width, 3), 24, np.uint8)
@@ -53,15 +53,10 @@ def tile(images: list[np.ndarray], num_column: int) -> np.ndarray:
 def overlay_sheet(
     batch: Batch, prediction: Prediction, faces: np.ndarray, num_sample: int = 8, side: int = 224
 ) -> np.ndarray:
-    """Patch, target, prediction and predicted mesh of a batch's first samples, one column per sample.
+    """Patch, target, prediction and predicted mesh of a batch's first samples, one column each. [4*side, n*side, 3].
 
-    Args:
-        faces: [F, 3] of the hand model.
-        num_sample: at most this many columns. Padding rows, at the end of a batch, are skipped unless all rows are.
-        side: side of a cell, px.
-
-    Returns:
-        [4 * side, columns * side, 3] uint8.
+    faces [F, 3] are those of the hand model. Padding rows are at the end of a batch and are skipped, unless there is
+    nothing else.
     """
     num_sample = max(1, min(num_sample, int((batch.position >= 0).sum())))
     scale = side / batch.patch.shape[-1]
