@@ -1,4 +1,4 @@
-"""Measure what this project promises, one sub-command a subject.
+"""Benchmarks of this project, one sub-command per subject.
 
 python script/bench.py data
 python script/bench.py data --quick --json data.json
@@ -9,39 +9,32 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
-from script.benchmarks.measurement import figure_json, figure_table, machine
-from script.benchmarks.peers import load_peer
-from src.config import Config
-from src.config_parse import check_overrides, parse_config
+from script.benchmarks.measurement import figure_table, machine, write_figures
 from src.utils.console import make_console
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
-# sub-command -> (what it measures, module with add_arguments(parser) and run(args, say) -> list[Figure])
+# sub-command -> (help, module with add_arguments(parser) and run(args, status) -> list[Figure])
 SUBJECTS = {
     "accuracy": ("our decoder and losses against HaMeR's and CS-ViT2's", "script.benchmarks.accuracy"),
-    "checkpoint": ("how long training stands still for a checkpoint", "script.benchmarks.checkpoint"),
+    "checkpoint": ("how long training waits for a checkpoint", "script.benchmarks.checkpoint"),
     "data": ("reading, decoding and augmenting shards", "script.benchmarks.data"),
     "gpu": ("DINOv2-large on a GPU: step, compiled step, data, profile", "script.benchmarks.gpu"),
     "peers": ("a training step against HaMeR's and CS-ViT2's, end to end", "script.benchmarks.peer_steps"),
     "scale": ("how cost grows with data, workers, processes and sizes", "script.benchmarks.scale"),
     "mano": ("the hand layer, forward and backward", "script.benchmarks.mano"),
-    "mediapipe": ("MediaPipe Hands on the hands that evaluate.py reads", "script.benchmarks.mediapipe_hands"),
+    "mediapipe": ("MediaPipe Hands on the validation hands of evaluate.py", "script.benchmarks.mediapipe_hands"),
     "step": ("the training loop against the bare network and the machine", "script.benchmarks.step"),
 }
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line: the sub-command's own options, and `--json`. Only the module that is asked for is imported."""
+    """The sub-command's own options and `--json`. Imports only the module of the chosen subject."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     subjects = parser.add_subparsers(dest="subject", required=True)
@@ -53,24 +46,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def compose_config(name: str, overrides: list[str]) -> Config:
-    """The shipped configuration `name` with overrides, typed and checked: for subjects that train."""
-    check_overrides(overrides)
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return parse_config(compose(name, overrides=overrides))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    args.compose, args.peer = compose_config, load_peer
     console, start = make_console(markup=True), time.monotonic()
     with console.status("starting") as status:
-        module = importlib.import_module(SUBJECTS[args.subject][1])
-        figures = module.run(args, lambda text: status.update(text))
+        figures = importlib.import_module(SUBJECTS[args.subject][1]).run(args, status.update)
     console.print(figure_table(f"bench {args.subject}: {machine()}", figures))
     console.print(f"{time.monotonic() - start:.0f} s")
     if args.json is not None:
-        args.json.write_text(json.dumps(figure_json(args.subject, figures), indent=1) + "\n", encoding="utf-8")
+        write_figures(args.json, args.subject, figures)
         console.print(f"written to {args.json}", soft_wrap=True, markup=False)
     return 0
 

@@ -1,4 +1,4 @@
-"""What several tests share: the shipped configuration composed as Hydra does it, and small made-up batches."""
+"""Shared by several tests: shipped configurations composed by Hydra, and small synthetic batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def compose_config(name: str, *overrides: str) -> Config:
 
 
 def small_config(*overrides: str) -> Config:
-    """The demo's configuration shrunk until a forward pass takes milliseconds."""
+    """The demo's configuration with a network so small that a forward pass takes milliseconds."""
     decoder = "MODEL.handec={dim: 32, num_layer: 2, num_head: 2, dim_head: 16, dim_mlp: 64}"
     backbone = [
         "backbone=tiny",
@@ -35,7 +35,7 @@ def small_config(*overrides: str) -> Config:
 
 
 def random_batch(num: int, img_size: int, seed: int = 0, right_only: bool = True) -> Batch:
-    """A batch of noise patches with a hand-sized cloud of joints in front of the camera, every label valid."""
+    """Noise patches with a hand-sized cloud of joints in front of the camera; all labels are valid."""
     rng = torch.Generator().manual_seed(seed)
     focal = torch.full((num, 2), 2.0 * img_size)
     princpt = torch.full((num, 2), (img_size - 1) / 2)

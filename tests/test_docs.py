@@ -1,21 +1,24 @@
-"""The documents against the repository: every command, key, path, link and message form that they show exists.
+"""Every command, key, path, link and message form in the documents exists.
 
-Commands are parsed as a shell would and composed as Hydra would, not run.
+Commands are parsed like in a shell and composed with Hydra, but not run.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from script.make_shards import parse_arguments
+from script import bench, make_shards
 from src.config_parse import check_overrides, is_known_key, known_keys
 from src.loss import LOSS_TERMS
 from src.train.step import log_line
 from tests.helpers import ROOT, compose_config
+
+compose_once = cache(compose_config)  # documents repeat commands
 
 ENGLISH, CHINESE = ROOT / "docs/QUICK_START.md", ROOT / "docs/QUICK_START.zh-CN.md"
 DOCS = [
@@ -25,8 +28,8 @@ DOCS = [
     ROOT / "checkpoint/README.md",
 ]
 DOC_IDS = [str(path.relative_to(ROOT)) for path in DOCS]
-WRONG_ON_PURPOSE = {"GENERAL.totl_step"}  # a key that is shown as a mistake
-READERS_OWN = {"config/data/mine.yaml"}  # a file that the reader makes
+WRONG_ON_PURPOSE = {"GENERAL.totl_step"}  # shown as an example of a typo
+CREATED_BY_READER = {"config/data/mine.yaml"}
 
 FENCE = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -35,7 +38,7 @@ PATH = re.compile(r"(?<![\w./-])(?:script|src|tests|config)/[\w./-]*\w")
 MODULE = re.compile(r"python -m (tests\.\w+)")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 TREE_LINE = re.compile(r"^((?:│   |    )*)(?:├── |└── )(\S+)")
-LOG_LINE = re.compile(r"^\d+/\d+ lr=.*[^.\n]$", re.MULTILINE)  # one that ends in "..." shows a part
+LOG_LINE = re.compile(r"^\d+/\d+ lr=.*[^.\n]$", re.MULTILINE)  # not the abbreviated ones, which end in "..."
 SWEEP = re.compile(r"^([^=]+)=([\w.-]+(?:,[\w.-]+)+)$")  # KEY=A,B,C
 
 
@@ -44,7 +47,7 @@ def text_of(path: Path) -> str:
 
 
 def fences(path: Path, language: str | None = None) -> list[str]:
-    """The contents of the fenced blocks, of one language or all."""
+    """The contents of the fenced blocks, optionally of one language."""
     return [body for name, body in FENCE.findall(text_of(path)) if language in (None, name)]
 
 
@@ -53,7 +56,7 @@ def without_fences(path: Path) -> str:
 
 
 def commands(path: Path) -> list[list[str]]:
-    """The commands of the bash blocks, split into words; here-documents and shell operators are left out."""
+    """The commands of the bash blocks, split into words, without here-documents and comments."""
     found = []
     for body in fences(path, "bash"):
         body = re.sub(r"<<'END'\n.*?^END$", "", body, flags=re.DOTALL | re.MULTILINE).replace("\\\n", " ")
@@ -62,17 +65,17 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def in_every_doc(pattern: re.Pattern[str]) -> list[tuple[str, str]]:
-    """(document, match) of a pattern over all documents."""
+    """(document, match) for every match of a pattern in the documents."""
     return [(name, match) for name, path in zip(DOC_IDS, DOCS) for match in pattern.findall(text_of(path))]
 
 
 def after(words: list[str], program: str) -> list[str] | None:
-    """The arguments of `program` in a command; None where it is another program's command."""
+    """The arguments of `program` in a command; None if the command runs another program."""
     return words[words.index(program) + 1 :] if program in words else None
 
 
 def test_chinese_mirror() -> None:
-    """Both quick starts show the same blocks in the same order, the same headings' levels and the same code words."""
+    """Both quick starts have the same code blocks in the same order, the same heading levels and inline code."""
     assert FENCE.findall(text_of(ENGLISH)) == FENCE.findall(text_of(CHINESE))
     levels = [re.findall(r"^(#+) ", without_fences(path), re.MULTILINE) for path in (ENGLISH, CHINESE)]
     assert levels[0] == levels[1]
@@ -85,7 +88,7 @@ def test_chinese_mirror() -> None:
 
 
 def points(overrides: list[str]) -> list[list[str]]:
-    """The first and the last point of a sweep; what only Hydra itself can fill in is left out."""
+    """The first and the last point of a sweep, without the overrides that only Hydra itself can resolve."""
     own = [word for word in overrides if not word.startswith("hydra.") and "${hydra:" not in word]
     own.append("GENERAL.output_root=checkpoint/point")
     first = [SWEEP.sub(lambda match: f"{match[1]}={match[2].split(',')[0]}", word) for word in own]
@@ -95,7 +98,7 @@ def points(overrides: list[str]) -> list[list[str]]:
 
 @pytest.mark.parametrize("path", DOCS, ids=DOC_IDS)
 def test_training_commands_compose(path: Path) -> None:
-    """Every `script/stage1.py` command is one that Hydra composes and the checks accept."""
+    """Hydra composes every `script/stage1.py` command, and the configuration checks accept it."""
     for words in commands(path):
         arguments = after(words, "script/stage1.py")
         if arguments is None:
@@ -105,16 +108,17 @@ def test_training_commands_compose(path: Path) -> None:
         assert name.startswith("--config-name="), words
         check_overrides(overrides)
         for point in points(overrides) if is_sweep else [overrides]:
-            compose_config(name.removeprefix("--config-name="), *point)
+            compose_once(name.removeprefix("--config-name="), *point)
 
 
 @pytest.mark.parametrize("path", DOCS, ids=DOC_IDS)
 def test_other_commands_exist(path: Path) -> None:
-    """Converters take the options shown; make has the targets shown."""
+    """The converters and benchmarks accept the options, and the Makefile has the targets."""
     makefile = text_of(ROOT / "Makefile").replace("$(STAMP)", ".venv/.installed")
     for words in commands(path):
-        if (arguments := after(words, "script/make_shards.py")) is not None:
-            parse_arguments(arguments)
+        for script in (make_shards, bench):
+            if (arguments := after(words, f"script/{script.__name__.partition('.')[2]}.py")) is not None:
+                script.parse_arguments(arguments)
         if words[0] == "make":
             assert re.search(rf"^{re.escape(words[-1])}:", makefile, re.MULTILINE), words
 
@@ -133,7 +137,7 @@ def test_named_keys_exist() -> None:
 
 
 def test_named_paths_exist() -> None:
-    found = [(name, path) for name, path in in_every_doc(PATH) if path not in READERS_OWN]
+    found = [(name, path) for name, path in in_every_doc(PATH) if path not in CREATED_BY_READER]
     found += [(name, module.replace(".", "/") + ".py") for name, module in in_every_doc(MODULE)]
     assert len(found) > 50
     for name, path in found:
@@ -142,7 +146,7 @@ def test_named_paths_exist() -> None:
 
 @pytest.mark.parametrize("path", DOCS, ids=DOC_IDS)
 def test_links_resolve(path: Path) -> None:
-    """Relative links and pictures are there, and so are the headings they point at."""
+    """Relative links and images exist, and so do the headings that they point at."""
     for target in LINK.findall(without_fences(path)):
         if re.match(r"[a-z]+:", target):
             continue
@@ -155,7 +159,7 @@ def test_links_resolve(path: Path) -> None:
 
 
 def test_file_tree() -> None:
-    """The tree in README.md names nothing that does not exist."""
+    """Every file and folder in the tree of README.md exists."""
     (tree,) = [body for body in fences(ROOT / "README.md") if "├── Makefile" in body]
     parents: list[str] = []
     for line in tree.splitlines():
@@ -168,7 +172,7 @@ def test_file_tree() -> None:
 
 
 def test_log_line_form() -> None:
-    """The log line in the documents has the parts of the real one, in its form."""
+    """The log lines in the documents have the format of the real one."""
     metrics = dict.fromkeys(LOSS_TERMS, 1.0) | {"lr": 1e-4, "dropout_rate": 0.0, "loss_total": 1.0}
     form = re.sub(r"\d", "0", log_line(3000, 100000, metrics))
     shown = in_every_doc(LOG_LINE)

@@ -1,8 +1,9 @@
-"""The peers' decoders are what they claim to be; the bench that compares us with them keeps what it has measured."""
+"""The rebuilt peers follow their publications; `bench.py accuracy` keeps and reports what it has measured."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,21 +11,22 @@ import pytest
 import torch
 
 from script.benchmarks import accuracy, accuracy_train
-from script.benchmarks.peers import PEERS, load_peer
+from script.benchmarks.peers import PEERS
 from script.benchmarks.peers.csvit import CsVitNet, finger_length
 from script.benchmarks.peers.hamer import HamerNet
 from src.batch import Batch
 from src.geometry.camera import project
 from src.hand.standin.build import build_standin_hand
-from tests.helpers import compose_config, random_batch, small_config
+from tests.helpers import ROOT, compose_config, random_batch, small_config
 
+RESULTS = ROOT / "docs/figures/data/accuracy.json"
 READ_FIELDS = {"patch", "patch_focal", "patch_princpt"}
 
 
 @pytest.fixture(params=PEERS)
 def net(request: pytest.FixtureRequest) -> torch.nn.Module:
     torch.manual_seed(0)
-    return load_peer(request.param)(small_config().MODEL, build_standin_hand())
+    return PEERS[request.param](small_config().MODEL, build_standin_hand())
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def batch() -> Batch:
     return random_batch(3, 56)
 
 
-def test_prediction_is_whole_and_before_the_camera(net: torch.nn.Module, batch: Batch) -> None:
+def test_prediction_is_complete_and_in_front_of_the_camera(net: torch.nn.Module, batch: Batch) -> None:
     out = net.eval()(batch)
     assert out.joint_cam.shape == (3, 21, 3)
     assert out.vert_cam.shape == (3, net.hand.num_vertex, 3)
@@ -41,7 +43,7 @@ def test_prediction_is_whole_and_before_the_camera(net: torch.nn.Module, batch: 
     assert torch.allclose(project(out.joint_cam, batch.patch_focal, batch.patch_princpt), out.joint_patch, atol=1e-3)
 
 
-def test_reads_out_in_float32_whatever_the_precision(net: torch.nn.Module, batch: Batch) -> None:
+def test_readout_is_float32_under_autocast(net: torch.nn.Module, batch: Batch) -> None:
     with torch.no_grad():
         token = net.eval().decode(batch)
         wanted = net.read_out(token, batch).joint_cam
@@ -51,14 +53,14 @@ def test_reads_out_in_float32_whatever_the_precision(net: torch.nn.Module, batch
     assert torch.equal(found, wanted)
 
 
-def test_nothing_of_the_target_reaches_a_prediction(net: torch.nn.Module, batch: Batch) -> None:
+def test_prediction_does_not_depend_on_the_target(net: torch.nn.Module, batch: Batch) -> None:
     other = replace(random_batch(3, 56, seed=1), **{name: getattr(batch, name) for name in READ_FIELDS})
     first, second = net.eval()(batch), net(other)
     for name in ("joint_cam", "vert_cam", "mano_shape"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
 
 
-def test_every_parameter_learns_and_the_loss_falls(net: torch.nn.Module, batch: Batch) -> None:
+def test_every_parameter_learns_and_the_loss_decreases(net: torch.nn.Module, batch: Batch) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     losses = []
     for _ in range(12):
@@ -68,25 +70,25 @@ def test_every_parameter_learns_and_the_loss_falls(net: torch.nn.Module, batch: 
         optimizer.step()
         losses.append(loss.item())
     without = [n for n, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    lonely = "self_attention.to_query"  # a single query attends to itself whatever it asks
-    assert [name for name in without if lonely not in name] == []
+    single = "self_attention.to_query"  # a single query attends only to itself: its query map has no gradient
+    assert [name for name in without if single not in name] == []
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_unlabelled_samples_cost_nothing(net: torch.nn.Module, batch: Batch) -> None:
+def test_unlabelled_samples_have_zero_loss(net: torch.nn.Module, batch: Batch) -> None:
     flags = ("joint_2d_valid", "joint_3d_valid", "has_mano", "has_intr")
     assert net.training_loss(replace(batch, **{f: torch.zeros_like(getattr(batch, f)) for f in flags})) == 0
 
 
-def test_weak_perspective_becomes_the_full_camera(batch: Batch) -> None:
-    """HaMeR's keypoints are those of a camera that looks at the patch's middle; in ours they meet the same pixels."""
+def test_weak_perspective_matches_the_full_camera(batch: Batch) -> None:
+    """HaMeR's keypoints, of a camera that looks at the patch centre, are at the same pixels as the projected joints."""
     torch.manual_seed(0)
     net = HamerNet(small_config().MODEL, build_standin_hand()).eval()
     batch = replace(batch, patch_princpt=batch.patch_princpt + torch.tensor([9.0, -4.0]))
     torch.nn.init.normal_(net.to_camera.weight, std=0.05)
     out = net(batch)
     expected = out.keypoint_2d * 56 + 27.5
-    assert (out.joint_patch - expected).abs().max() < 1.0, "all but the parallax of the hand's own depth"
+    assert (out.joint_patch - expected).abs().max() < 1.0, "up to the parallax within the hand"
     assert torch.allclose(out.joint_patch[:, 0], expected[:, 0], atol=1e-2), "the wrist exactly"
 
 
@@ -124,17 +126,19 @@ def test_csvit_pose_is_relative_to_the_mean_pose(batch: Batch) -> None:
 
 
 def test_same_backbone_for_all(batch: Batch) -> None:
-    """Equal seeds give equal first weights of the backbone, whatever decoder follows."""
+    """Equal seeds give equal initial weights of the backbone, whatever decoder follows."""
     cfg, tokens = small_config(), []
     image = torch.randn(2, 3, 56, 56)
-    for build in (lambda c, h: accuracy.OurNet(c, h), *(lambda c, h, n=n: load_peer(n)(c.MODEL, h) for n in PEERS)):
+    for peer in (None, *PEERS.values()):
         torch.manual_seed(5)
-        tokens.append(build(cfg, build_standin_hand()).backbone(image))
+        hand = build_standin_hand()
+        net = peer(cfg.MODEL, hand) if peer else accuracy.OurNet(cfg, hand)
+        tokens.append(net.backbone(image))
     assert torch.equal(tokens[0], tokens[1])
     assert torch.equal(tokens[0], tokens[2])
 
 
-def test_bench_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_bench_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
     accuracy.add_arguments(parser)
     monkeypatch.setattr(accuracy, "QUICK", {"step": 2, "train": 60, "val": 20, "seeds": [0, 1]})
@@ -144,15 +148,14 @@ def test_bench_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     ]
     network = ["--backbone", "tiny", "--img-size", "56", *small]
     args = parser.parse_args(["--quick", "--out", str(tmp_path), "--batch", "4", *network])
-    args.compose, args.peer = lambda name, overrides: compose_config(name, *overrides), load_peer
     trained: list[str] = []
     train = accuracy_train.train_network
 
-    def counting(*arguments: object) -> None:
-        trained.append(str(arguments[7]))
+    def counting(net: torch.nn.Module, cfg: object, settings: dict, *rest: object) -> None:
+        trained.append(f"{settings['method']}, seed {settings['seed']}")
         if len(trained) == 3:  # of six cells
             raise KeyboardInterrupt
-        train(*arguments)
+        train(net, cfg, settings, *rest)
 
     monkeypatch.setattr(accuracy_train, "train_network", counting)
     with pytest.raises(KeyboardInterrupt):
@@ -160,24 +163,43 @@ def test_bench_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     first = len(trained)
     figures = accuracy.run(args, lambda text: None)
     assert trained[first:] == ["csvit, seed 0", *(f"{m}, seed 1" for m in accuracy.METHODS)]
-    assert accuracy.run(args, lambda text: None) == figures, "everything found, nothing trained anew"
+    assert accuracy.run(args, lambda text: None) == figures, "everything is in the results file"
     assert len(trained) == first + 4
     assert {f.name for f in figures} >= {"mpjpe_rel, ours", "mpjpe_cam, csvit", "mpjpe_pa, ours over the better peer"}
-    constant = {f.name: f.value for f in figures if "without looking" in f.name}
-    assert 60 < constant["mpjpe_rel, without looking"] < 140, "the mean of hands turned every way"
-    assert 5 < constant["mpjpe_pa, without looking"] < 30
+    value = {f.name: f.value for f in figures}
+    assert 60 < value["mpjpe_rel, image-independent baseline"] < 140, "hands in all orientations"
+    assert 5 < value["mpjpe_pa, image-independent baseline"] < 30
 
 
-def test_documented_table_is_what_the_stored_cells_say(capsys: pytest.CaptureFixture[str]) -> None:
-    root = Path(__file__).resolve().parents[1]
-    figures = {f.name: f for f in accuracy.reported(root / "docs/figures/data/accuracy.json")}
-    assert capsys.readouterr().out.strip() in (root / "docs/ABLATIONS.md").read_text(encoding="utf-8")
-    assert all("over 3 seeds" in f.note for f in figures.values() if f.unit == "mm"), "the main row, nothing else"
+def test_documented_table_is_that_of_the_stored_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = accuracy.reported(RESULTS)
+    assert capsys.readouterr().out.strip() in (ROOT / "docs/ABLATIONS.md").read_text(encoding="utf-8")
+    spread = [f.note for f in figures if f.unit == "mm"]
+    assert len(spread) == 9, "three metrics of three methods"
+    assert all("over 3 seeds" in note for note in spread), "the main row, nothing else"
 
 
-@pytest.mark.parametrize("method", ["hamer", "csvit"])
-def test_weights_of_a_peers_losses(method: str) -> None:
-    published = load_peer(method).LOSS_WEIGHT
+def test_report_separates_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cells that were trained from other weights get rows of their own and do not enter the comparison."""
+    cells = list(json.loads(RESULTS.read_text(encoding="utf-8")).values())
+    weights = accuracy.weights_digest(compose_config("stage1-demo").MODEL.backbone)
+    cells = [cell for cell in cells if accuracy.is_main(cell["settings"], weights)]
+    other = [{**cell, "settings": cell["settings"] | {"weights": "0123"}} for cell in cells]
+    for cell in other:
+        cell["metrics"] = {name: 2 * value for name, value in cell["metrics"].items()}
+    (tmp_path / "old.json").write_text(json.dumps({str(i): cell for i, cell in enumerate(cells)}))
+    (tmp_path / "new.json").write_text(json.dumps({str(i): cell for i, cell in enumerate([*other, *cells])}))
+    alone = accuracy.reported(tmp_path / "old.json")
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 3
+    assert accuracy.reported(tmp_path / "new.json") == alone
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 6
+    assert sum("| weights 0123 |" in row for row in rows) == sum(f"| weights {weights} |" in row for row in rows) == 3
+
+
+@pytest.mark.parametrize("method", PEERS)
+def test_peer_loss_weights(method: str) -> None:
+    published = PEERS[method].LOSS_WEIGHT
     assert set(accuracy.peer_weights(published, method, [])) == set(published)
     term = next(iter(published))
     assert accuracy.peer_weights(published, method, [f"{term}=7"])[term] == 7.0
@@ -187,13 +209,13 @@ def test_weights_of_a_peers_losses(method: str) -> None:
         accuracy.peer_weights(published, method, [f"{term}=much"])
 
 
-def test_report_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_report_of_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no file"):
         accuracy.reported(tmp_path / "accuracy.json")
 
 
-def test_a_cell_belongs_to_its_weights(tmp_path: Path) -> None:
-    """New weights under the same name are another experiment: an earlier cell is not taken for theirs."""
+def test_new_weights_make_a_new_cell(tmp_path: Path) -> None:
+    """After the file of weights has changed, cells trained from the old ones are not reused."""
     cfg = compose_config("stage1-demo", f"MODEL.backbone.backbone_str={tmp_path}")
     digests = []
     for content in (b"one", b"two"):

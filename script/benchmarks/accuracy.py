@@ -1,7 +1,7 @@
 """`script/bench.py accuracy`: our decoder and losses against those of HaMeR and CS-ViT2, everything else equal.
 
-Backbone and its pre-trained weights (model/mini), hand model, rendered training hands, their order, batch, steps,
-optimizer and schedule are the same; decoder, losses and peak learning rate are each network's own. The metrics of each
+All networks share the backbone and its pre-trained weights (model/mini), hand model, rendered training hands and their
+order, batch, steps, optimizer and schedule; decoder, losses and peak learning rate are their own. The metrics of each
 trained network (a cell: method and seed) are saved to `<out>/accuracy.json` at once, so an interrupted bench resumes.
 
 Shapes: N samples of a set, B batch.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from script.benchmarks.accuracy_data import constant_answers, digest_of, load_sets
+from script.benchmarks.accuracy_data import baseline_errors, digest_of, load_sets
 from script.benchmarks.accuracy_report import METHODS, markdown_table, read_cells, report
 from script.benchmarks.accuracy_train import make_cell
-from script.benchmarks.measurement import Figure
+from script.benchmarks.measurement import Figure, Status, compose_config
+from script.benchmarks.peers import PEERS
 from src.batch import Batch
 from src.checkpoint.run_folder import write_text_atomic
 from src.config import BackboneConfig, Config
@@ -31,14 +32,14 @@ from src.hand.load import load_hand
 from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
 from src.model.net import PoseNet
 
-# Peak learning rates; what others give is in docs/ABLATIONS.md.
+# Peak learning rates; docs/ABLATIONS.md has the results of other ones.
 LEARNING_RATE = {"ours": 2e-3, "hamer": 1e-3, "csvit": 2e-3}
 FULL = {"step": 2400, "train": 24000, "val": 1500, "seeds": [0, 1, 2]}  # three times the demo's steps
 QUICK = {"step": 40, "train": 500, "val": 100, "seeds": [0]}
 
 
 class OurNet(PoseNet):
-    """PoseNet with the losses of the recipe, as `Trainer` takes them."""
+    """PoseNet with the recipe's losses, computed as in `Trainer`."""
 
     def __init__(self, cfg: Config, hand: Any) -> None:
         super().__init__(cfg.MODEL, hand)
@@ -67,12 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--img-size", type=int, default=80, help="patch side, px (default 80)")
     parser.add_argument("--name", default="", help="a name for this variant in the results")
-    parser.add_argument("--report", type=Path, help="train nothing: print what this file of results holds")
+    parser.add_argument("--report", type=Path, help="only print the table of this results file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for stage1, e.g. LOSS.lambda_seen=0")
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
-    """Train and measure what is missing; `say` is told what is going on."""
+def run(args: argparse.Namespace, status: Status) -> list[Figure]:
+    """Train and evaluate the cells that the results file does not have yet."""
     if args.report is not None:
         return reported(args.report)
     if args.peer_weight and not args.name:
@@ -82,8 +83,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
     out.mkdir(parents=True, exist_ok=True)
     results = out / "accuracy.json"
     step, seeds = args.step or size["step"], args.seed or size["seeds"]
-    cfg = args.compose("stage1-demo", config_overrides(args, out, size, step))
-    train, val = load_sets(cfg, out, say)
+    cfg = compose_config("stage1-demo", *config_overrides(args, out, size, step))
+    train, val = load_sets(cfg, out, status)
     hand = load_hand(cfg.MODEL.hand_model)
     cells = []
     for seed in seeds:
@@ -91,54 +92,57 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
             lr = args.lr or LEARNING_RATE[method]
             settings = cell_settings(cfg, method, seed, lr) | {"name": args.name, "precision": args.precision}
             if method != "ours":
-                settings["loss"] = peer_weights(args.peer(method).LOSS_WEIGHT, method, args.peer_weight)
+                settings["loss"] = peer_weights(PEERS[method].LOSS_WEIGHT, method, args.peer_weight)
             cell = read_cells(results).get(digest_of(settings))
             if cell is None:
                 torch.manual_seed(seed)
-                net = OurNet(cfg, hand) if method == "ours" else args.peer(method)(cfg.MODEL, hand, settings["loss"])
-                cell = make_cell(net, cfg, settings, train, val, say)
+                net = OurNet(cfg, hand) if method == "ours" else PEERS[method](cfg.MODEL, hand, settings["loss"])
+                cell = make_cell(net, cfg, settings, train, val, status)
                 text = json.dumps(read_cells(results) | {digest_of(settings): cell}, indent=1)
                 write_text_atomic(results, text + "\n")
             cells.append(cell)
-    constant = constant_answers(train, val, hand)
-    return report(cells) + [Figure(f"{metric}, without looking", mm, "mm") for metric, mm in constant.items()]
+    baseline = baseline_errors(train, val, hand)
+    return report(cells) + [
+        Figure(f"{metric}, image-independent baseline", mm, "mm") for metric, mm in baseline.items()
+    ]
 
 
 def peer_weights(published: Mapping[str, float], method: str, changed: Sequence[str]) -> dict[str, float]:
-    """The weights of a peer's losses: as published, but for what `TERM=WEIGHT` on the command line changes."""
-    asked = dict(item.partition("=")[::2] for item in changed)
-    if unknown := set(asked) - set(published):
+    """The published weights of a peer's losses, with the changes `TERM=WEIGHT` of the command line."""
+    new = dict(item.partition("=")[::2] for item in changed)
+    if unknown := set(new) - set(published):
         raise SystemExit(
             f"--peer-weight: {method} has no term {', '.join(sorted(unknown))}; it has {', '.join(published)}"
         )
     try:
-        return {**published, **{term: float(value) for term, value in asked.items()}}
+        return {**published, **{term: float(value) for term, value in new.items()}}
     except ValueError as error:
         raise SystemExit(f"--peer-weight: {error}") from None
 
 
 def reported(file: Path) -> list[Figure]:
-    """Print the table of a results file; the figures of its main row: the full budget, nothing varied."""
+    """Print the table of a results file; return the figures of the cells that the default options give."""
     if not file.is_file():
         raise SystemExit(f"--report: no file {file}")
     cells = list(read_cells(file).values())
     print(markdown_table(cells))
-    return report([cell for cell in cells if is_main(cell["settings"])])
+    weights = weights_digest(compose_config("stage1-demo").MODEL.backbone)
+    return report([cell for cell in cells if is_main(cell["settings"], weights)])
 
 
-def is_main(settings: dict[str, Any]) -> bool:
-    """Whether a cell belongs to the comparison that the defaults make."""
+def is_main(settings: dict[str, Any], weights: str | None) -> bool:
+    """Whether a cell belongs to the comparison that the default options make from these weights (their digest)."""
     return (
         settings["step"] == FULL["step"]
-        and "pretrain" not in settings  # cells of an earlier bench
+        and settings.get("weights") == weights
         and not settings["name"].strip()
         and settings["lr"] == LEARNING_RATE[settings["method"]]
     )
 
 
 def config_overrides(args: argparse.Namespace, out: Path, size: dict[str, Any], step: int) -> list[str]:
-    """The demo's network, losses and kind of hands, with more hands and steps."""
-    side = max(160, args.img_size + 90)  # a crop shows a part of the picture
+    """The demo's network, losses and kind of hands, but more hands and steps."""
+    side = max(160, args.img_size + 90)  # a crop shows a part of the image
     return [
         f"backbone={args.backbone}",
         f"MODEL.img_size={args.img_size}",
@@ -147,15 +151,15 @@ def config_overrides(args: argparse.Namespace, out: Path, size: dict[str, Any], 
         f"DATA.demo.val_sample={size['val']}",
         f"DATA.demo.img_size={side}",
         f"GENERAL.total_step={step}",
-        "GENERAL.warmup_step=0",  # the bench has its own
-        f"GENERAL.dropout_warmup_step={step}",  # no dropout: nothing is overfitted in a run this short
+        "GENERAL.warmup_step=0",  # the bench has its own warm-up
+        f"GENERAL.dropout_warmup_step={step}",  # no dropout: a run this short does not overfit
         f"TRAIN.sample_per_device={args.batch}",
         *args.overrides,
     ]
 
 
 def cell_settings(cfg: Config, method: str, seed: int, lr: float) -> dict[str, Any]:
-    """All that decides a cell's result; cells of equal settings are equal."""
+    """Everything that a cell's result depends on; its digest identifies the cell in the results file."""
     model, train = asdict(cfg.MODEL), cfg.TRAIN
     settings = {
         "method": method,
@@ -180,7 +184,7 @@ def cell_settings(cfg: Config, method: str, seed: int, lr: float) -> dict[str, A
 
 
 def weights_digest(backbone: BackboneConfig) -> str | None:
-    """Changes with the pre-trained weights that all networks start from; None for random ones."""
+    """Digest of the pre-trained weights that all networks start from; None for random ones."""
     if backbone.random_init:
         return None
     return blake2b((Path(backbone.backbone_str) / "model.safetensors").read_bytes(), digest_size=8).hexdigest()

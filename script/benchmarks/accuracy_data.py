@@ -1,9 +1,8 @@
-"""The sets of `script/bench.py accuracy`: rendered hands of all poses, cropped once and kept on the device."""
+"""The data of `script/bench.py accuracy`: rendered hands of all poses, cropped once and kept on the device."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from script.benchmarks.measurement import Status
 from src.batch import Batch
 from src.config import Config
 from src.data.demo.make import VERSION, make_demo_shards
@@ -23,18 +23,18 @@ from src.train.validation import constant_metrics
 LOADED_TOGETHER = 125
 
 
-def load_sets(cfg: Config, out: Path, say: Callable[[str], None]) -> tuple[Batch, Batch]:
-    """All training and validation samples, cropped, on the device: what is compared is not the reading."""
+def load_sets(cfg: Config, out: Path, status: Status) -> tuple[Batch, Batch]:
+    """All training and validation samples, cropped, on the device: the comparison excludes data loading."""
     demo, root = cfg.DATA.demo, Path(cfg.DATA.root)
     number = {"train": demo.train_sample, "val": demo.val_sample}
-    say("rendering hands")
+    status("rendering hands")
     make_demo_shards(root, number, demo.seed, demo.img_size, demo.free_rotation)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     what = {"img_size": cfg.MODEL.img_size, "expansion_ratio": cfg.TRAIN.expansion_ratio}
     what |= {"demo": asdict(demo), "renderer": VERSION}
     file = out / f"patches-{digest_of(what)}.pt"
     if not file.is_file():
-        say("cropping patches")
+        status("cropping patches")
         loading = replace(cfg, TRAIN=replace(cfg.TRAIN, sample_per_device=LOADED_TOGETHER))
         loader = build_train_loader(loading, "standin", num_batch=-(-demo.train_sample // LOADED_TOGETHER))
         sets = [_tensors(loader), _tensors(build_val_loader(loading, "standin"))]
@@ -45,7 +45,7 @@ def load_sets(cfg: Config, out: Path, say: Callable[[str], None]) -> tuple[Batch
 
 
 def _tensors(loader: Any) -> dict[str, torch.Tensor]:
-    """The tensors of all batches, one after the other; padding left out."""
+    """The tensors of all batches, concatenated, without padding rows."""
     parts = [{f.name: v for f in fields(b) if hasattr(v := getattr(b, f.name), "dtype")} for b in loader]
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     real = joined["position"] >= 0
@@ -63,9 +63,9 @@ def rows_of(data: Batch, index: torch.Tensor) -> Batch:
     return replace(data._map(lambda t: t[index.to(t.device)]), key=names, source=names)
 
 
-def constant_answers(train: Batch, val: Batch, hand: HandArrays) -> dict[str, float]:
-    """What the image-independent baseline of the training set scores on the validation set, mm, root-relative and after
-    Procrustes alignment. A network that is not below has learned nothing of the kind."""
+def baseline_errors(train: Batch, val: Batch, hand: HandArrays) -> dict[str, float]:
+    """MPJPE (mm) of the image-independent baseline on the validation set, root-relative and after Procrustes alignment.
+    A network that is not below it has learned nothing from the images."""
     labels = HandLabels(**{f.name: getattr(train, f.name).cpu().numpy() for f in fields(HandLabels)})
     layer, val = ManoLayer(hand), val.to("cpu")
     target_vert = layer(layer.pose_to_rotmat(val.mano_pose, val.flat_hand_mean), val.mano_shape).vert
@@ -74,5 +74,5 @@ def constant_answers(train: Batch, val: Batch, hand: HandArrays) -> dict[str, fl
 
 
 def digest_of(what: dict[str, Any]) -> str:
-    """A name for what is described: equal for equal descriptions."""
+    """A name for a description: equal descriptions have equal names."""
     return blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()

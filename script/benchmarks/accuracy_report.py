@@ -1,4 +1,4 @@
-"""What the cells of `script/bench.py accuracy` say: mean and spread over the seeds, ours against the better peer."""
+"""Results of `script/bench.py accuracy`: mean and spread over the seeds, ours against the better peer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ COLUMNS = ("pretrain", "step", "method", "variant", "lr", "backbone lr", "seeds"
 
 
 def read_cells(file: Path) -> dict[str, Any]:
-    """The cells of a results file by the digest of their settings; none where there is no file."""
+    """The cells of a results file by the digest of their settings; {} without a file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def report(cells: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Mean and spread of each method and metric over the seeds, and ours over the better peer."""
+    """Mean and spread of each method and metric over the seeds, and the ratio of ours to the better peer."""
     value = {
         method: {m: [c["metrics"][m] for c in cells if c["settings"]["method"] == method] for m in METRICS}
         for method in METHODS
@@ -45,27 +45,36 @@ def report(cells: Sequence[dict[str, Any]]) -> list[Figure]:
 
 
 def markdown_table(cells: Sequence[dict[str, Any]]) -> str:
-    """All cells, those that differ in their seed alone in one row: mm, mean ± standard deviation over the seeds."""
-    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    """One row for all cells that differ only in their seed: mm, mean ± standard deviation over the seeds.
+
+    Rows that would read the same list the settings in which they differ, such as the digest of the weights.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        rows.setdefault(_row_of(cell["settings"]), []).append(cell)
-    order = sorted(rows, key=lambda row: (-row[0], -row[1], METHODS.index(row[2]), *row[3:]))
+        what = {key: value for key, value in cell["settings"].items() if key != "seed"}
+        rows.setdefault(json.dumps(what, sort_keys=True), []).append(cell)
+    every = [row[0]["settings"] for row in rows.values()]
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in order:
-        seeds = ", ".join(str(seed) for seed in sorted(cell["settings"]["seed"] for cell in rows[row]))
-        errors = [_mean_and_spread([cell["metrics"][metric] for cell in rows[row]]) for metric in METRICS]
-        seconds = [round(cell["seconds"]) for cell in rows[row]]
+    for row in sorted(rows.values(), key=lambda row: _order(row[0]["settings"])):
+        settings = row[0]["settings"]
+        alike = [other for other in every if _order(other) == _order(settings)]
+        differing = [key for key in settings if key != "seed" and any(o.get(key) != settings[key] for o in alike)]
+        variant = ", ".join(filter(None, [settings["name"].strip(), *(f"{key} {settings[key]}" for key in differing)]))
+        seeds = ", ".join(str(seed) for seed in sorted(cell["settings"]["seed"] for cell in row))
+        errors = [_mean_and_spread([cell["metrics"][metric] for cell in row]) for metric in METRICS]
+        seconds = [round(cell["seconds"]) for cell in row]
         took = f"{min(seconds)} to {max(seconds)}" if len(seconds) > 1 else str(seconds[0])
-        *what, lr, backbone_lr = row
-        cols = [*(str(value) for value in what), f"{lr:g}", f"{backbone_lr:g}", seeds, *errors, took]
-        lines.append("| " + " | ".join(cols) + " |")
+        rates = [f"{rate:g}" for rate in (settings["lr"], settings.get("backbone_lr", settings["lr"]))]
+        what = [str(settings.get("pretrain", 0)), str(settings["step"]), settings["method"], variant]
+        lines.append("| " + " | ".join([*what, *rates, seeds, *errors, took]) + " |")
     return "\n".join(lines)
 
 
-def _row_of(settings: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides a row: pre-training and training steps, method, variant, learning rates."""
-    lr, pretrain = settings["lr"], settings.get("pretrain", 0)
-    return pretrain, settings["step"], settings["method"], settings["name"].strip(), lr, settings.get("backbone_lr", lr)
+def _order(settings: dict[str, Any]) -> tuple[Any, ...]:
+    """Sort key of a row: its columns, most pre-training and training steps first."""
+    lr, method = settings["lr"], METHODS.index(settings["method"])
+    steps = -settings.get("pretrain", 0), -settings["step"]
+    return *steps, method, settings["name"].strip(), lr, settings.get("backbone_lr", lr)
 
 
 def _mean_and_spread(value: Sequence[float]) -> str:

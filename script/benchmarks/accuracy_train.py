@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from script.benchmarks.accuracy_data import rows_of
-from script.benchmarks.measurement import machine
+from script.benchmarks.measurement import Status, machine
 from src.batch import Batch
 from src.config import Config
 from src.metric import MetricAccumulator, evaluate_batch
@@ -20,9 +19,9 @@ VAL_BATCH = 125
 
 
 def make_cell(
-    net: nn.Module, cfg: Config, settings: dict[str, Any], train: Batch, val: Batch, say: Callable[[str], None]
+    net: nn.Module, cfg: Config, settings: dict[str, Any], train: Batch, val: Batch, status: Status
 ) -> dict[str, Any]:
-    """Train one network and measure it."""
+    """Train and evaluate one network; the settings, metrics and cost go to the results file."""
     device = train.patch.device.type
     net.to(device)
     if settings["precision"] == "bf16":  # the losses stay in float32
@@ -30,10 +29,8 @@ def make_cell(
     if hasattr(net, "fit"):
         net.fit(train)
     begin = time.perf_counter()
-    groups = net.parameter_groups(settings["lr"], settings["backbone_lr"], cfg.TRAIN.weight_decay)
     net.set_dropout_rate(0.0)
-    who = f"{settings['method']}, seed {settings['seed']}"
-    train_network(net, net.training_loss, groups, cfg, settings["step"], settings["seed"], train, who, say)
+    train_network(net, cfg, settings, train, status)
     return {
         "settings": settings,
         "metrics": measure(net, val),
@@ -43,36 +40,27 @@ def make_cell(
     }
 
 
-def train_network(
-    net: nn.Module,
-    loss_of: Callable[[Batch], torch.Tensor],
-    groups: list[dict[str, Any]],
-    cfg: Config,
-    num_step: int,
-    seed: int,
-    data: Batch,
-    who: str,
-    say: Callable[[str], None],
-) -> None:
-    """AdamW with warm-up and cosine, as the training loop has it, over the set in an order that the seed gives."""
-    batch, warmup = cfg.TRAIN.sample_per_device, num_step // 25
+def train_network(net: nn.Module, cfg: Config, settings: dict[str, Any], data: Batch, status: Status) -> None:
+    """AdamW with warm-up and cosine, as in the training loop; the seed determines the order of the samples."""
+    num_step, batch = settings["step"], cfg.TRAIN.sample_per_device
+    groups = net.parameter_groups(settings["lr"], settings["backbone_lr"], cfg.TRAIN.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     parameters = [p for group in groups for p in group["params"]]
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator().manual_seed(settings["seed"])
     index = torch.empty(0, dtype=torch.long)
     net.train()
     for step in range(num_step):
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * get_lr_factor(step, num_step, warmup)
+            group["lr"] = group["peak_lr"] * get_lr_factor(step, num_step, num_step // 25)
         if len(index) < batch:
             index = torch.cat([index, torch.randperm(len(data), generator=order)])
         chosen, index = index[:batch], index[batch:]
-        loss_of(rows_of(data, chosen)).backward()
+        net.training_loss(rows_of(data, chosen)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, cfg.TRAIN.max_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0:
-            say(f"{who}: step {step} of {num_step}")
+            status(f"{settings['method']}, seed {settings['seed']}: step {step} of {num_step}")
 
 
 @torch.no_grad()

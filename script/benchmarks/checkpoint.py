@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from script.benchmarks.measurement import Figure
+from script.benchmarks.measurement import Figure, compose_config
 from script.benchmarks.scale_network import grey_batch, step
 from src.checkpoint.save import TrainState
 from src.checkpoint.writer import CheckpointWriter
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
     figures = []
     for name, (config, overrides) in SIZES.items():
         say(f"{name}: building the network")
-        figures += measure(name, args.compose(config, overrides), args.repeat, say)
+        figures += measure(name, compose_config(config, *overrides), args.repeat, say)
     return figures
 
 

@@ -1,8 +1,8 @@
 """`script/bench.py data`: how fast shards are indexed, read, decoded, cropped and augmented, and how fast a run starts.
 
-Everything is made on the spot in a temporary folder: pictures of 640x480 with the sizes that photographs have as jpeg
-(quality 90) and webp (quality 80), hands of 120 to 200 px, all augmentation on. Rates are those of one process, and
-OpenCV is kept to one thread, so they are per core.
+The shards are made in a temporary folder: 640x480 images whose files are as large as a photograph's in jpeg (quality
+90) and webp (quality 80), hands of 120 to 200 px, all augmentation on. Rates are of one process with one OpenCV thread,
+that is, per core.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import cv2
 import numpy as np
 
 from script.benchmarks.cold import cold_figures
-from script.benchmarks.measurement import Figure, seconds_per_call
+from script.benchmarks.measurement import Figure, Status, seconds_of, seconds_per_call
 from script.benchmarks.shards import (
     HEIGHT,
     PATCH,
@@ -45,9 +44,9 @@ class Effort:
     """How much is measured."""
 
     seconds: float  # of each measurement
-    num_picture: int  # samples in the shard with pictures, a multiple of the batch
-    num_window: int  # in the shard for annotations
-    num_copy: int  # of a shard of `num_picture` pictures, for cold reads
+    num_image: int  # samples in the shard of images, a multiple of the batch
+    num_window: int  # samples in the shard of annotations
+    num_copy: int  # copies of the shard of images, for cold reads
 
 
 EFFORT = {"quick": Effort(1.5, 64, 2000, 16), "full": Effort(10.0, 256, 8000, 24)}
@@ -61,28 +60,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
-    """Measure everything; `say` is told what is going on."""
+def run(args: argparse.Namespace, status: Status) -> list[Figure]:
+    """Measure decoding, annotations, index, cold reads and start-up."""
     cv2.setNumThreads(0)
     effort = EFFORT["quick" if args.quick else "full"]
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         figures = []
         for kind in QUALITY:
-            say(f"{kind}: decoding, cropping, augmenting")
+            status(f"{kind}: decoding, cropping, augmenting")
             figures += _pixel_figures(Path(folder) / kind, kind, effort, args.seed)
-        say("annotations and index")
+        status("annotations and index")
         figures += _annotation_figures(Path(folder) / "note", effort, args.seed)
         figures += _index_figures(Path(folder))
-        say("cold reads")
+        status("cold reads")
         figures += cold_figures(Path(folder) / "cold", shards_of(Path(folder) / "jpg")[0], effort.num_copy)
-        say(f"start-up from {BIG_NUM_FRAME:,} windows")
+        status(f"start-up from {BIG_NUM_FRAME:,} windows")
         figures += _start_figures(Path(folder) / "big", Path(folder) / "jpg")
         return figures
 
 
 def _pixel_figures(folder: Path, kind: str, effort: Effort, seed: int) -> list[Figure]:
-    """Decode-only rate, full sample rate and their ratio."""
-    write_shards(records(effort.num_picture, kind, seed), folder, num_per_shard=effort.num_picture)
+    """The rates of decoding alone and of whole samples, and their ratio."""
+    write_shards(records(effort.num_image, kind, seed), folder, num_per_shard=effort.num_image)
     (index,) = open_indexes(shards_of(folder))
     dataset, reader = bench_dataset([index], seed), ShardReader(index, stride=1)
     encoded = [reader.read(row)[3] for row in range(_BATCH)]
@@ -94,7 +93,7 @@ def _pixel_figures(folder: Path, kind: str, effort: Effort, seed: int) -> list[F
     def load(batch: int) -> None:
         collate(dataset.__getitems__(range(_BATCH * batch, _BATCH * (batch + 1))))
 
-    num = effort.num_picture // _BATCH
+    num = effort.num_image // _BATCH
     decode, full = (s / _BATCH for s in seconds_per_call((only_decode, load), effort.seconds, num, time.thread_time))
     size = f"{WIDTH}x{HEIGHT}, {np.mean([len(e) for e in encoded]) / 1000:.0f} kB"
     return [
@@ -105,9 +104,9 @@ def _pixel_figures(folder: Path, kind: str, effort: Effort, seed: int) -> list[F
 
 
 def _annotation_figures(folder: Path, effort: Effort, seed: int) -> list[Figure]:
-    """Annotations of single frames in training order, every sample parsed anew (none is in the cache)."""
+    """Annotations of single frames in training order, none of them cached."""
     num = effort.num_window
-    write_shards(records(num, "jpg", seed, num_picture=1), folder, num_per_shard=num)
+    write_shards(records(num, "jpg", seed, num_image=1), folder, num_per_shard=num)
     dataset = bench_dataset(open_indexes(shards_of(folder)), seed)
     (per_call,) = seconds_per_call(
         [lambda i: dataset.annotation(dataset.plan.locate(i))], effort.seconds / 3, num, time.thread_time
@@ -116,7 +115,7 @@ def _annotation_figures(folder: Path, effort: Effort, seed: int) -> list[Figure]
 
 
 def _index_figures(folder: Path) -> list[Figure]:
-    """Building an index from a shard in the page cache: with pictures of their usual size, and counted in samples."""
+    """Building the index of a shard in the page cache, in MB/s and in windows/s."""
     (large,), (small,) = shards_of(folder / "jpg"), shards_of(folder / "note")
     figures = []
     for shard, unit in ((large, "MB/s"), (small, "windows/s")):
@@ -127,12 +126,11 @@ def _index_figures(folder: Path) -> list[Figure]:
 
 
 def _start_figures(folder: Path, source: Path) -> list[Figure]:
-    """Opening the indexes of twenty million windows, and the first batch of 32 at several places of the order."""
+    """Opening the indexes of twenty million windows, then the first batch of 32 at several positions of the order."""
     write_big_indexes(folder, shards_of(source)[0], BIG_NUM_FRAME, BIG_NUM_SHARD)
     shards = shards_of(folder)
-    start = time.perf_counter()
-    indexes = open_indexes(shards)
-    opened = time.perf_counter() - start
+    indexes = []
+    opened = seconds_of(lambda: indexes.extend(open_indexes(shards)))
     num_frame = sum(index.num_frame() for index in indexes)
     slowest = 0.0
     for position in (0, num_frame // 3, num_frame - 40, 5 * num_frame + 12_345):
@@ -145,9 +143,7 @@ def _start_figures(folder: Path, source: Path) -> list[Figure]:
     note = f"{num_frame:,} windows in {len(shards)} shards"
     return [
         Figure("open the index files", opened, "s", note=note),
-        Figure(
-            "open, and the first batch", opened + slowest, "s", at_most=5.0, note="slowest of 4 positions, batch 32"
-        ),
+        Figure("open, and the first batch", opened + slowest, "s", at_most=5.0, note="slowest of 4, batch 32"),
         Figure("memory of a worker", memory, "MB", note="resident, shared pages included"),
-        Figure("memory of a worker, its own", own, "MB", note="what one more worker costs"),
+        Figure("memory of a worker, its own", own, "MB", note="the cost of one more worker"),
     ]

@@ -1,7 +1,7 @@
 """`script/bench.py mano`: the hand layer at 778 vertices, forward and backward, on this machine's device.
 
-Times say little about the arrays, so the hand is one of random arrays of MANO's sizes and no file is needed. Each time
-is the least of many calls, pose to rotations included; on a GPU the device is waited for.
+Times hardly depend on the arrays' values: random arrays of MANO's sizes replace the model file. Each time is the
+minimum of many calls, includes the conversion of the pose to rotations, and on a GPU waits for the device.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from script.benchmarks.measurement import Figure, seconds_per_call
+from script.benchmarks.measurement import Figure, Status, seconds_per_call, wait_for_gpu
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import MANO_PARENTS, MANO_TIP_VERTEX_IDS, NUM_MANO_VERTEX, HandArrays
 
-Work = Callable[[int], object]
+Work = Callable[[int], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
-    """Measure everything; `say` is told what is going on."""
-    say(f"{args.batch} hands of {NUM_MANO_VERTEX} vertices")
+def run(args: argparse.Namespace, status: Status) -> list[Figure]:
+    """Measure the forward pass, alone and with two losses."""
+    status(f"{args.batch} hands of {NUM_MANO_VERTEX} vertices")
     layer = ManoLayer(random_arrays()).to(args.device)
     works = _works(layer, args.batch)
     times = seconds_per_call(list(works.values()), args.seconds, num=1)
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
 
 
 def random_arrays(seed: int = 0) -> HandArrays:
-    """A hand of noise with MANO's sizes and magnitudes."""
+    """Random arrays with MANO's sizes and magnitudes."""
     rng, num = np.random.default_rng(seed), NUM_MANO_VERTEX
     weights, regressor = rng.random((num, 16)) ** 8, rng.random((16, num)) ** 8
     return HandArrays(
@@ -58,28 +58,24 @@ def random_arrays(seed: int = 0) -> HandArrays:
 
 
 def _works(layer: ManoLayer, batch: int) -> dict[str, Work]:
-    """What is timed, by name."""
+    """The timed functions by name."""
     device = layer.faces.device
     generator = torch.Generator().manual_seed(0)
     pose = (0.4 * torch.randn(batch, 48, generator=generator)).to(device)
     shape = torch.randn(batch, 10, generator=generator).to(device)
 
-    def finish(value: torch.Tensor) -> torch.Tensor:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return value
-
     @torch.no_grad()
-    def forward(_: int) -> object:
-        return finish(layer(layer.pose_to_rotmat(pose, False), shape).vert)
+    def forward(_: int) -> None:
+        layer(layer.pose_to_rotmat(pose, False), shape)
+        wait_for_gpu()
 
     def both(with_vertices: bool) -> Work:
-        def work(_: int) -> object:
+        def work(_: int) -> None:
             leaf, beta = pose.clone().requires_grad_(), shape.clone().requires_grad_()
             out = layer(layer.pose_to_rotmat(leaf, False), beta)
             loss = out.joint.square().mean() + (out.vert.square().mean() if with_vertices else 0.0)
             loss.backward()
-            return finish(leaf.grad)
+            wait_for_gpu()
 
         return work
 

@@ -1,8 +1,8 @@
-"""`script/bench.py mediapipe`: MediaPipe Hands on the hands that script/evaluate.py reads, measured with its metrics.
+"""`script/bench.py mediapipe`: MediaPipe Hands on the hands of script/evaluate.py, with the same metrics.
 
-MediaPipe sees one whole source image at a time (no tracking). The detection nearest to the annotated joints counts.
-A hand without one counts as wrong in 2D PCK and does not count in PA-MPJPE. docs/EVALUATION.md describes the
-installation: MediaPipe needs an environment of its own.
+MediaPipe gets one whole source image at a time (no tracking). The detection nearest to the annotated joints counts. A
+hand without a detection counts as wrong in 2D PCK and is excluded from PA-MPJPE. MediaPipe needs its own environment;
+docs/EVALUATION.md describes the installation.
 
 Shapes: D detections in an image, J = 21 joints (MediaPipe's order is ours).
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from script.benchmarks.measurement import Figure
+from script.benchmarks.measurement import Figure, Status, compose_config
 from src.batch import NUM_JOINT, Sample
 from src.data.loader import HandLoader, build_val_loader
 from src.data.order.plan import HALVES
@@ -30,16 +30,16 @@ from src.metric import SampleMetric, box_side, point_distance, procrustes_error
 
 VERSION = "0.10.14"
 INSTALL = f"python3.11 -m venv mediapipe-venv && mediapipe-venv/bin/pip install -e . mediapipe=={VERSION}"
-MAX_DISTANCE = 1.0  # mean distance of a detection's joints over the box's side, at most, to be the annotated hand
+MAX_DISTANCE = 1.0  # largest mean joint distance, in box sides, at which a detection is the annotated hand
 SHOWN = ("found", *PCK_2D, "auc_2d", "mpjpe_pa")
 BORDER = (0, 0, 0)
 
 
 class Detection(NamedTuple):
-    """One hand that MediaPipe found."""
+    """A hand that MediaPipe detected."""
 
     joint_img: np.ndarray  # [J, 2] px of the source image
-    joint_world: np.ndarray  # [J, 3] mm, about the hand's centre; axes as in our camera frame
+    joint_world: np.ndarray  # [J, 3] mm, relative to the hand's centre; axes as in our camera frame
 
 
 Detector = Callable[[np.ndarray], Sequence[Detection]]
@@ -56,27 +56,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pad", type=float, default=0.0, help="black border, share of the longer side of the image")
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
-    """Detect, match and measure every hand; `say` shows the progress."""
+def run(args: argparse.Namespace, status: Status) -> list[Figure]:
+    """Detect, match and measure every hand."""
     detect = load_detector(args.confidence, args.pad)
-    overrides = ["DATA.demo=null", "DATA.val.max_sample=null", *args.overrides]
-    cfg = args.compose("stage1-demo", overrides)
+    cfg = compose_config("stage1-demo", "DATA.demo=null", "DATA.val.max_sample=null", *args.overrides)
     loader = build_val_loader(cfg, "standin", half=args.half)
     rows = []
     for position, sample in read_samples(loader):
         rows.append((position, sample.key, sample.source, sample.is_right, measure_hand(sample, detect(sample.image))))
-        say(f"{len(rows)} of {loader.dataset.plan.num_frame} hands")
+        status(f"{len(rows)} of {loader.dataset.plan.num_frame} hands")
     samples = name_unknown(stack_samples(rows), loader, cfg)
     groups = summarise(samples, Bootstrap(args.num_bootstrap, args.resample, args.seed))
     return [figure for group in groups for figure in group_figures(group)]
 
 
 def load_detector(confidence: float, pad: float) -> Detector:
-    """MediaPipe Hands for single photographs. Raises SystemExit where it is not installed."""
+    """MediaPipe Hands for single images. Raises SystemExit if it is not installed."""
     try:
         mediapipe = importlib.import_module("mediapipe")
     except ImportError as error:
-        raise SystemExit(f"bench mediapipe: {error}. Install it into an environment of its own: {INSTALL}") from error
+        raise SystemExit(f"bench mediapipe: {error}. Install it into its own environment: {INSTALL}") from error
     hands = mediapipe.solutions.hands.Hands(
         static_image_mode=True, max_num_hands=2, min_detection_confidence=confidence
     )
@@ -87,19 +86,19 @@ def load_detector(confidence: float, pad: float) -> Detector:
         result = hands.process(padded)
         size = np.array(padded.shape[1::-1])
         pairs = zip(result.multi_hand_landmarks or (), result.multi_hand_world_landmarks or (), strict=True)
-        # Landmarks are shares of the image, corner to corner; our pixels have their centre at integers.
+        # Landmarks are fractions of the image, corner to corner; our pixel centres are at integers.
         return [Detection(_points(img)[:, :2] * size - 0.5 - border, 1000 * _points(world)) for img, world in pairs]
 
     return detect
 
 
 def _points(landmarks: Any) -> np.ndarray:
-    """[J, 3] of MediaPipe's list of landmarks."""
+    """MediaPipe's list of landmarks as [J, 3]."""
     return np.array([(point.x, point.y, point.z) for point in landmarks.landmark], np.float64)
 
 
 def read_samples(loader: HandLoader) -> Iterator[tuple[int, Sample]]:
-    """(position, sample) of every hand that an evaluation with this loader measures, in its order."""
+    """(position, sample) of every hand of an evaluation with this loader, in its order."""
     dataset = loader.dataset
     for batch in loader:
         for position in batch.position.tolist():
@@ -108,8 +107,8 @@ def read_samples(loader: HandLoader) -> Iterator[tuple[int, Sample]]:
 
 
 def match(sample: Sample, detections: Iterable[Detection]) -> Detection | None:
-    """The detection whose joints are nearest to the annotated ones on the average, whatever side it was taken for; None
-    where that is farther than the hand is large."""
+    """The detection with the smallest mean distance to the annotated joints, whatever its handedness; None if that is
+    more than MAX_DISTANCE."""
     valid = sample.joint_2d_valid > 0
     if not valid.any():
         return None
@@ -123,7 +122,7 @@ def match(sample: Sample, detections: Iterable[Detection]) -> Detection | None:
 
 
 def measure_hand(sample: Sample, detections: Iterable[Detection]) -> dict[str, SampleMetric]:
-    """The metrics of SHOWN, and the PCK curve, of one hand (B = 1)."""
+    """The metrics of SHOWN and the PCK curve for one hand (B = 1)."""
     found = match(sample, detections)
     joint_img = np.full((NUM_JOINT, 2), np.inf) if found is None else found.joint_img
     joint_world = np.zeros((NUM_JOINT, 3)) if found is None else found.joint_world
@@ -138,7 +137,7 @@ def measure_hand(sample: Sample, detections: Iterable[Detection]) -> dict[str, S
 
 
 def stack_samples(rows: Sequence[tuple[int, str, str, bool, dict[str, SampleMetric]]]) -> Samples:
-    """Rows of (position, key, source, is_right, metrics) as an evaluation keeps them."""
+    """Rows of (position, key, source, is_right, metrics) in the form that an evaluation uses."""
     position, key, source, is_right, values = zip(*rows, strict=True)
     num = len(rows)
     metric = {
@@ -149,7 +148,7 @@ def stack_samples(rows: Sequence[tuple[int, str, str, bool, dict[str, SampleMetr
 
 
 def group_figures(group: Group) -> list[Figure]:
-    """One figure for each metric of a group; the note holds the interval and how many hands have it."""
+    """One figure for each metric of a group; the note has the interval and the number of hands with this metric."""
     figures = []
     for name in SHOWN:
         if (estimate := group.metric.get(name)) is None:

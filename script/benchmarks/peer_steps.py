@@ -1,27 +1,26 @@
-"""`script/bench.py peers`: a training step of ours, of HaMeR's and of CS-ViT2's kind, end to end, in one run.
+"""`script/bench.py peers`: end-to-end training steps of ours, HaMeR-style and CS-ViT2-style, on one machine.
 
-The same backbone, decoder width, batch, shards, workers and machine; what differs is how the sample travels and what a
-step does, after the published sources:
+Backbone, decoder width, batch, shards and workers are the same; data path and step follow the published sources:
 
-* HaMeR (github.com/geopavlakos/hamer): workers decode the frame, cut the patch and normalise it to float32; the step is
-  float32, looks whether the loss and the gradient norm are finite and logs the loss: three waits for the device.
-* CS-ViT2 (github.com/Mine268/CS-ViT2): workers decode the frame, which travels whole; on the device it turns to float
-  and each sample's patch is cut by a warp of its own; heatmaps in float32; the step is float32 and reads its loss.
+* HaMeR (github.com/geopavlakos/hamer): workers decode the frame, crop the patch and normalise it to float32; the step
+  is float32, checks that loss and gradient norm are finite and logs the loss, which synchronises three times.
+* CS-ViT2 (github.com/Mine268/CS-ViT2): workers decode the frame and send it whole; the device converts it to float and
+  warps one patch per sample; heatmaps in float32; the step is float32 and reads its loss.
 
 In their favour: both read with our indexed reader and OpenCV's decoders (published: webdataset, PIL, torchvision), and
-HaMeR's adversarial prior is left out.
+HaMeR's adversarial prior is omitted.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,8 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch.utils.data import DataLoader, Dataset
 
-from script.benchmarks.measurement import Figure
+from script.benchmarks.measurement import Figure, Status, compose_config, median_figure, ratio_figure, seconds_of
+from script.benchmarks.peers import PEERS
 from script.benchmarks.shards import records
 from src.batch import Batch, Sample
 from src.config import Config
@@ -45,7 +45,7 @@ from src.train.run import Run
 ON_GPU = ["backbone=dinov2_large", "TRAIN.sample_per_device=64", "GENERAL.num_worker=12"]
 ON_CPU = ["backbone=tiny", "MODEL.img_size=112", "TRAIN.sample_per_device=16", "GENERAL.num_worker=0"]
 LEAST_RATIO = {"cuda": 2.0, "cpu": 1.5}
-EPOCH = 100_000  # positions of a peer's loader: more than are asked for
+EPOCH = 100_000  # length of a peer's data set: more than the benchmark reads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,24 +55,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for stage1, e.g. backbone=dinov2_small")
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
-    """Blocks of steps in turn; `say` is told what is going on."""
+def run(args: argparse.Namespace, status: Status) -> list[Figure]:
+    """Alternate blocks of each method's steps."""
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder, Progress(disable=True) as progress:
-        say("writing shards, building networks")
+        status("writing shards, building networks")
         write_shards(records(256, "jpg", 0), Path(folder) / "data", num_per_shard=64)
-        cfg = args.compose("stage1-dino_large", peers_overrides(Path(folder)) + args.overrides)
-        ours = Ours(Run(cfg, "bench", progress))
+        cfg = compose_config("stage1-dino_large", *peers_overrides(Path(folder)), *args.overrides)
+        ours = OurStep(Run(cfg, "bench", progress))
         try:
             dataset = ours.run.train_loader.dataset
-            contestants = [ours, Hamer(args.peer("hamer"), cfg, dataset), CsVit(args.peer("csvit"), cfg, dataset)]
-            seconds = measure(contestants, args.repeat, args.block, say)
+            methods = [ours, HamerStep(cfg, dataset), CsVitStep(cfg, dataset)]
+            rates = measure(methods, cfg, args.repeat, args.block, status)
         finally:
             ours.run.close()
-    return figures(seconds, cfg)
+    return figures(rates, cfg)
 
 
 def peers_overrides(folder: Path) -> list[str]:
-    """The bench's pictures (640x480) and everything that is written below `folder`."""
+    """The bench's shards (640x480), everything written below `folder`."""
     return [
         f"DATA.root={folder}/data",
         "DATA.train.source=['*.tar']",
@@ -85,69 +85,45 @@ def peers_overrides(folder: Path) -> list[str]:
     ]
 
 
-class Contestant(Protocol):
-    """One way to train."""
-
-    name: str
-
-    def batches(self) -> Iterator[Any]: ...
-    def step(self, batch: Any) -> None: ...
-
-
-def measure(contestants: list[Any], repeat: int, block: int, say: Callable[[str], None]) -> dict[str, list[float]]:
-    """Samples a second of each block. A block starts its own workers and first uses up what they read ahead."""
-    rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+def measure(
+    methods: list[OurStep | PeerStep], cfg: Config, repeat: int, block: int, status: Status
+) -> dict[str, list[float]]:
+    """Samples a second of each block. A block starts its own workers and first uses up what they have prefetched."""
+    prefetched = cfg.GENERAL.num_worker * cfg.GENERAL.prefetch_factor
+    rates: dict[str, list[float]] = {method.name: [] for method in methods}
     for number in range(repeat):
-        for contestant in contestants:
-            say(f"{contestant.name}, repetition {number + 1} of {repeat}")
-            batches = contestant.batches()
-            for _ in range(contestant.read_ahead + 1):
-                contestant.step(next(batches))
-            _wait()
-            start, num = time.perf_counter(), 0
-            for _ in range(block):
-                contestant.step(batch := next(batches))
-                num += len(batch[0]) if isinstance(batch, list) else len(batch)
-            _wait()
-            rates[contestant.name].append(num / (time.perf_counter() - start))
-            del batches
+        for method in methods:
+            status(f"{method.name}, repetition {number + 1} of {repeat}")
+            batches = method.batches()
+            take_steps(method, batches, prefetched + 1)
+            seconds = seconds_of(partial(take_steps, method, batches, block))
+            rates[method.name].append(block * cfg.TRAIN.sample_per_device / seconds)
+            del batches  # ends its workers
     return rates
 
 
+def take_steps(method: OurStep | PeerStep, batches: Iterator[Any], num: int) -> None:
+    for batch in islice(batches, num):
+        method.step(batch)
+
+
 def figures(rates: dict[str, list[float]], cfg: Config) -> list[Figure]:
-    """The rates, and ours over the better peer's, neighbour by neighbour."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    """The rates, and ours over the better peer's in each repetition."""
     shape = f"{cfg.MODEL.backbone.num_layer} x {cfg.MODEL.backbone.hidden_size}, {cfg.MODEL.img_size} px"
     note = f"{shape}, batch {cfg.TRAIN.sample_per_device}, {cfg.GENERAL.num_worker} workers"
-    rows = [
-        Figure(name, statistics.median(values), "samples/s", note=f"{_span(values)}; {note}")
-        for name, values in rates.items()
-    ]
+    rows = [median_figure(name, values, "samples/s", note) for name, values in rates.items()]
     better = [max(pair) for pair in zip(rates["HaMeR's step"], rates["CS-ViT2's step"])]
-    ratio = [ours / peer for ours, peer in zip(rates["our step"], better)]
-    rows.append(
-        Figure("ours over the better peer", statistics.median(ratio), "", at_least=LEAST_RATIO[kind], note=_span(ratio))
-    )
-    return rows
+    least = LEAST_RATIO["cuda" if torch.cuda.is_available() else "cpu"]
+    return [*rows, ratio_figure("ours over the better peer", rates["our step"], better, at_least=least)]
 
 
-def _span(values: list[float]) -> str:
-    return f"{min(values):.4g} to {max(values):.4g} over {len(values)}"
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-class Ours:
-    """The loop of script/stage1.py."""
+class OurStep:
+    """The training loop of script/stage1.py."""
 
     name = "our step"
 
     def __init__(self, run: Run) -> None:
         self.run, self.cfg = run, run.cfg
-        self.read_ahead = self.cfg.GENERAL.num_worker * self.cfg.GENERAL.prefetch_factor
 
     def batches(self) -> Iterator[list[Batch]]:
         return self.run.micro_batches()
@@ -158,20 +134,20 @@ class Ours:
             self.run.log(result)
 
 
-class Peer:
-    """What the peers' steps share: AdamW as torch makes it, a loader of their own rows, float32."""
+class PeerStep:
+    """What the peers' steps share: torch's default AdamW, a loader of their own rows, float32."""
 
     name: str
+    peer: str  # key of PEERS
     rows: type[Dataset]
 
-    def __init__(self, network: Any, cfg: Config, dataset: HandDataset) -> None:
+    def __init__(self, cfg: Config, dataset: HandDataset) -> None:
         self.cfg = cfg
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.net = network(cfg.MODEL, load_hand(cfg.MODEL.hand_model)).to(self.device).train()
+        self.net = PEERS[self.peer](cfg.MODEL, load_hand(cfg.MODEL.hand_model)).to(self.device).train()
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
         self.dataset = dataset
-        self.read_ahead = cfg.GENERAL.num_worker * cfg.GENERAL.prefetch_factor
 
     def batches(self) -> Iterator[Any]:
         worker = self.cfg.GENERAL.num_worker
@@ -191,7 +167,7 @@ class Peer:
 
 
 class _Rows(Dataset):
-    """What the peers' rows share: the samples at positions of our order, with the draws of our augmentation."""
+    """What the peers' data sets share: samples in our order, with the parameters of our augmentation."""
 
     def __init__(self, dataset: HandDataset) -> None:
         self.dataset = dataset
@@ -200,14 +176,14 @@ class _Rows(Dataset):
         return EPOCH
 
     def samples(self, positions: list[int]) -> tuple[list[Sample], list[Augmentation]]:
-        """The decoded samples, and what is to be done to them."""
+        """The decoded samples and their augmentations."""
         samples = [self.dataset.read(self.dataset.plan.locate(position)) for position in positions]
         draws = [uniforms("augment", position, num=NUM_UNIFORM) for position in positions]
         return samples, [draw_augmentation(draw, self.dataset.augment) for draw in draws]
 
 
 class _HamerRows(_Rows):
-    """The patch as normalised float32, made in the worker, with its labels."""
+    """The patch, normalised to float32 in the worker, with its labels."""
 
     mean = np.array([123.675, 116.28, 103.53], np.float32)[:, None, None]
     std = np.array([58.395, 57.12, 57.375], np.float32)[:, None, None]
@@ -222,10 +198,10 @@ class _HamerRows(_Rows):
         return (np.clip(patch.astype(np.float32) * colour, 0, 255) - self.mean) / self.std
 
 
-class Hamer(Peer):
-    """A step as HaMeR's module takes it."""
+class HamerStep(PeerStep):
+    """The step of HaMeR's training module."""
 
-    name, rows = "HaMeR's step", _HamerRows
+    name, peer, rows = "HaMeR's step", "hamer", _HamerRows
 
     def step(self, batch: list[tuple[np.ndarray, Any]]) -> None:
         patch = torch.from_numpy(np.stack([patch for patch, _ in batch])).to(self.device)
@@ -239,7 +215,7 @@ class Hamer(Peer):
 
 
 class _FrameRows(_Rows):
-    """The whole frame as uint8 with the labels and the homography to the patch."""
+    """The whole frame as uint8, with the labels and the homography to the patch."""
 
     def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, Any]]:
         samples, augmentations = self.samples(positions)
@@ -249,10 +225,10 @@ class _FrameRows(_Rows):
         return list(zip(frames, rows))
 
 
-class CsVit(Peer):
-    """A step as CS-ViT2's script takes it."""
+class CsVitStep(PeerStep):
+    """The step of CS-ViT2's training script."""
 
-    name, rows = "CS-ViT2's step", _FrameRows
+    name, peer, rows = "CS-ViT2's step", "csvit", _FrameRows
 
     def step(self, batch: list[tuple[torch.Tensor, Any]]) -> None:
         labels = collate(Fetched(rows=[row for _, row in batch]))[0].to(self.device)
@@ -266,7 +242,7 @@ class CsVit(Peer):
         loss.item()
 
     def augment(self, patch: torch.Tensor) -> torch.Tensor:
-        """Brightness, contrast, saturation and noise on the device, [B, 3, S, S] in 0 .. 1."""
+        """Brightness, contrast, saturation and noise on the device; [B, 3, S, S] in 0 .. 1."""
         bright, contrast, saturation = (torch.rand(3, len(patch), 1, 1, 1, device=self.device) * 0.4 + 0.8).unbind(0)
         grey = patch.mean(1, keepdim=True)
         patch = grey + saturation * (bright * patch - grey)
@@ -275,7 +251,7 @@ class CsVit(Peer):
 
 
 def warp_frame(frame: torch.Tensor, image_to_patch: torch.Tensor, img_size: int) -> torch.Tensor:
-    """frame [3, H, W] under a homography [3, 3] -> patch [3, S, S], bilinear."""
+    """Bilinear warp of a frame [3, H, W] by a homography [3, 3] to a patch [3, S, S]."""
     height, width = frame.shape[1:]
     axis = torch.arange(img_size, device=frame.device, dtype=torch.float32)
     y, x = torch.meshgrid(axis, axis, indexing="ij")

@@ -1,29 +1,27 @@
 """`script/bench.py scale`: how cost grows with the data set, workers, processes, patch size and backbone.
 
-Each quantity is measured at several sizes; the exponent is the slope of a straight line through the logarithms. What is
-measured goes to `<out>/scale.json`, from which the figure `<out>/scale.png` is drawn (`--redraw` draws it alone).
+Each quantity is measured at several sizes; the exponent is the slope of a straight line fitted to the logarithms. The
+results go to `<out>/scale.json` and are plotted to `<out>/scale.png`; `--redraw` repeats the plot without measuring.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from script.benchmarks.measurement import Figure
+from script.benchmarks.measurement import Figure, Status, compose_config, seconds_of
 from script.benchmarks.scale_network import communication_seconds, step_seconds
-from script.benchmarks.scale_plot import draw
+from script.benchmarks.scale_plot import Series, draw
 from script.benchmarks.shards import bench_dataset, records, shards_of, worker_memory, write_big_indexes
-from src.config import Config
 from src.data.loader import build_train_loader
 from src.data.shards.build_index import open_indexes
 from src.data.shards.writer import write_shards
@@ -31,31 +29,12 @@ from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
 
 WINDOWS_PER_SHARD = 2_000
-LEAST_SHARE = 1e-3  # of communication: what is told where the difference of two times is below that, or below 0
-
-
-@dataclass(frozen=True)
-class Series:
-    """One quantity at several sizes."""
-
-    name: str
-    of: str  # what grows
-    size: list[float]
-    value: list[float]
-    unit: str
-    note: str = ""
-
-    @property
-    def exponent(self) -> float:
-        """b of value = a size^b, by least squares of the logarithms; NaN for one size alone."""
-        if len(self.size) < 2:
-            return math.nan
-        return float(np.polyfit(np.log(self.size), np.log(self.value), 1)[0])
+LEAST_SHARE = 1e-3  # of communication: reported if the difference of the two times is smaller or negative
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """At what is measured."""
+    """The sizes that are measured."""
 
     window: list[int]
     worker: list[int]
@@ -81,22 +60,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, a minute")
     parser.add_argument("--out", type=Path, default=None, help="folder for scale.json and scale.png")
     parser.add_argument(
-        "--redraw", type=Path, default=None, metavar="JSON", help="draw scale.png beside this file; measure nothing"
+        "--redraw", type=Path, default=None, metavar="JSON", help="only draw scale.png next to this file"
     )
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
-    """Measure every series; `say` is told what is going on."""
+def run(args: argparse.Namespace, status: Status) -> list[Figure]:
+    """Measure and plot every series."""
     if args.redraw is not None:
         every = [Series(**row) for row in json.loads(args.redraw.read_text(encoding="utf-8"))]
         draw(every, args.redraw.with_suffix(".png"))
         return _figures(every)
     sizes = QUICK if args.quick else FULL
     with tempfile.TemporaryDirectory(prefix="bench-scale-") as folder:
-        every = window_series(Path(folder), sizes.window, say)
-        every += worker_series(Path(folder), sizes, args.compose, say)
-        every += process_series(sizes, args.compose, say)
-        every += network_series(sizes, args.compose, say)
+        every = window_series(Path(folder), sizes.window, status)
+        every += worker_series(Path(folder), sizes, status)
+        every += process_series(sizes, status)
+        every += network_series(sizes, status)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "scale.json").write_text(json.dumps([asdict(s) for s in every], indent=1) + "\n", encoding="utf-8")
@@ -104,13 +83,13 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
     return _figures(every)
 
 
-def window_series(folder: Path, num_window: list[int], say: Callable[[str], None]) -> list[Series]:
-    """Start-up, memory of a worker and time per lookup against the number of windows."""
+def window_series(folder: Path, num_window: list[int], status: Status) -> list[Series]:
+    """Start-up time, memory of a worker and time of a lookup against the number of windows."""
     write_shards(records(64, "jpg", 0), folder / "small", num_per_shard=64)
     (shard,) = shards_of(folder / "small")
     start_up, memory, lookup = [], [], []
     for number in num_window:
-        say(f"{number:,} windows")
+        status(f"{number:,} windows")
         write_big_indexes(folder / str(number), shard, number, max(1, number // WINDOWS_PER_SHARD))
         start = time.perf_counter()
         dataset = bench_dataset(indexes := open_indexes(shards_of(folder / str(number))))
@@ -126,65 +105,56 @@ def window_series(folder: Path, num_window: list[int], say: Callable[[str], None
     return [
         Series("start-up to the first batch", of, size, start_up, "s", f"{WINDOWS_PER_SHARD:,} windows a shard"),
         Series("memory of a worker", of, size, memory, "MB", "resident, shared pages included"),
-        Series("place of a random position", of, size, lookup, "us", "a worst case: training asks in order"),
+        Series("place of a random position", of, size, lookup, "us", "worst case: training reads in order"),
     ]
 
 
-def worker_series(
-    folder: Path, sizes: Sizes, compose: Callable[..., Config], say: Callable[[str], None]
-) -> list[Series]:
-    """Samples a second that worker processes deliver, with nobody training beside them."""
+def worker_series(folder: Path, sizes: Sizes, status: Status) -> list[Series]:
+    """Samples a second of worker processes, without training at the same time."""
     rates = []
     for worker in sizes.worker:
-        say(f"{worker} data workers")
+        status(f"{worker} data workers")
         root = folder / "small"
-        cfg = compose(
-            "stage1-dino_large",
-            [f"DATA.train.source=[{root}/*.tar]", f"DATA.val.source=[{root}/*.tar]", f"GENERAL.num_worker={worker}"],
-        )
-        rounds = []
+        sources = [f"DATA.{subset}.source=[{root}/*.tar]" for subset in ("train", "val")]
+        cfg = compose_config("stage1-dino_large", *sources, f"GENERAL.num_worker={worker}")
         batches = iter(build_train_loader(cfg, "mano", start=0))
         next(batches)
-        for _ in range(sizes.repeat):
-            start = time.perf_counter()
-            for _ in range(8):
-                next(batches)
-            rounds.append(8 * cfg.TRAIN.sample_per_device / (time.perf_counter() - start))
-        rates.append(statistics.median(rounds))
+        seconds = [seconds_of(lambda b=batches: list(islice(b, 8))) for _ in range(sizes.repeat)]
+        rates.append(8 * cfg.TRAIN.sample_per_device / statistics.median(seconds))
         del batches
     note = f"{os.cpu_count()} cores; 640x480 jpeg to 224 px, all augmentation"
     return [Series("samples of the loader", "workers", [float(w) for w in sizes.worker], rates, "samples/s", note)]
 
 
-def process_series(sizes: Sizes, compose: Callable[..., Config], say: Callable[[str], None]) -> list[Series]:
-    """A step of N processes (gloo, a thread each, the same share for each) and the part that is communication."""
-    cfg = compose("stage1-demo", [])
+def process_series(sizes: Sizes, status: Status) -> list[Series]:
+    """A step of N processes (gloo, one thread and batch 16 each) and the share of it that is communication."""
+    cfg = compose_config("stage1-demo")
     step, share = [], []
     for number in sizes.process:
-        say(f"{number} processes")
+        status(f"{number} processes")
         apart, together = communication_seconds(cfg, number, sizes.repeat)
         step.append(1e3 * together)
         share.append(max(1.0 - apart / together, LEAST_SHARE))
     size = [float(number) for number in sizes.process]
     note = f"the demo's network, batch 16 each, {os.cpu_count()} cores"
-    share_note = f"1 - step without all-reduce / with it; {LEAST_SHARE:g} where it is lost in noise"
+    share_note = f"1 - step without all-reduce / with it; {LEAST_SHARE:g} if below the noise"
     return [
         Series("step of all processes", "processes", size, step, "ms", note),
         Series("share of communication", "processes", size[1:], share[1:], "", share_note),
     ]
 
 
-def network_series(sizes: Sizes, compose: Callable[..., Config], say: Callable[[str], None]) -> list[Series]:
-    """Forward and backward of the whole network against tokens and against parameters of the backbone."""
+def network_series(sizes: Sizes, status: Status) -> list[Series]:
+    """Forward and backward of the whole network against the number of tokens and of backbone parameters."""
     tokens, by_token, parameters, by_parameter = [], [], [], []
     for img_size in sizes.img_size:
-        say(f"{img_size} px")
-        net = _network(compose, "dinov2_small", img_size)
+        status(f"{img_size} px")
+        net = _network("dinov2_small", img_size)
         tokens.append(float(net.backbone.grid_size**2))
         by_token.append(1e3 * step_seconds(net, 2, sizes.repeat))
     for name in sizes.backbone:
-        say(name)
-        net = _network(compose, name, 112)
+        status(name)
+        net = _network(name, 112)
         parameters.append(float(sum(p.numel() for p in net.backbone.parameters())))
         by_parameter.append(1e3 * step_seconds(net, 2, sizes.repeat))
         del net
@@ -194,9 +164,10 @@ def network_series(sizes: Sizes, compose: Callable[..., Config], say: Callable[[
     ]
 
 
-def _network(compose: Callable[..., Config], backbone: str, img_size: int) -> PoseNet:
+def _network(backbone: str, img_size: int) -> PoseNet:
     overrides = [f"backbone={backbone}", "MODEL.backbone.random_init=true", f"MODEL.img_size={img_size}"]
-    return PoseNet(compose("stage1-dino_large", ["data=demo", *overrides]).MODEL, build_standin_hand()).train()
+    cfg = compose_config("stage1-dino_large", "data=demo", *overrides)
+    return PoseNet(cfg.MODEL, build_standin_hand()).train()
 
 
 def _figures(every: list[Series]) -> list[Figure]:

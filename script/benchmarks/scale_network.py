@@ -1,4 +1,4 @@
-"""Times of the network for `script/bench.py scale`: a step of one process, and of several with their all-reduce."""
+"""Step times for `script/bench.py scale`: of one process, and of several with their all-reduce."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from script.benchmarks.measurement import seconds_of
 from src.batch import Batch
 from src.config import Config
 from src.data.crop import padding_patch
@@ -34,19 +35,15 @@ def grey_batch(num: int, img_size: int) -> Batch:
 
 
 def step(model: nn.Module, hand: ManoLayer, batch: Batch) -> None:
-    """Forward, losses and backward; gradients are dropped."""
+    """Forward, losses and backward; discards the gradients."""
     (loss_sums(model(batch), batch, hand).sum(0) @ torch.ones(NUM_TERM)).backward()
     model.zero_grad(set_to_none=True)
 
 
 def step_seconds(net: PoseNet, num: int, repeat: int) -> float:
-    """Median seconds of a step of `num` samples, after one to warm up."""
-    batch, seconds = grey_batch(num, net.img_size), []
-    for _ in range(repeat + 1):
-        start = time.perf_counter()
-        step(net, net.hand, batch)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    """Median seconds of a step of `num` samples, after one warm-up step."""
+    batch = grey_batch(num, net.img_size)
+    return statistics.median([seconds_of(lambda: step(net, net.hand, batch)) for _ in range(repeat + 1)][1:])
 
 
 def communication_seconds(cfg: Config, num_process: int, repeat: int) -> tuple[float, float]:
@@ -69,7 +66,7 @@ def _process(rank: int, num_process: int, cfg: Config, repeat: int, folder: str)
 
 
 def _block_seconds(cfg: Config, repeat: int) -> tuple[list[float], list[float]]:
-    """Seconds of a step in each block of `repeat`, without and with the all-reduce, after one block to warm up."""
+    """Seconds of a step in each of `repeat` blocks, without and with the all-reduce, after one warm-up block."""
     net = PoseNet(cfg.MODEL, build_standin_hand()).train()
     model = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     batch = grey_batch(cfg.TRAIN.sample_per_device, cfg.MODEL.img_size)

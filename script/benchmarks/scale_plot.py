@@ -1,26 +1,35 @@
-"""The figure of `script/bench.py scale`: one panel per series, logarithmic, with its exponent."""
+"""The plot of `script/bench.py scale`: one log-log panel per series, with its exponent."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+
+import numpy as np
 
 
-class Drawable(Protocol):
-    """What a panel needs."""
+@dataclass(frozen=True)
+class Series:
+    """One quantity at several sizes."""
 
     name: str
-    of: str
+    of: str  # what grows
     size: list[float]
     value: list[float]
     unit: str
+    note: str = ""
 
     @property
-    def exponent(self) -> float: ...
+    def exponent(self) -> float:
+        """b of value = a size^b, by least squares of the logarithms; NaN for a single size."""
+        if len(self.size) < 2:
+            return math.nan
+        return float(np.polyfit(np.log(self.size), np.log(self.value), 1)[0])
 
 
-def draw(every: Sequence[Drawable], path: Path) -> None:
+def draw(every: Sequence[Series], path: Path) -> None:
     """Draw all series into one PNG."""
     import matplotlib
 
@@ -40,7 +49,7 @@ def draw(every: Sequence[Drawable], path: Path) -> None:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.grid(True, alpha=0.25)
         low, high = min(series.value), max(series.value)
-        if high < 10 * low:  # less than a decade would look like a cliff, and show no label
+        if high < 10 * low:  # less than a decade would look steep and have no tick label
             axis.set_ylim(low / 5, high * 5)
     for axis in axes.flat[len(every) :]:
         axis.set_visible(False)

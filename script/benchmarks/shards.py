@@ -1,4 +1,4 @@
-"""Shards for benchmarks: pictures like photographs with consistent hands, and indexes of millions of windows."""
+"""Shards for benchmarks: images as large as photographs with consistent hands, and indexes of millions of windows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from src.data.shards.writer import HandRecord
 
 WIDTH, HEIGHT, PATCH = 640, 480, 224
 QUALITY = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, 90], "webp": [cv2.IMWRITE_WEBP_QUALITY, 80]}
-# config/augmentation/full.yaml; kept here so that the figures of two versions stay comparable
+# config/augmentation/full.yaml, copied so that figures of different versions stay comparable
 FULL = SimpleNamespace(
     scale_z_range=[0.9, 1.1],
     scale_f_range=[0.9, 1.1],
@@ -36,8 +36,8 @@ FULL = SimpleNamespace(
 
 
 @lru_cache(maxsize=64)
-def picture(seed: int) -> np.ndarray:
-    """[480, 640, 3] uint8 with details of all sizes (amplitude falls with frequency, as in photographs) and grain."""
+def noise_image(seed: int) -> np.ndarray:
+    """[480, 640, 3] uint8: detail at all scales (amplitude falls with frequency, as in photographs) and grain."""
     rng = np.random.default_rng(seed)
     out = 5.5 * rng.standard_normal((HEIGHT, WIDTH, 1)).astype(np.float32) + np.zeros(3, np.float32)
     for octave in range(1, 9):
@@ -47,9 +47,9 @@ def picture(seed: int) -> np.ndarray:
     return np.clip(128 + out, 0, 255).astype(np.uint8)
 
 
-def records(num: int, kind: str, seed: int, num_picture: int = 16) -> Iterator[HandRecord]:
-    """Consistent hands on a few pictures, every field known."""
-    encoded = [cv2.imencode(f".{kind}", picture(seed + i), QUALITY[kind])[1].tobytes() for i in range(num_picture)]
+def records(num: int, kind: str, seed: int, num_image: int = 16) -> Iterator[HandRecord]:
+    """Consistent hands on a few images, every field known."""
+    encoded = [cv2.imencode(f".{kind}", noise_image(seed + i), QUALITY[kind])[1].tobytes() for i in range(num_image)]
     rng = np.random.default_rng(seed)
     focal, princpt = np.array([600.0, 600.0]), np.array([0.5 * (WIDTH - 1), 0.5 * (HEIGHT - 1)])
     for number in range(num):
@@ -58,7 +58,7 @@ def records(num: int, kind: str, seed: int, num_picture: int = 16) -> Iterator[H
         joint_img = joint_cam[:, :2] / joint_cam[:, 2:] * focal + princpt
         yield HandRecord(
             f"{number:07d}",
-            encoded[number % num_picture],
+            encoded[number % num_image],
             kind,
             "left" if number % 2 else "right",
             "bench",
@@ -86,8 +86,8 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def write_big_indexes(folder: Path, shard: Path, num_frame: int, num_shard: int) -> None:
-    """Indexes of `num_frame` windows in `num_shard` shards without their bytes: every shard is a link to `shard`, every
-    row one of its rows."""
+    """Indexes of `num_frame` windows in `num_shard` shards that take no space: every shard is a hard link to `shard`,
+    every row repeats one of its rows."""
     folder.mkdir()
     small, (index,) = index_path(shard), open_indexes([shard])
     tables = index.tables()
@@ -112,7 +112,7 @@ def write_big_indexes(folder: Path, shard: Path, num_frame: int, num_shard: int)
 
 
 def worker_memory(indexes: list[ShardIndex]) -> tuple[float, float]:
-    """(resident, private) MB of a forked worker after 12 batches of 32; (0, 0) where the system does not tell."""
+    """(resident, private) MB of a forked worker after 12 batches of 32; (0, 0) on systems without smaps_rollup."""
     context = worker_context()
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(indexes, send))

@@ -1,7 +1,7 @@
-"""`script/bench.py step`: what the training loop adds to the bare network, and how near the network is to the machine.
+"""`script/bench.py step`: the training loop's overhead over the bare network, and the network's use of the machine.
 
-The real loop (a Run with its loader, journal and AIM) and bare steps of the same network take turns in blocks, so that
-every ratio compares neighbours in time. Data are the demo's rendered hands; weights are random.
+The real loop (a Run with its loader, journal and AIM) and bare steps of the same network alternate in blocks, so that
+every ratio compares neighbouring blocks. The data are the demo's rendered hands; the weights are random.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 from torch.utils.flop_counter import FlopCounterMode
 
-from script.benchmarks.measurement import Figure
-from src.config import Config
+from script.benchmarks.measurement import Figure, Status, compose_config, median_figure, ratio_figure, seconds_of
 from src.loss import loss_counts, loss_sums, mean_terms
 from src.train.run import Run
 from src.train.validation import evaluate
 
-# What is measured unless the command line says otherwise. On a CPU a step of DINOv2-large would take 20 s.
+# Defaults that the command line can override. On a CPU a step of DINOv2-large would take 20 s.
 ON_GPU = ["backbone=dinov2_large", "TRAIN.sample_per_device=64", "GENERAL.num_worker=12"]
 ON_CPU = ["backbone=dinov2_small", "TRAIN.sample_per_device=4", "GENERAL.num_worker=0"]
 MOST_LOOP = {"cuda": 1.03, "cpu": 1.05}  # the loop's step over the bare one
@@ -40,18 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for stage1, e.g. backbone=dinov2_base")
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
-    """Measure everything; `say` is told what is going on."""
-    say("rendering hands, building the network")
-    with open_bench(args.compose, args.block, args.overrides) as bench:
-        return bench.measure(args.repeat, args.block, say)
+def run(args: argparse.Namespace, status: Status) -> list[Figure]:
+    """Measure one configuration."""
+    status("rendering hands, building the network")
+    with open_bench(args.block, args.overrides) as bench:
+        return bench.measure(args.repeat, args.block, status)
 
 
 @contextmanager
-def open_bench(compose: Callable[[str, list[str]], Config], log_step: int, overrides: list[str]) -> Iterator[StepBench]:
+def open_bench(log_step: int, overrides: list[str]) -> Iterator[StepBench]:
     """A run in a temporary folder to measure with; closed afterwards."""
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder, Progress(disable=True) as progress:
-        cfg = compose("stage1-dino_large", bench_overrides(Path(folder), log_step) + overrides)
+        cfg = compose_config("stage1-dino_large", *bench_overrides(Path(folder), log_step), *overrides)
         bench = StepBench(Run(cfg, "bench", progress))
         try:
             yield bench
@@ -60,7 +58,7 @@ def open_bench(compose: Callable[[str, list[str]], Config], log_step: int, overr
 
 
 def bench_overrides(folder: Path, log_step: int) -> list[str]:
-    """The demo's hands at the recipe's size, everything written below `folder`."""
+    """The demo's hands at the recipe's image size, everything written below `folder`."""
     return [
         "data=demo",
         "DATA.demo.train_sample=512",
@@ -76,7 +74,7 @@ def bench_overrides(folder: Path, log_step: int) -> list[str]:
 
 
 class StepBench:
-    """Steps of one run's network in several states of undress."""
+    """Steps of one run's network, from the whole training loop down to the backbone alone."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.cfg = run, run.cfg
@@ -86,8 +84,8 @@ class StepBench:
         self.batch = next(self.batches)[0]
         self.waited: list[float] = []  # seconds that each step of the loop waited for its data
 
-    def measure(self, repeat: int, block: int, say: Callable[[str], None]) -> list[Figure]:
-        """Warm up, then blocks in turn; every figure is the median of its repetitions."""
+    def measure(self, repeat: int, block: int, status: Status) -> list[Figure]:
+        """Warm up, then alternate the blocks; every figure is the median of its repetitions."""
         kinds = {
             "loop": self.loop_block,
             "bare": self.bare_block,
@@ -96,22 +94,20 @@ class StepBench:
             "forward": self.forward_block,
         }
         for kind in kinds.values():
-            say("warming up")
+            status("warming up")
             kind(2)
         self.waited.clear()
         seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "read validation", "product")}
         for number in range(repeat):
-            say(f"repetition {number + 1} of {repeat}")
+            status(f"repetition {number + 1} of {repeat}")
             for name, kind in kinds.items():
-                seconds[name].append(self.seconds(kind, block) / block)
-            seconds["read validation"].append(self.seconds(self.read_validation, 1) / len(self.run.val_loader))
+                seconds[name].append(seconds_of(lambda kind=kind: kind(block)) / block)
+            seconds["read validation"].append(seconds_of(self.read_validation) / len(self.run.val_loader))
             seconds["product"].append(1.0 / self.product_rate())
         return self._figures(seconds, self.flops())
 
-    # ---- what is timed ----------------------------------------------------------------------------------------------
-
     def loop_block(self, num: int) -> None:
-        """Steps as script/stage1.py takes them: data, schedules, step, clip, log line, journal."""
+        """Steps of the loop of script/stage1.py: data, schedules, step, clipping, log line, journal."""
         for _ in range(num):
             start = time.perf_counter()
             micro_batches = next(self.batches)
@@ -121,7 +117,7 @@ class StepBench:
                 self.run.log(result)
 
     def bare_block(self, num: int) -> None:
-        """Forward, loss, backward and optimizer step of the same network on a batch that is there already."""
+        """Forward, loss, backward and optimizer step of the same network on a batch in memory."""
         counts = loss_counts(self.batch).sum(0)
         for _ in range(num):
             with self.run.accelerator.autocast():
@@ -131,7 +127,7 @@ class StepBench:
             self._update()
 
     def backbone_block(self, num: int) -> None:
-        """The same of the backbone alone, with a sum for a loss."""
+        """The same for the backbone alone, with the mean of its tokens as the loss."""
         image = torch.randn(self.batch.patch.shape, device=self.device)
         for _ in range(num):
             with self.run.accelerator.autocast():
@@ -141,7 +137,7 @@ class StepBench:
 
     @torch.no_grad()
     def forward_block(self, num: int) -> None:
-        """The forward pass of a validation, with nothing measured."""
+        """The forward pass of a validation, without metrics."""
         self.run.net.eval()
         for _ in range(num):
             with self.run.accelerator.autocast():
@@ -149,83 +145,65 @@ class StepBench:
         self.run.net.train()
 
     def validation_block(self, num: int) -> None:
-        """A validation over batches that are there already: forward pass, metrics and losses."""
+        """A validation on a batch in memory: forward pass, metrics and losses."""
         evaluate(self.run.net, [self.batch] * num, self.run.accelerator, self.cfg.LOSS, self.run.mean_hand, draw=False)
 
-    def read_validation(self, _: int) -> None:
-        """The run's validation sample, read, cut and measured."""
+    def read_validation(self) -> None:
+        """The run's whole validation: read, crop, forward pass, metrics and losses."""
         evaluate(self.run.net, self.run.val_loader, self.run.accelerator, self.cfg.LOSS, self.run.mean_hand, draw=False)
 
     def product_rate(self, seconds: float = 0.5) -> float:
-        """FLOP/s of a large matrix product in the precision of the run: what this machine can do at best."""
+        """FLOP/s of a large matrix product in the precision of the run: the best that this machine can do."""
         size = 8192 if self.device.type == "cuda" else 1536
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = precision.get(self.run.accelerator.mixed_precision, torch.float32)
         left, right = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
-        self.seconds(lambda _: left @ right, 1)
-        num = max(1, int(seconds / self.seconds(lambda _: left @ right, 1)))
-        return 2 * size**3 * num / self.seconds(lambda n: [left @ right for _ in range(n)], num)
+
+        def multiply(num: int) -> None:
+            for _ in range(num):
+                torch.matmul(left, right)  # the result is dropped: kept ones would fill the memory
+
+        multiply(1)
+        num = max(1, int(seconds / seconds_of(lambda: multiply(1))))
+        return 2 * size**3 * num / seconds_of(lambda: multiply(num))
 
     def flops(self) -> float:
-        """Floating-point operations of a bare step, counted by torch from its matrix products and convolutions."""
+        """Floating-point operations of a bare step, as torch counts them: matrix products and convolutions."""
         with FlopCounterMode(display=False) as counter:
             self.bare_block(1)
         return float(counter.get_total_flops())
 
     def push_seconds(self, num: int = 2000) -> float:
-        """`set_dropout_rate` with a rate that changes at each call, as a ramp does."""
-        start = time.perf_counter()
-        for index in range(num):
-            self.run.net.set_dropout_rate(0.1 + 1e-6 * index)
-        self._wait()
-        return (time.perf_counter() - start) / num
+        """Time of `set_dropout_rate` when the rate changes at every call, as on a ramp."""
+        rates = [0.1 + 1e-6 * index for index in range(num)]
+        return seconds_of(lambda: [self.run.net.set_dropout_rate(rate) for rate in rates]) / num
 
     def _update(self) -> None:
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad(set_to_none=True)
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, func: Callable[[int], object], num: int) -> float:
-        """Of `func(num)`, the device's work included."""
-        self._wait()
-        start = time.perf_counter()
-        func(num)
-        self._wait()
-        return time.perf_counter() - start
-
-    # ---- what is told -----------------------------------------------------------------------------------------------
-
     def _figures(self, seconds: dict[str, list[float]], flops: float) -> list[Figure]:
-        size = len(self.batch)
-        loop = _ratio("loop step over bare step", seconds["loop"], seconds["bare"])
-        rates = [flops / bare * product for bare, product in zip(seconds["bare"], seconds["product"])]
-        bare, push = statistics.median(seconds["bare"]), self.push_seconds()
-        shape = (
-            f"{self.cfg.MODEL.backbone.num_layer} x {self.cfg.MODEL.backbone.hidden_size}, {self.cfg.MODEL.img_size} px"
-        )
+        size, backbone = len(self.batch), self.cfg.MODEL.backbone
+        loop, bare, forward = seconds["loop"], seconds["bare"], seconds["forward"]
+        utilisation = [flops / step * product for step, product in zip(bare, seconds["product"])]
+        push = self.push_seconds()
+        push_note = f"{push / statistics.median(bare):.4%} of a step; unchanged: a comparison"
         precision = self.run.accelerator.mixed_precision.replace("no", "fp32")
+        shape = f"{backbone.num_layer} x {backbone.hidden_size}, {self.cfg.MODEL.img_size} px"
+        most_loop = MOST_LOOP[self.device.type]
         return [
-            _figure("bare step", [1e3 * s for s in seconds["bare"]], "ms", f"{shape}, batch {size}, {precision}"),
-            replace(loop, at_most=MOST_LOOP[self.device.type]),
-            _ratio("bare step over the backbone's", seconds["bare"], seconds["backbone"]),
-            _figure("FLOP utilisation of the bare step", rates, "", f"{flops / 1e9:,.0f} GFLOP a step"),
-            _figure("matrix product", [1e-9 / s for s in seconds["product"]], "GFLOP/s", precision),
-            Figure(
-                "set_dropout_rate, changed",
-                1e6 * push,
-                "us",
-                note=f"{push / bare:.4%} of a step; unchanged: a comparison",
+            median_figure("bare step", [1e3 * s for s in bare], "ms", f"{shape}, batch {size}, {precision}"),
+            ratio_figure("loop step over bare step", loop, bare, at_most=most_loop),
+            ratio_figure("bare step over the backbone's", bare, seconds["backbone"]),
+            median_figure("FLOP utilisation of the bare step", utilisation, "", f"{flops / 1e9:,.0f} GFLOP a step"),
+            median_figure("matrix product", [1e-9 / s for s in seconds["product"]], "GFLOP/s", precision),
+            Figure("set_dropout_rate, changed", 1e6 * push, "us", note=push_note),
+            median_figure("wait for data in a step", [1e3 * s for s in self.waited], "ms"),
+            ratio_figure(
+                "validation rate over forward rate", forward, seconds["validation"], at_least=LEAST_VALIDATION
             ),
-            _figure("wait for data in a step", [1e3 * s for s in self.waited], "ms", ""),
-            replace(
-                _ratio("validation rate over forward rate", seconds["forward"], seconds["validation"]),
-                at_least=LEAST_VALIDATION,
-            ),
-            _ratio("the same with reading", seconds["forward"], seconds["read validation"]),
-            _figure("the loop's samples", [size / s for s in seconds["loop"]], "samples/s", ""),
+            ratio_figure("the same with reading", forward, seconds["read validation"]),
+            median_figure("the loop's samples", [size / s for s in loop], "samples/s"),
             Figure("peak memory", self._peak_megabytes(), "MB", note=self.device.type),
         ]
 
@@ -233,14 +211,3 @@ class StepBench:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e6
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def _figure(name: str, values: list[float], unit: str, note: str) -> Figure:
-    """The median, with the span of the repetitions in the note."""
-    span = f"{min(values):.4g} to {max(values):.4g} over {len(values)}"
-    return Figure(name, statistics.median(values), unit, note=f"{span}; {note}" if note else span)
-
-
-def _ratio(name: str, above: list[float], below: list[float]) -> Figure:
-    """The median of the ratios of neighbouring blocks."""
-    return _figure(name, [a / b for a, b in zip(above, below)], "", "")

@@ -1,8 +1,8 @@
-"""A small z-buffer rasteriser in numpy: a coloured mesh to an RGBA picture with exact visibility, in about 2 ms.
+"""A small z-buffer rasteriser in numpy: renders a coloured mesh to an RGBA image with exact visibility, in about 2 ms.
 
-Every triangle is cut into pixel rows, every row into pixels, all of them at once; `np.minimum.at` keeps the nearest.
-Inverse depth is affine on the screen; vertex colours are interpolated affinely too, which is exact enough for triangles
-of a few pixels. Colour and depth travel together as rows of four float32, which numpy gathers fastest.
+All triangles are split into pixel rows and these into pixels at once; `np.minimum.at` keeps the nearest. Inverse depth
+is affine in screen space; vertex colours are interpolated affinely too, which is accurate for triangles of a few
+pixels. Colour and inverse depth are rows of four float32, the layout that numpy gathers fastest.
 
 Shape legend: V vertices, F triangles, S spans (one triangle on one pixel row), N pixels of all spans.
 """
@@ -15,11 +15,11 @@ import numpy as np
 def render_mesh(
     point: np.ndarray, depth: np.ndarray, face: np.ndarray, colour: np.ndarray, size: tuple[int, int]
 ) -> np.ndarray:
-    """Draw the outward faces of a mesh, without antialiasing (draw larger and average for that).
+    """Render the outward faces of a mesh, without antialiasing (for that, render larger and average).
 
     Args: point [V, 2] px (x right, y down, pixel centres at integers); depth [V], > 0 where a face uses it; face
     [F, 3], outward by the right-hand rule in a frame with z forward; colour [V, 3] RGB 0..255; size (width, height).
-    Returns: [height, width, 4] uint8 RGBA, zero where nothing is.
+    Returns: [height, width, 4] uint8 RGBA, zero outside the mesh.
     """
     width, height = size
     tri = point[face].astype(np.float32)  # [F, 3, 2]
@@ -32,7 +32,7 @@ def render_mesh(
     tri = tri[keep]
     owner, row, first, last = _spans(tri, low[keep, 1], high[keep, 1], width, height)
 
-    value = np.empty((len(point), 4), np.float32)  # colour and nearness
+    value = np.empty((len(point), 4), np.float32)  # colour and inverse depth
     value[:, :3], value[:, 3] = np.clip(colour, 0.0, 255.0), 1.0 / depth
     value = value[face[keep]]
     slope_x, slope_y = _slopes(tri, value, area[keep])
@@ -44,7 +44,7 @@ def render_mesh(
 
 
 def _fill(begin: np.ndarray, count: np.ndarray, start: np.ndarray, slope: np.ndarray, num_pixel: int) -> np.ndarray:
-    """Walk the spans: begin [S] flat pixel, count [S] pixels, start and slope [S, 4] -> packed RGBA [num_pixel]."""
+    """Fill the spans: begin [S] flat pixel, count [S] pixels, start and slope [S, 4] -> packed RGBA [num_pixel]."""
     skipped = np.cumsum(count) - count
     span = np.repeat(np.arange(len(count)), count)
     position = np.arange(len(span))
@@ -55,7 +55,7 @@ def _fill(begin: np.ndarray, count: np.ndarray, start: np.ndarray, slope: np.nda
     buffer = np.zeros(num_pixel, np.float32)
     np.minimum.at(buffer, pixel, distance)
     seen = np.flatnonzero(distance == buffer.take(pixel))
-    np.clip(value, 0.0, 255.0, out=value)  # at the rim of a triangle the affine colour may leave the range
+    np.clip(value, 0.0, 255.0, out=value)  # at a triangle's edge the affine colour may leave the range
     value[:, 3] = 255.0
     packed = value.astype(np.uint8).view(np.uint32)[:, 0]
     image = np.zeros(num_pixel, np.uint32)
@@ -64,7 +64,7 @@ def _fill(begin: np.ndarray, count: np.ndarray, start: np.ndarray, slope: np.nda
 
 
 def _spans(tri: np.ndarray, low: np.ndarray, high: np.ndarray, width: int, height: int) -> tuple[np.ndarray, ...]:
-    """Cut triangles [F, 3, 2] with vertical extent low, high [F] into pixel rows.
+    """Split triangles [F, 3, 2] with vertical extent low, high [F] into pixel rows.
 
     Returns triangle id, row, first and last column of each span [S].
     """
@@ -81,7 +81,7 @@ def _spans(tri: np.ndarray, low: np.ndarray, high: np.ndarray, width: int, heigh
         flat = np.abs(rise) < 1e-6
         slope = (b[:, 0] - a[:, 0]) / np.where(flat, np.float32(1.0), rise)
         x = a[:, 0].take(owner) + slope.take(owner) * (y - a[:, 1].take(owner))
-        # going round a front-facing triangle, its left side leads down the screen and its right side up
+        # along the contour of a front-facing triangle, left edges lead down the screen and right edges up
         far = np.float32(1e9)
         leads_down, leads_up = (rise > 0) & ~flat, (rise < 0) & ~flat
         left = np.maximum(left, x - np.where(leads_down, 0, far).astype(np.float32).take(owner))
@@ -93,14 +93,14 @@ def _spans(tri: np.ndarray, low: np.ndarray, high: np.ndarray, width: int, heigh
 
 
 def _slopes(tri: np.ndarray, value: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Screen gradients [F, 4] along x and y of values [F, 3, 4] given at the corners of triangles [F, 3, 2]."""
+    """Screen gradients [F, 4] along x and y of values [F, 3, 4] at the corners of triangles [F, 3, 2]."""
     e1, e2 = (tri[:, 1] - tri[:, 0]) / area[:, None], (tri[:, 2] - tri[:, 0]) / area[:, None]
     d1, d2 = value[:, 1] - value[:, 0], value[:, 2] - value[:, 0]
     return d1 * e2[:, 1:] - d2 * e1[:, 1:], d2 * e1[:, :1] - d1 * e2[:, :1]
 
 
 def incident_faces(face: np.ndarray, num: int) -> np.ndarray:
-    """[V, K] ids of the faces around each vertex, padded with F."""
+    """Indices of the faces at each vertex, [V, K], padded with F."""
     order = np.argsort(face.ravel(), kind="stable")
     owner = face.ravel()[order]
     rank = np.arange(len(owner)) - np.searchsorted(owner, owner)
@@ -110,7 +110,7 @@ def incident_faces(face: np.ndarray, num: int) -> np.ndarray:
 
 
 def vertex_normals(vert: np.ndarray, face: np.ndarray, table: np.ndarray | None = None) -> np.ndarray:
-    """Area-weighted unit normals [N, V, 3] of meshes that share their faces."""
+    """Area-weighted unit normals [N, V, 3] of N meshes with the same faces."""
     table = incident_faces(face, vert.shape[1]) if table is None else table
     a, b, c = vert[:, face[:, 0]], vert[:, face[:, 1]], vert[:, face[:, 2]]
     u, v = b - a, c - a

@@ -1,4 +1,4 @@
-"""What the peers share: our backbone and hand model and a Prediction in our terms; decoder and losses alone differ.
+"""What the peers share: our backbone, hand model and Prediction. Only decoder and losses differ.
 
 Shapes: B batch, S patch side, N image tokens, C backbone width, D decoder width, J = 21 joints.
 """
@@ -25,8 +25,8 @@ from src.model.net import PoseNet
 class PeerNet(nn.Module):
     """A network with another project's decoder and losses.
 
-    A subclass gives `LOSS_WEIGHT`, `decode(batch) -> [B, D]`, `read_out(token, batch) -> Prediction` in float32, and
-    `training_loss(batch) -> scalar tensor`, whose terms are weighted by `loss_weight`: `LOSS_WEIGHT` unless given.
+    A subclass defines `LOSS_WEIGHT`, `decode(batch) -> [B, D]`, `read_out(token, batch) -> Prediction` in float32, and
+    `training_loss(batch) -> scalar tensor`, whose terms are weighted by `loss_weight` (default: `LOSS_WEIGHT`).
     """
 
     LOSS_WEIGHT: ClassVar[Mapping[str, float]]  # as published
@@ -50,11 +50,11 @@ class PeerNet(nn.Module):
             return self.read_out(token.float(), batch)
 
     def tokens(self, batch: Batch) -> torch.Tensor:
-        """[B, N, C] of the normalised patches."""
+        """Image tokens [B, N, C] of the normalised patches."""
         return self.backbone((batch.patch.float() / 255.0 - self.img_mean) / self.img_std)
 
     def assemble(self, batch: Batch, rotmat: torch.Tensor, shape: torch.Tensor, root: torch.Tensor) -> Prediction:
-        """The Prediction of rotations [B, 16, 3, 3], shape [B, 10] and wrist [B, 3] mm."""
+        """The Prediction from rotations [B, 16, 3, 3], shape [B, 10] and wrist position [B, 3] mm."""
         vert, joint = self.hand(rotmat, shape)
         joint_cam = joint + root[:, None]
         joint_patch = project(joint_cam, batch.patch_focal, batch.patch_princpt)
@@ -71,8 +71,8 @@ class PeerNet(nn.Module):
 
 
 class OneTokenDecoder(nn.Module):
-    """A transformer decoder with a single query. A constant (a zero, or a fixed vector) that goes through a learned
-    linear map and gets a learned position is one learned vector. Pre-norm layers, no norm at the end."""
+    """A transformer decoder with a single learned query. The published decoders project a constant and add a learned
+    position embedding, which is equivalent. Pre-norm layers, no final norm."""
 
     def __init__(self, cfg: HandDecoderConfig, dim_token: int) -> None:
         super().__init__()

@@ -1,13 +1,13 @@
 """CS-ViT2's decoder and losses, rebuilt from its published configuration (stage 1, DINOv2-large) and source.
 
 github.com/Mine268/CS-ViT2. As published: one token, 4 layers of 16 heads, MLP 4 x the width; a cross-attention layer
-tells the image tokens the directions of an 8 x 8 grid of rays, through a linear map that starts at zero; pose as
+adds the directions of an 8 x 8 grid of rays to the image tokens, through a zero-initialised linear map; pose as
 axis-angle relative to MANO's mean pose; the wrist in lengths of the middle finger by soft-argmax over 512 + 512 + 1024
-bins between mean - 5 and mean + 4 standard deviations, learned by cross-entropy against a Gaussian (0.09); L1 on pose,
+bins between mean - 5 and mean + 4 standard deviations, trained by cross-entropy against a Gaussian (0.09); L1 on pose,
 shape, wrist-relative joints (shape detached) and projected joints; weights 3, 3, 0.05, 0.012, 0.002.
 
-In its favour: no dropout (published: 0.1 after a tenth of the run), and pixels count as those of a 224 px patch. Left
-out: the class token. For the metric the finger's length is the predicted one; the published code takes the target's.
+In its favour: no dropout (published: 0.1 after a tenth of the run), and pixel errors are scaled to a 224 px patch. The
+class token is omitted. The metric uses the predicted finger length; the published code uses the target's.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ NUM_BIN = (512, 512, 1024)
 BINS_BELOW, BINS_ABOVE = 5.0, 4.0  # standard deviations
 SIGMA = 0.09  # of the target Gaussian, in finger lengths
 NUM_RAY = 8  # a side
-# Mean and standard deviation of wrist / finger length over its training sets, as it states them; `fit` replaces them.
+# Published mean and standard deviation of wrist / finger length over its training sets; `fit` replaces them.
 MEAN, STD = (-0.27, 0.03, 10.43), (1.45, 1.27, 2.25)
 
 
 @dataclass(kw_only=True)
 class CsVitPrediction(Prediction):
-    """With what its losses compare: pose relative to the mean pose, wrist in finger lengths and its log-heatmaps."""
+    """Adds what its losses compare: pose relative to the mean pose, wrist in finger lengths and its log-heatmaps."""
 
     pose: torch.Tensor  # [B, 48]
     place: torch.Tensor  # [B, 3] finger lengths
@@ -50,7 +50,7 @@ def finger_length(joint: torch.Tensor) -> torch.Tensor:
 
 
 class RayEmbedder(nn.Module):
-    """Image tokens learn from the camera's rays: one decoder layer, added through a map that starts at zero."""
+    """Cross-attention of the image tokens to camera rays: one decoder layer with a zero-initialised output map."""
 
     def __init__(self, cfg: ModelConfig, dim: int, num_token: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class CsVitNet(PeerNet):
         self.set_dropout_rate(0.0)
 
     def fit(self, data: Batch) -> None:
-        """Lay the bins by the training set's wrists, as its preprocessing does."""
+        """Place the bins from the training set's wrist positions, as its preprocessing does."""
         place = data.joint_cam[:, 0] / finger_length(data.joint_cam)
         self._set_bins(place.mean(0), place.std(0))
 
@@ -114,7 +114,7 @@ class CsVitNet(PeerNet):
         return CsVitPrediction(**vars(out), pose=pose, place=place, log_heatmap=log_heatmap)
 
     def training_loss(self, batch: Batch) -> torch.Tensor:
-        """Its five losses, each the mean over the batch."""
+        """The five losses, each averaged over the batch."""
         out = self(batch)
         root_valid = batch.joint_3d_valid[:, :1]
         length = finger_length(batch.joint_cam).clamp(min=1.0)
@@ -139,9 +139,9 @@ class CsVitNet(PeerNet):
         return torch.cat([batch.mano_pose[:, :3], batch.mano_pose[:, 3:] - offset], dim=1)
 
     def _heatmap_loss(self, log_heatmap: tuple[torch.Tensor, ...], target: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy against a Gaussian about the target [B, 3], summed over the axes, [B]."""
+        """Cross-entropy against a Gaussian around the target [B, 3], summed over the axes, [B]."""
         total = torch.zeros(len(target), device=target.device)
         for axis, log_share in enumerate(log_heatmap):
-            wanted = (-(target[:, axis, None] - getattr(self, f"bin{axis}")).square() / (2 * SIGMA**2)).softmax(1)
-            total = total - (wanted * log_share).sum(1)
+            gaussian = (-(target[:, axis, None] - getattr(self, f"bin{axis}")).square() / (2 * SIGMA**2)).softmax(1)
+            total = total - (gaussian * log_share).sum(1)
         return total

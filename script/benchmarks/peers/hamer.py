@@ -5,9 +5,9 @@ one zero token, 6 layers (width 1024, 8 heads of 64, MLP 1024, no dropout), one 
 the mean hand, 6D rotations, a weak-perspective camera, L1 on 3D and 2D keypoints and squared error on the parameters,
 each summed over a sample, with the weights 0.05, 0.01, 0.001, 0.001, 0.0005.
 
-In its favour: the camera knows the focal length of the patch (published: a constant 5000 px), starts at the scale that
-a hand has in a patch (published: 0.9) and stays above 1; attention heads are at least 16 wide. Left out: the
-adversarial prior.
+In its favour: the camera uses the focal length of the patch (published: a constant 5000 px), starts at the typical
+scale of a hand in a patch (published: 0.9) and stays above 1; attention heads are at least 16 wide. The adversarial
+prior is omitted.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ LEAST_SCALE = 1.0  # a patch 2 m wide
 
 @dataclass(kw_only=True)
 class HamerPrediction(Prediction):
-    """With HaMeR's own 2D keypoints: relative to the patch's middle, in patch sides."""
+    """Adds HaMeR's 2D keypoints: relative to the patch centre, in patch sides."""
 
     keypoint_2d: torch.Tensor  # [B, J, 2]
 
 
 def _small_linear(dim: int, out: int) -> nn.Linear:
-    """A head that starts near the mean hand: one of the two starts that the published code offers."""
+    """A head that starts near the mean hand: one of the two initialisations in the published code."""
     linear = nn.Linear(dim, out)
     nn.init.xavier_uniform_(linear.weight, gain=0.01)
     return linear
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:
-    """Nears LEAST_SCALE where the prediction falls below it: the hand is neither behind the camera nor miles away."""
+    """Softplus with lower bound LEAST_SCALE: the hand is neither behind the camera nor arbitrarily far away."""
     return LEAST_SCALE + nn.functional.softplus(scale - LEAST_SCALE)
 
 
@@ -80,7 +80,8 @@ class HamerNet(PeerNet):
         focal, side = batch.patch_focal, self.img_size
         camera = self.mean_camera + self.to_camera(token)
         depth = 2.0 * focal.mean(1) / (side * _positive(camera[:, 0]))
-        place = 1000.0 * torch.cat([camera[:, 1:], depth[:, None]], dim=1)  # m -> mm; before the patch's middle
+        # mm, in a camera that looks at the patch centre
+        place = 1000.0 * torch.cat([camera[:, 1:], depth[:, None]], dim=1)
         middle = torch.full_like(focal, (side - 1) / 2)
         root = torch.cat([place[:, :2] + (middle - batch.patch_princpt) / focal * place[:, 2:], place[:, 2:]], dim=1)
         out = self.assemble(batch, rotmat, shape, root)
@@ -88,7 +89,7 @@ class HamerNet(PeerNet):
         return HamerPrediction(**vars(out), keypoint_2d=project(joint, focal, torch.zeros_like(focal)) / side)
 
     def training_loss(self, batch: Batch) -> torch.Tensor:
-        """The five losses, summed over a sample's numbers, mean over the batch."""
+        """The five losses, summed within a sample, averaged over the batch."""
         out = self(batch)
         target_rel = (batch.joint_cam - batch.joint_cam[:, :1]) / 1000.0
         joint_rel = (out.joint_cam - out.root_cam[:, None]) / 1000.0
