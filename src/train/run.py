@@ -25,6 +25,7 @@ from src.checkpoint.weights import load_weights
 from src.checkpoint.writer import CheckpointWriter
 from src.config import Config
 from src.data.loader import HandLoader, build_train_loader, build_val_loader
+from src.data.demo.make import make_demo_data
 from src.data.mean_hand import mean_hand
 from src.data.prefetch import to_device
 from src.distributed.processes import HostTalk, build_accelerator, main_process_first, part
@@ -57,7 +58,7 @@ class Run:
         self.damage = SharedDamage(HostTalk(self.accelerator), self.is_main)
         origin = find_origin(cfg, config_name, self.accelerator)
         with main_process_first(self.accelerator):
-            parts.make_demo_data(cfg, progress)
+            make_demo_data(cfg, progress)
 
         torch.manual_seed(cfg.GENERAL.seed)
         hand = load_hand(cfg.MODEL.hand_model)

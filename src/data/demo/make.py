@@ -33,11 +33,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+from rich.progress import Progress
 
+from src.config import Config
 from src.data.demo.hand import HandDraw, draw_hands
 from src.data.demo.scene import paint
 from src.data.rng import stream
 from src.hand.standin.build import build_standin_hand
+from src.utils.console import logger, task_bar
 
 VERSION = 4  # raise it whenever a sample of the same seed would come out different
 SAMPLE_PER_SHARD = 500
@@ -113,6 +116,36 @@ def make_demo_shards(
         if progress is not None:
             progress(done, total)
     _write_manifest(root, {**manifest, "complete": sorted([*complete, *missing])})
+
+
+def make_demo_data(cfg: Config, progress: Progress, subsets: Sequence[str] | None = None) -> None:
+    """Render the configuration's demo shards (only `subsets`; None: all) that do not exist yet. A no-op without
+    DATA.demo."""
+    demo = cfg.DATA.demo
+    if demo is None:
+        return
+    num_sample = {"train": demo.train_sample, "val": demo.val_sample}
+    with task_bar(progress, "rendering demo hands") as advance:
+        logged = 0
+
+        def report(done: int, total: int) -> None:
+            nonlocal logged
+            if done == 0:
+                logger.info(f"rendering {total} demo hands into {cfg.DATA.root}; this happens once")
+            elif progress.disable and done * 4 // total > logged:  # no progress bar: log every quarter
+                logged = done * 4 // total
+                logger.info(f"rendered {done} of {total}")
+            advance(done, total)
+
+        make_demo_shards(
+            Path(cfg.DATA.root),
+            num_sample,
+            seed=demo.seed,
+            img_size=demo.img_size,
+            free_rotation=demo.free_rotation,
+            progress=report,
+            subsets=subsets,
+        )
 
 
 def _check(manifest: dict[str, Any]) -> None:
