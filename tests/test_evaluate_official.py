@@ -16,8 +16,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from src.batch import Batch, Prediction
-from src.evaluate.metrics import measure
-from src.metric import SampleMetric, align_procrustes, align_scale_translation
+from src.metric import SampleMetric, align_procrustes, align_scale_translation, measure
 from tests.helpers import random_batch
 
 NUM, NUM_VERTEX = 7, 90

@@ -20,14 +20,13 @@ from src.geometry.rotation import axis_angle_to_matrix
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays
 from src.hand.standin.build import build_standin_hand
-from src.metric import evaluate_batch, procrustes_error
+from src.metric import align_procrustes, compare, measure, target_points
 from src.tracking.tracker import METRICS
 from src.train.report import closing_table
-from src.train.validation import constant_metrics
+from src.train.validation import VALIDATED, baseline_metrics
 from tests.helpers import random_batch, small_config
 
 SIDE = 56
-NAMES = ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def test_the_wrist_follows_the_camera() -> None:
 
 
 def test_measured_as_a_network_is(hand: HandArrays) -> None:
-    """The same numbers as `evaluate_batch` gives a network with these answers, flag for flag."""
+    """The same numbers as a network with these predictions, flag for flag."""
     batch = random_batch(9, SIDE, seed=1)
     mean = mean_of(labels_of(random_batch(30, SIDE)), hand, SIDE)
     batch.joint_3d_valid[2, 0], batch.joint_3d_valid[3, 5:], batch.has_mano[4], batch.has_intr[5] = 0, 0, 0, 0
@@ -100,12 +99,15 @@ def test_measured_as_a_network_is(hand: HandArrays) -> None:
     answer = SimpleNamespace(
         joint_cam=root[:, None] + torch.from_numpy(mean.joint_rel),
         vert_cam=root[:, None] + torch.from_numpy(mean.vert_rel - mean.joint_rel[0]),
+        joint_patch=batch.joint_patch,
     )
-    expected, found = evaluate_batch(answer, batch, vert), constant_metrics(mean, batch, vert)
-    assert found.keys() == {f"{name}_mean_hand" for name in NAMES}
+    target = target_points(batch, vert)
+    expected, found = measure(answer, batch, vert, VALIDATED), baseline_metrics(mean, batch, target)
+    assert found.keys() == {f"{name}_mean_hand" for name in VALIDATED}
     posed = np.repeat(mean.joint_posed[None], len(batch), axis=0)
-    expected["mpjpe_pa"] = procrustes_error(posed, batch.joint_cam.double().numpy(), batch.joint_3d_valid.numpy())
-    for name in NAMES:
+    posed = align_procrustes(posed, batch.joint_cam.double().numpy(), batch.joint_3d_valid.numpy())
+    expected |= compare({"joint_pa": posed}, target, ["mpjpe_pa"])
+    for name in VALIDATED:
         assert np.array_equal(found[f"{name}_mean_hand"].count, expected[name].count), name
         assert np.allclose(found[f"{name}_mean_hand"].total, expected[name].total, rtol=1e-9), name
 
@@ -116,14 +118,14 @@ def test_measured_as_a_network_is(hand: HandArrays) -> None:
         (("has_mano",), {"mpjpe_pa", "mpvpe_rel"}),
         (("has_intr",), {"mpjpe_cam", "root_error"}),
         (("joint_3d_valid",), {"mpjpe_cam", "mpjpe_rel", "root_error"}),
-        (("joint_3d_valid", "has_mano"), set(NAMES)),
+        (("joint_3d_valid", "has_mano"), set(VALIDATED)),
     ],
 )
 def test_what_the_training_set_cannot_answer_is_absent(hand: HandArrays, missing: tuple, absent: set) -> None:
     train, val = random_batch(5, SIDE), random_batch(5, SIDE, seed=1)
     train = replace(train, **{name: torch.zeros_like(getattr(train, name)) for name in missing})
-    found = constant_metrics(mean_of(labels_of(train), hand, SIDE), val, vertices(hand, val))
-    assert found.keys() == {f"{name}_mean_hand" for name in {*NAMES} - absent}
+    found = baseline_metrics(mean_of(labels_of(train), hand, SIDE), val, target_points(val, vertices(hand, val)))
+    assert found.keys() == {f"{name}_mean_hand" for name in {*VALIDATED} - absent}
 
 
 def test_from_shards_as_from_crops(tmp_path: Path, hand: HandArrays) -> None:
@@ -149,8 +151,8 @@ def test_from_shards_as_from_crops(tmp_path: Path, hand: HandArrays) -> None:
 
 
 def test_closing_table_has_the_baseline_in_every_row(tmp_path: Path) -> None:
-    first = {"step": 0, "subset": "val", **dict.fromkeys(NAMES, 200.0)}
-    last = {"step": 9, "subset": "val", **dict.fromkeys(NAMES, 60.0), **{f"{n}_mean_hand": 80.0 for n in NAMES}}
+    first = {"step": 0, "subset": "val", **dict.fromkeys(VALIDATED, 200.0)}
+    last = {"step": 9, "subset": "val", **dict.fromkeys(VALIDATED, 60.0), **{f"{n}_mean_hand": 80.0 for n in VALIDATED}}
 
     def table() -> list[str]:
         (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in (first, last)))

@@ -13,7 +13,8 @@ from script.benchmarks.accuracy_data import rows_of
 from script.benchmarks.measurement import machine
 from src.batch import Batch
 from src.config import Config
-from src.metric import MetricAccumulator, evaluate_batch
+from src.metric import Samples, measure
+from src.train.validation import VALIDATED
 from src.utils.train_utils import get_lr_factor
 
 VAL_BATCH = 125
@@ -36,7 +37,7 @@ def make_cell(
     train_network(net, net.training_loss, groups, cfg, settings["step"], settings["seed"], train, who, say)
     return {
         "settings": settings,
-        "metrics": measure(net, val),
+        "metrics": validate(net, val),
         "seconds": round(time.perf_counter() - begin, 1),
         "parameters": sum(p.numel() for p in net.parameters()),
         "machine": machine(),
@@ -76,13 +77,13 @@ def train_network(
 
 
 @torch.no_grad()
-def measure(net: nn.Module, val: Batch) -> dict[str, float]:
+def validate(net: nn.Module, val: Batch) -> dict[str, float]:
     """The metrics of the validation sample, mm."""
     net.eval()
-    gathered = MetricAccumulator()
+    parts = []
     for index in torch.arange(len(val)).split(VAL_BATCH):
         batch = rows_of(val, index)
         prediction = net(batch)
         target = net.hand(net.hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean), batch.mano_shape).vert
-        gathered.update(batch.position.cpu().numpy(), batch.source, evaluate_batch(prediction, batch, target))
-    return gathered.compute()
+        parts.append(Samples.of_batch(batch, measure(prediction, batch, target, VALIDATED)))
+    return Samples.join(parts).means()

@@ -24,8 +24,8 @@ from src.checkpoint.save import CheckpointError, TrainState, load_checkpoint
 from src.checkpoint.weights import load_weights
 from src.checkpoint.writer import CheckpointWriter
 from src.config import Config
-from src.data.loader import HandLoader, build_train_loader, build_val_loader
 from src.data.demo.make import make_demo_data
+from src.data.loader import HandLoader, build_train_loader, build_val_loader
 from src.data.mean_hand import mean_hand
 from src.data.prefetch import to_device
 from src.distributed.processes import HostTalk, build_accelerator, main_process_first, part
