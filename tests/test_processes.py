@@ -19,13 +19,13 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from src.config import ConfigError
-from src.data.demo.make import make_demo_data
 from src.data.order.plan import SourcePlan
 from src.data.shards.build_index import open_indexes
 from src.data.shards.index import ShardIndex
 from src.data.shards.paths import resolve_source
 from src.distributed import exit as failure
 from src.distributed.launch import asked_processes, check_launcher, requeue_slurm_job, slurm_step
+from src.train.components import make_demo_data
 from tests.helpers import ROOT, compose_config
 
 SMALL = (

@@ -42,10 +42,10 @@ def evaluation_config(
 
 
 def check_files_exist(cfg: Config) -> None:
-    """Check that the hand model and the shards exist. Raises ConfigError with one line per problem."""
+    """Refuse a hand model or patterns of shards that are not there. Raises ConfigError with a line a problem."""
     problems, hand = [], cfg.MODEL.hand_model
     if hand != "standin" and not Path(hand).is_file():
-        problems.append(f"MODEL.hand_model={hand}: there is no such file; set it to the path of MANO_RIGHT.pkl")
+        problems.append(f"MODEL.hand_model={hand}: there is no such file; say where MANO_RIGHT.pkl lies")
     for named in named_sources(cfg.DATA.val.source) if cfg.DATA.demo is None else ():
         try:
             resolve_source(cfg.DATA.root, list(named.patterns), key="DATA.val.source")

@@ -1,8 +1,9 @@
-"""The parts of a run, each made by one small function: run folder, what is said of hand and network."""
+"""The parts of a run, each made by one small function: run folder, demo data, what is said of hand and network."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
+from rich.progress import Progress
 from torch import nn
 
 from src.checkpoint.folder import BACKBONE, CONFIG
 from src.checkpoint.run_folder import create_run_folder, write_text_atomic
 from src.config import Config
+from src.data.demo.make import make_demo_shards
 from src.hand.skeleton import HandArrays
 from src.model.net import PoseNet
+from src.utils.console import logger, task_bar
 
 
 def training_form(net: PoseNet, cfg: Config) -> nn.Module:
@@ -54,6 +58,36 @@ def _config_yaml(cfg: Config) -> str:
 def network_texts(cfg: Config, net: PoseNet) -> dict[str, str]:
     """File name -> content of what a checkpoint tells about how to build its network."""
     return {CONFIG: _config_yaml(cfg), BACKBONE: json.dumps(net.backbone.shape(), indent=1)}
+
+
+def make_demo_data(cfg: Config, progress: Progress, subsets: Sequence[str] | None = None) -> None:
+    """Render the demo's shards (of these subsets; None: all) where the configuration asks for them and they are not
+    there yet."""
+    demo = cfg.DATA.demo
+    if demo is None:
+        return
+    num_sample = {"train": demo.train_sample, "val": demo.val_sample}
+    with task_bar(progress, "rendering demo hands") as advance:
+        told = 0
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if done == 0:
+                logger.info(f"rendering {total} demo hands into {cfg.DATA.root}; this happens once")
+            elif progress.disable and done * 4 // total > told:  # there is no bar to watch
+                told = done * 4 // total
+                logger.info(f"rendered {done} of {total}")
+            advance(done, total)
+
+        make_demo_shards(
+            Path(cfg.DATA.root),
+            num_sample,
+            seed=demo.seed,
+            img_size=demo.img_size,
+            free_rotation=demo.free_rotation,
+            progress=tell,
+            subsets=subsets,
+        )
 
 
 def training_sample(cfg: Config) -> Config | None:

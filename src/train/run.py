@@ -24,7 +24,6 @@ from src.checkpoint.save import CheckpointError, TrainState, load_checkpoint
 from src.checkpoint.weights import load_weights
 from src.checkpoint.writer import CheckpointWriter
 from src.config import Config
-from src.data.demo.make import make_demo_data
 from src.data.loader import HandLoader, build_train_loader, build_val_loader
 from src.data.mean_hand import mean_hand
 from src.data.prefetch import to_device
@@ -58,7 +57,7 @@ class Run:
         self.damage = SharedDamage(HostTalk(self.accelerator), self.is_main)
         origin = find_origin(cfg, config_name, self.accelerator)
         with main_process_first(self.accelerator):
-            make_demo_data(cfg, progress)
+            parts.make_demo_data(cfg, progress)
 
         torch.manual_seed(cfg.GENERAL.seed)
         hand = load_hand(cfg.MODEL.hand_model)

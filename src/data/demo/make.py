@@ -118,28 +118,29 @@ def make_demo_shards(
     _write_manifest(root, {**manifest, "complete": sorted([*complete, *missing])})
 
 
-def make_demo_data(cfg: Config, progress: Progress, subsets: Sequence[str] | None = None) -> None:
-    """Render the configuration's demo shards (only `subsets`; None: all) that do not exist yet. A no-op without
-    DATA.demo."""
+def make_demo_data(cfg: Config, display: Progress, subsets: Sequence[str] | None = None) -> None:
+    """Render the demo shards that the configuration asks for and that are missing; `subsets` as in `make_demo_shards`.
+
+    Progress goes to a bar on `display`, or to the log at each quarter if that is disabled.
+    """
     demo = cfg.DATA.demo
     if demo is None:
         return
-    num_sample = {"train": demo.train_sample, "val": demo.val_sample}
-    with task_bar(progress, "rendering demo hands") as advance:
-        logged = 0
+    with task_bar(display, "rendering demo hands") as advance:
+        quarter = 0
 
         def report(done: int, total: int) -> None:
-            nonlocal logged
+            nonlocal quarter
             if done == 0:
                 logger.info(f"rendering {total} demo hands into {cfg.DATA.root}; this happens once")
-            elif progress.disable and done * 4 // total > logged:  # no progress bar: log every quarter
-                logged = done * 4 // total
+            elif display.disable and done * 4 // total > quarter:
+                quarter = done * 4 // total
                 logger.info(f"rendered {done} of {total}")
             advance(done, total)
 
         make_demo_shards(
             Path(cfg.DATA.root),
-            num_sample,
+            {"train": demo.train_sample, "val": demo.val_sample},
             seed=demo.seed,
             img_size=demo.img_size,
             free_rotation=demo.free_rotation,
