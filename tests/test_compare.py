@@ -127,7 +127,8 @@ def test_unfinished_shorter_and_without_training_frames(tmp_path: Path) -> None:
     assert by_key["val_mean"].percent == pytest.approx(0.0)
     assert not {"gap_early", "gap_late", "eval_loss_mean"} & by_key.keys(), "absent, not zero"
     text = "\n".join(notes(comparison))
-    assert "a: not finished, validated up to step 20 of 40" in text
+    assert "Not finished: " in text
+    assert "step 20 of 40" in text
     assert "Steps 1 to 20, which all runs have" in text
     assert "No row `loss without dropout`: " in text
     assert "DATA.train.eval_sample" in text

@@ -110,7 +110,7 @@ def read_run(folder: Path, metric: str) -> Run:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(_newest_config(folder)), resolve=False)
         config = dict(_leaves(tree))
-    except Exception as error:  # the parser raises many types on a corrupt file
+    except Exception as error:  # whatever a torn or foreign file makes of the parser
         raise ComparisonError(f"{folder}: its {CONFIG} cannot be read ({error}); is it a run folder?") from error
     rows = _read_rows(folder / METRICS)
     names = [f"{subset}/{m}" for m in dict.fromkeys((metric, *METRIC_ORDER)) for subset in ("val", "train_eval")]
@@ -154,7 +154,7 @@ def _refuse_without_validation(folder: Path, rows: Sequence[Mapping[str, Any]], 
     if known and metric not in known:
         raise ComparisonError(f"{folder}: no {metric} was validated; choose one with --metric: {', '.join(known)}")
     last = max((row["step"] for row in rows), default=0)
-    raise NothingYetError(f"{folder}: no validation after step 0 (last step {last}), nothing to compare yet")
+    raise NothingYetError(f"{folder}: no validation after step 0 (it got to step {last}), nothing to compare yet")
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -138,11 +138,12 @@ def _interval_notes(comparison: Comparison) -> list[str]:
 
 def _run_notes(comparison: Comparison) -> list[str]:
     found, steps = [f"Skipped: {reason}" for reason in comparison.skipped], set()
+    unfinished = [run for run in comparison.runs if not run.is_finished]
+    if unfinished:
+        found.append(f"Not finished: {_some(f'{r.name} (step {r.last_step} of {r.total_step})' for r in unfinished)}.")
     for run in comparison.runs:
         val = run.val.between(0, comparison.window.end)
         steps.add(tuple(val.step.tolist()))
-        if not run.is_finished:
-            found.append(f"{run.name}: not finished, validated up to step {run.last_step} of {run.total_step}.")
         if lost := int((~np.isfinite(val.value)).sum()):
             found.append(f"{run.name}: {lost} of {len(val.value)} validations were not finite and do not count.")
     if len(steps) > 1:
