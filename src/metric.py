@@ -412,6 +412,8 @@ class Samples:
             for name in parts[0].metric
         }
         joined = cls(metric=metric, **columns)
+        if (np.diff(joined.position) > 0).all():
+            return joined
         order = np.lexsort((*(column[:, 0] for value in metric.values() for column in value), joined.position))
         return joined.select(order[np.unique(joined.position[order], return_index=True)[1]])
 

@@ -29,11 +29,11 @@ GROUP_COLUMNS_2D = {
 _NAME_WIDTH = 18
 
 
-def show(estimate: Estimate | None, unit: str, with_interval: bool = True) -> str:
+def show(estimate: Estimate | None, unit: str) -> str:
     """`12.3 [11.9, 12.8]`; empty without an estimate."""
     if estimate is None:
         return ""
-    if estimate.low is None or estimate.high is None or not with_interval:
+    if estimate.low is None or estimate.high is None:
         return _number(estimate.value, unit)
     return f"{_number(estimate.value, unit)} [{_number(estimate.low, unit)}, {_number(estimate.high, unit)}]"
 
