@@ -12,7 +12,7 @@ SEED = "GENERAL.seed"
 METRIC_ORDER = ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error")
 # curves besides the metrics: "<subset in metrics.jsonl>/<name>"
 LOSS, EVAL_LOSS, DROPOUT_RATE = "train/loss_total", "train_eval/loss_total", "train/dropout_rate"
-# keys that do not make another experiment
+# keys in which runs may differ without being another experiment
 _HOUSEKEEPING = ("GENERAL.output_root", "GENERAL.resume_path", "GENERAL.description", "GENERAL.num_worker",
                  "GENERAL.prefetch_factor", "GENERAL.keep_checkpoint", "DATA.root", "DATA.index_dir",
                  "AIM.")  # fmt: skip
@@ -84,7 +84,7 @@ class Run:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Dotted key -> the values it has, for keys that are not the same in all runs, except seeds and housekeeping."""
+    """Dotted key -> the values it has, for keys that are not the same in all runs; seeds and housekeeping left out."""
     keys = sorted({key for run in runs for key in run.config})
     found = {}
     for key in keys:
