@@ -1,7 +1,7 @@
-"""Compare finished or running trainings: curves over each other, a table of changes with bootstrap intervals.
+"""Compare finished or running trainings: overlaid curves and a table of changes with bootstrap intervals.
 
-A run is named by its folder; a folder with runs below it, a glob, or several of them stand for all their runs, such as
-the seeds of one setting. Read are metrics.jsonl and config.yaml of each.
+Name a run by its folder; a folder with runs below it, a glob, or several of them stand for all their runs, such as the
+seeds of one setting. The metrics.jsonl and config.yaml of each run are read.
 
 python script/compare.py checkpoint/claim/gate --against checkpoint/claim/constant
 python script/compare.py checkpoint/2026-02-01/12-00-00_stage1-dino_large --against 'checkpoint/2026-01-*/*dino_large'
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line; exits with code 2 on a usage error."""
     doc = (__doc__ or "").partition("\n\n")
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=how)
-    where = "RUN_OR_GLOB"
-    parser.add_argument("runs", nargs="*", metavar=where, help="the runs of one side")
-    parser.add_argument("--against", nargs="+", metavar=where, help="the runs they are compared with")
-    parser.add_argument("--also", nargs="+", metavar=where, action="append", default=[], help="one more side")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=formatter)
+    runs = "RUN_OR_GLOB"
+    parser.add_argument("runs", nargs="*", metavar=runs, help="the runs of one side")
+    parser.add_argument("--against", nargs="+", metavar=runs, help="the baseline runs")
+    parser.add_argument("--also", nargs="+", metavar=runs, action="append", default=[], help="one more side")
     parser.add_argument("--metric", help="in mm; default: mpjpe_cam, or the first that all runs have")
-    parser.add_argument("--early", type=float, default=1 / 3, help="share of the run that is early; default: a third")
-    parser.add_argument("--late", type=float, default=1 / 3, help="share of the run that is late; default: a third")
-    parser.add_argument("--num_bootstrap", type=int, default=10000, help="draws; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--early", type=float, default=1 / 3, help="fraction of the run that is early; default: 1/3")
+    parser.add_argument("--late", type=float, default=1 / 3, help="fraction of the run that is late; default: 1/3")
+    parser.add_argument("--num_bootstrap", type=int, default=10000, help="bootstrap draws; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument(
-        "--redraw", type=Path, metavar="JSON", help="an earlier comparison.json; runs are its sides, or all"
+        "--redraw", type=Path, metavar="JSON", help="an earlier comparison.json; name its sides, or none for all"
     )
     parser.add_argument("--output", type=Path, help="a new folder; default: checkpoint/comparison/<date and time>")
     args = parser.parse_args(argv)
     if bool(args.runs) != bool(args.against) or not (args.runs or args.redraw):
-        parser.error("name the runs and, after --against, those they are compared with")
+        parser.error("name the runs and, after --against, the baseline runs")
     if not (0 < args.early <= 1 and 0 < args.late <= 1):
-        parser.error("--early and --late are shares of the run, above 0 and at most 1")
+        parser.error("--early and --late are fractions of the run, above 0 and at most 1")
     if args.num_bootstrap < 100:
         parser.error("--num_bootstrap must be at least 100")
     return args
@@ -63,12 +63,12 @@ def load(args: argparse.Namespace, options: Options) -> Comparison:
         return read_data(args.redraw, options, args.metric).choose(names)
     patterns = [args.runs, *args.also, args.against]
     sides = dict(zip(side_names(patterns), map(find_runs, patterns), strict=True))
-    read, left_out = read_sides(sides, args.metric)
-    return Comparison(read, options, left_out)
+    read, skipped = read_sides(sides, args.metric)
+    return Comparison(read, options, skipped)
 
 
 def side_names(patterns: Sequence[Sequence[str]]) -> list[str]:
-    """What to call each side: the last part of its path that tells it from the others."""
+    """Name each side by the shortest end of its path that is unique among the sides."""
     parts = [[part for part in Path(side[0]).parts if not set(part) <= set("*?.")] or ["runs"] for side in patterns]
     for number in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-number:]) for part in parts]
@@ -78,17 +78,17 @@ def side_names(patterns: Sequence[Sequence[str]]) -> list[str]:
 
 
 def new_folder(path: Path | None) -> Path:
-    """Make the output folder. Raises ComparisonError where it holds something already."""
+    """Create the output folder. Raises ComparisonError if it is not empty or cannot be created."""
     from src.compare.runs import ComparisonError
 
     path = path or Path("checkpoint/comparison") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        taken = any(path.iterdir())
+        is_empty = not any(path.iterdir())
     except OSError as error:
-        raise ComparisonError(f"--output {path}: cannot be made ({error.strerror})") from error
-    if taken:
-        raise ComparisonError(f"--output {path}: holds files already; name a new folder, nothing is overwritten")
+        raise ComparisonError(f"--output {path}: cannot be created ({error.strerror})") from error
+    if not is_empty:
+        raise ComparisonError(f"--output {path}: is not empty; name a new folder")
     return path
 
 

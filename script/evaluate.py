@@ -1,4 +1,4 @@
-"""Measure a trained network on shards: metrics with bootstrap intervals, plots, sheets of hands, submission files.
+"""Evaluate a trained network on shards: metrics with bootstrap intervals, plots, sheets of hands, submission files.
 
 python script/evaluate.py checkpoint/2026-01-31/12-00-00_stage1-dino_large
 python script/evaluate.py model/hand-mini
@@ -6,7 +6,7 @@ python script/evaluate.py RUN/checkpoints/best data=labs DATA.root=/data/shards 
 python script/evaluate.py RUN DATA.root=data 'DATA.val.source=[realhands/all/*]' GENERAL.num_worker=2
 python script/evaluate.py RUN DATA.root=/data 'DATA.val.source=[FreiHAND/evaluation/*]' --submission freihand
 
-The configuration is the checkpoint's own; KEY=VALUE changes it as for script/stage1.py.
+The configuration is the checkpoint's; KEY=VALUE overrides it as for script/stage1.py.
 """
 
 from __future__ import annotations
@@ -24,35 +24,37 @@ from src.config_parse import GROUPS, check_overrides
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 CHALLENGES = ("freihand", "ho3d")
-HALVES = ("a", "b")  # as in src/data/order/plan.py, which imports more than a command line needs
+HALVES = ("a", "b")  # as in src/data/order/plan.py, whose imports would slow down --help
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line; exits with code 2 on a usage error."""
     doc = (__doc__ or "").partition("\n\n")
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=how)
-    parser.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint), or one checkpoint in it")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=formatter)
+    parser.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint), or one checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. data=labs DATA.val.max_sample=null")
     parser.add_argument(
         "--output",
         type=Path,
-        help="a new folder; default: evaluation/ in the run folder, in checkpoint/ without one",
+        help="a new folder; default: below evaluation/ in the run folder, or checkpoint/evaluation/ without one",
     )
-    parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws; default: %(default)s")
-    parser.add_argument("--resample", choices=("sample", "clip"), default="sample", help="what is drawn anew")
-    parser.add_argument("--half", choices=HALVES, help="only this half of the samples, split by their keys")
+    parser.add_argument("--num_bootstrap", type=int, default=1000, help="bootstrap draws; default: %(default)s")
+    parser.add_argument(
+        "--resample", choices=("sample", "clip"), default="sample", help="bootstrap unit; default: %(default)s"
+    )
+    parser.add_argument("--half", choices=HALVES, help="evaluate one half of the samples, split by key")
     parser.add_argument("--num_overlay", type=int, default=16, help="hands on each sheet; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the random hands")
-    parser.add_argument("--submission", choices=CHALLENGES, help="also write pred.json and pred.zip of that challenge")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap and the random hands")
+    parser.add_argument("--submission", choices=CHALLENGES, help="also write pred.json and pred.zip for a challenge")
     parser.add_argument("--order", type=Path, help="the challenge's list of images (HO-3D: evaluation.txt)")
     args = parser.parse_intermixed_args(argv)
     if args.num_bootstrap < 100 or args.num_overlay < 0:
         parser.error("--num_bootstrap must be at least 100 and --num_overlay at least 0")
     if args.submission == "ho3d" and args.order is None:
-        parser.error("--submission ho3d needs --order: the evaluation.txt of HO-3D, in whose order it is taken")
+        parser.error("--submission ho3d needs --order: HO-3D's evaluation.txt, which defines the order")
     if args.half is not None and args.submission is not None:
-        parser.error("--submission needs every image; leave out --half")
+        parser.error("--submission needs every image; remove --half")
     if args.order is not None and args.submission is None:
         parser.error("--order belongs to --submission")
     if wrong := [text for text in args.overrides if "=" not in text]:
@@ -61,10 +63,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_overrides(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """(the data group, dotted key -> value) of KEY=VALUE texts in Hydra's grammar.
+    """Parse KEY=VALUE in Hydra's grammar. Returns: the data group, and dotted key -> value.
 
     Raises:
-        ConfigError: an unknown key, a group that an evaluation does not read, or a value that does not parse.
+        ConfigError: an unknown key, a config group other than data, or a value that does not parse.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -80,14 +82,14 @@ def parse_overrides(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any
         if key == "data":
             data = value
         elif key in GROUPS:
-            raise ConfigError(f"{key}={value}: an evaluation takes the network as it is and augments nothing")
+            raise ConfigError(f"{key}={value}: an evaluation uses the checkpoint's network and no augmentation")
         else:
             changes[key] = value
     return data, changes
 
 
 def compose(saved: Mapping[str, Any], overrides: Sequence[str], whole: bool) -> Config:
-    """The checkpoint's configuration with the changes; `whole`: every validation frame. Raises ConfigError."""
+    """The checkpoint's configuration with the overrides; `whole`: every validation frame. Raises ConfigError."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -100,7 +102,7 @@ def compose(saved: Mapping[str, Any], overrides: Sequence[str], whole: bool) -> 
             base = hydra.compose("stage1-base", overrides=[] if data is None else [f"+data={data}"])
     except HydraException as error:
         known = ", ".join(sorted(path.stem for path in (CONFIG_DIR / "data").glob("*.yaml")))
-        raise ConfigError(f"data={data}: there is no such file in config/data; choose one of {known}") from error
+        raise ConfigError(f"data={data}: config/data has no such file; choose one of {known}") from error
     defaults = OmegaConf.to_container(base, resolve=True, throw_on_missing=False)
     if whole:
         changes = {**changes, "DATA.val.max_sample": None}
@@ -112,7 +114,7 @@ def compose(saved: Mapping[str, Any], overrides: Sequence[str], whole: bool) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        parse_overrides(args.overrides)  # a typing mistake costs no import of torch
+        parse_overrides(args.overrides)  # before the slow import of torch
     except ConfigError as error:
         return refuse(error)
 
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from src.evaluate.bootstrap import Bootstrap
     from src.evaluate.run import Options, run_evaluation
     from src.evaluate.submission import read_order
-    from src.evaluate.write import how, terminal_grids
+    from src.evaluate.write import describe_intervals, terminal_grids
     from src.utils.console import console, progress_bar, set_up_logging
 
     set_up_logging()
@@ -140,14 +142,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     for grid in terminal_grids(evaluation.groups):
         console.print(grid.as_rich(), "")
-    console.print(how(bootstrap), soft_wrap=True)
-    console.print(f"written to {evaluation.folder}: {', '.join(sorted(p.name for p in evaluation.folder.iterdir()))}",
-                  soft_wrap=True)  # fmt: skip
+    console.print(describe_intervals(bootstrap), soft_wrap=True)
+    written = ", ".join(sorted(path.name for path in evaluation.folder.iterdir()))
+    console.print(f"written to {evaluation.folder}: {written}", soft_wrap=True)
     return 0
 
 
 def refuse(error: Exception) -> int:
-    """Tell what is wrong."""
+    """Print the error; returns the exit code."""
     print(f"evaluate: {error}", file=sys.stderr)
     return 2
 

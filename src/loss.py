@@ -1,8 +1,8 @@
-"""The loss terms: a Prediction against a Batch. Owns no network.
+"""The loss terms of a Prediction against a Batch.
 
-Every term is a masked sum and a count of what was valid; the mean is taken once, over all micro-batches and all
-processes of a step. A sample without a label then neither dilutes a term nor changes the weight of the others, and the
-same global batch gives the same loss however it is cut. Shapes: B batch, J = 21 joints.
+Every term is a masked sum with a count of valid items. The mean is computed once per step, over all micro-batches and
+processes. A sample without a label then neither dilutes a term nor changes the weight of other samples, and the same
+global batch gives the same loss however it is split. Shapes: B batch, J = 21 joints, G x G tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOSS_TERMS = (
     *("loss_joint_seen", "loss_joint_heat"),
 )
 NUM_TERM = len(LOSS_TERMS)
-HEAT_SIGMA = 0.7  # tokens: width of the target of loss_joint_heat
+HEAT_SIGMA = 0.7  # in tokens: standard deviation of the target of loss_joint_heat
 
 
 def loss_weights(cfg: LossConfig) -> torch.Tensor:
@@ -28,7 +28,7 @@ def loss_weights(cfg: LossConfig) -> torch.Tensor:
 
 
 def _masks(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """One validity mask per term, [B] or [B, J]. Padding counts for nothing."""
+    """One validity mask per term, [B] or [B, J]; 0 for padding."""
     real = (batch.position >= 0).float()
     has_root = batch.joint_3d_valid[:, 0] * real
     joint_2d = batch.joint_2d_valid * real[:, None]
@@ -45,22 +45,22 @@ def _masks(batch: Batch) -> tuple[torch.Tensor, ...]:
 
 
 def loss_counts(batch: Batch) -> torch.Tensor:
-    """How many valid items each sample has for each term of LOSS_TERMS, [B, NUM_TERM] float32. Needs no prediction."""
+    """The number of valid items of each sample for each term of LOSS_TERMS, [B, NUM_TERM] float32."""
     return torch.stack([mask.flatten(1).sum(1) if mask.ndim > 1 else mask for mask in _masks(batch)], dim=1)
 
 
 def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Tensor:
     """Each sample's masked sum of each term of LOSS_TERMS, [B, NUM_TERM] float32.
 
-    * loss_theta: mean absolute difference of the 16 rotation matrices, against the target's full pose.
+    * loss_theta: mean absolute difference of the 16 rotation matrices from those of the target's full pose.
     * loss_shape: mean absolute difference of the shape coefficients.
-    * loss_trans: absolute difference of the wrist in the camera, mm, mean of the axes. Needs intrinsics.
-    * loss_joint_rel: absolute difference of wrist-relative joints, mm, mean of the axes.
-    * loss_joint_img: absolute difference of projected joints, px of the patch, mean of the axes.
-    * loss_joint_seen: the same for the joints located in the patch before any 3D.
-    * loss_joint_heat: divergence of the weights of a joint's votes from a Gaussian about its true place.
+    * loss_trans: absolute difference of the wrist in the camera frame, mm, mean over axes. Needs intrinsics.
+    * loss_joint_rel: absolute difference of wrist-relative joints, mm, mean over axes.
+    * loss_joint_img: absolute difference of projected joints, px of the patch, mean over axes.
+    * loss_joint_seen: the same for the predicted 2D keypoints, the query initialisation.
+    * loss_joint_heat: KL divergence of a keypoint's token weights from a Gaussian around its target.
 
-    The gradient reaches the pose through loss_theta, loss_joint_rel and loss_joint_img.
+    The pose receives gradients from loss_theta, loss_joint_rel and loss_joint_img.
     """
     target_rotmat = hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean)
     target_rel = batch.joint_cam - batch.joint_cam[:, :1]
@@ -79,11 +79,11 @@ def loss_sums(prediction: Prediction, batch: Batch, hand: ManoLayer) -> torch.Te
 
 
 def _heat_error(heat: torch.Tensor, joint: torch.Tensor, img_size: int) -> torch.Tensor:
-    """KL divergence [B, J] of log-probabilities over the tokens [B, G, G, J] from Gaussians of HEAT_SIGMA tokens about
-    the joints [B, J, 2] px: the regularisation of a soft-argmax after Nibali et al., arXiv 1801.07372."""
+    """KL divergence [B, J] of log-probabilities over the tokens [B, G, G, J] from Gaussians of HEAT_SIGMA tokens around
+    the joints [B, J, 2] px: the soft-argmax regularisation of Nibali et al., arXiv 1801.07372."""
     grid = heat.shape[1]
-    place = (joint + 0.5) * (grid / img_size) - 0.5  # in tokens
-    offset = torch.arange(grid, device=joint.device) - place[..., None]  # [B, J, 2, G]
+    centre = (joint + 0.5) * (grid / img_size) - 0.5  # in tokens
+    offset = torch.arange(grid, device=joint.device) - centre[..., None]  # [B, J, 2, G]
     log_target = (-0.5 * (offset / HEAT_SIGMA).square()).log_softmax(dim=-1)
     target = log_target.exp()
     col, row = target.unbind(2)
@@ -91,5 +91,5 @@ def _heat_error(heat: torch.Tensor, joint: torch.Tensor, img_size: int) -> torch
 
 
 def mean_terms(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mean of each term, [NUM_TERM]; 0 where nothing was valid."""
+    """Mean of each term, [NUM_TERM]; 0 without valid items."""
     return sums / counts.clamp(min=1.0)

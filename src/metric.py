@@ -1,34 +1,236 @@
-"""Hand pose metrics in mm, sample by sample, and the accumulator that turns them into numbers nobody can shake.
+"""Hand pose metrics: the one table of them, for validation and script/evaluate.py, and the per-sample results.
 
-Shape legend: B batch, N points (21 joints or V vertices), T thresholds.
+Shape legend: B batch, S samples, N points (21 joints or V vertices), J = 21 joints, T = 100 thresholds, K columns of a
+metric (1, J or T). Lengths are mm unless stated otherwise.
 
-Everything here is numpy float64 on the CPU, one sample independent of the others in its batch. A metric of a sample is
-a pair (sum, count); the accumulator keeps the pairs by position in the data order, drops padding and duplicates, adds
-with math.fsum (exactly rounded, so in any order) and divides once. Given equal network outputs the result is equal to
-the last bit for any batch size, number of workers or of processes.
+* `target_points` decides what a prediction is compared with and which points of which samples count.
+* `METRICS` lists every metric: the points it compares and how it reduces their distances.
+* `Samples` holds one (sum, count) pair per sample and metric. A mean is sum / count over all samples.
+
+Everything here is numpy float64 on the CPU, one sample independent of the others in its batch. Sums over samples use
+math.fsum (exactly rounded, so independent of the order). Given equal network outputs, a result is bit-identical for any
+batch size, number of workers or number of processes.
+
+The frames of reference are `cam` (camera coordinates), `rel` (prediction and target relative to their own wrists) and
+`pa` (prediction aligned to the target by the best similarity transform). docs/EVALUATION.md lists formulas and sources.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.batch import Batch, Prediction
+from src.batch import NUM_JOINT, Batch, Prediction
 from src.hand.skeleton import MIDDLE_KNUCKLE, WRIST
 
+FRAMES = {"cam": "camera", "rel": "root-relative", "pa": "Procrustes"}
 PCK_THRESHOLDS_MM = np.linspace(0.0, 50.0, 100)  # FreiHAND's evaluation: 0-50 mm, 100 thresholds
-PCK_2D_THRESHOLDS = np.linspace(0.0, 0.2, 100)  # of the longer side of the hand's 2D box
-_MIN_ALIGN_POINT = 3  # fewer points do not fix a similarity transform
+PCK_2D_THRESHOLDS = np.linspace(0.0, 0.2, 100)  # fractions of the longer side of the hand's 2D box
+PCK_MM = 20.0
+PCK_2D = {"pck05_2d": 0.05, "pck10_2d": 0.1, "pck15_2d": 0.15, "pck20_2d": 0.2}  # fractions of the 2D box
+F_THRESHOLDS_MM = (5.0, 15.0)
+_MIN_ALIGN_POINT = 3  # fewer points do not determine a similarity transform
+_MIN_BOX_PX = 1.0
 
 
 class SampleMetric(NamedTuple):
-    """One metric of each sample of a batch; the mean over samples is sum(total) / sum(count)."""
+    """One metric of each sample; the mean over samples is sum(total) / sum(count)."""
 
-    total: np.ndarray  # [B] float64
-    count: np.ndarray  # [B] float64; 0 where the sample has no valid point
+    total: np.ndarray  # [B] or [B, K] float64
+    count: np.ndarray  # [B] or [B, K] float64; 0 where the sample has no valid point
+
+
+class Target(NamedTuple):
+    """What a prediction is compared with, in one frame of reference."""
+
+    point: np.ndarray  # [B, N, 2 or 3]
+    valid: np.ndarray  # [B, N] bool: the points that count
+    unit: np.ndarray | float = 1.0  # [B, 1]: distances are divided by it
+    thresholds: np.ndarray = PCK_THRESHOLDS_MM  # [T] of the PCK curve, in this unit
+
+
+def target_points(batch: Batch, target_vert: Any) -> dict[str, Target]:
+    """The targets by name of `Metric.points`. This is the one place that decides which samples and points count.
+
+    Args: batch; target_vert [B, V, 3] mm tensor: vertices of the hand model for the target's pose and shape, the wrist
+    joint at the origin (arbitrary where has_mano is 0).
+    """
+    joint, vert = _array(batch.joint_cam), _array(target_vert)
+    root = joint[:, :1]
+    valid, valid_2d = _array(batch.joint_3d_valid) > 0, _array(batch.joint_2d_valid) > 0
+    has_intr = _array(batch.has_intr)[:, None] > 0
+    has_wrist = valid[:, [WRIST]]
+    has_bone = valid[:, [WRIST, MIDDLE_KNUCKLE]].all(axis=1, keepdims=True)
+    has_mano = np.broadcast_to(_array(batch.has_mano)[:, None] > 0, vert.shape[:2])
+    return {
+        "joint_cam": Target(joint, valid & has_intr),
+        "joint_rel": Target(joint - root, valid & has_wrist),
+        "joint_pa": alignment_target(joint, valid),
+        "joint_st": Target(joint, valid & has_bone),
+        "root": Target(root, has_wrist & has_intr),
+        "joint_patch": Target(_array(batch.joint_patch), valid_2d),
+        "joint_2d": box_target(to_source_image(batch.joint_patch, batch), valid_2d),
+        "vert_cam": Target(vert + root, has_mano & has_intr & has_wrist),
+        "vert_rel": Target(vert, has_mano),
+        "vert_pa": alignment_target(vert + root, has_mano),
+    }
+
+
+def alignment_target(point: np.ndarray, valid: np.ndarray) -> Target:
+    """The target of a Procrustes alignment: a sample with fewer than 3 valid points does not count.
+
+    Args: point [B, N, 3]; valid [B, N] bool.
+    """
+    return Target(point, valid & (valid.sum(axis=1, keepdims=True) >= _MIN_ALIGN_POINT))
+
+
+def box_target(point: np.ndarray, valid: np.ndarray) -> Target:
+    """The target of 2D PCK: distances are relative to the longer side of the tight box of the sample's valid points.
+
+    A sample with fewer than two valid points, or with all of them within one pixel, has no box and does not count.
+
+    Args: point [B, J, 2] px of the source image; valid [B, J] bool.
+    """
+    side = box_side(point, valid)[:, None]
+    has_box = side >= _MIN_BOX_PX
+    return Target(point, valid & has_box, np.where(has_box, side, 1.0), PCK_2D_THRESHOLDS)
+
+
+def predicted_points(prediction: Prediction, batch: Batch, target: dict[str, Target]) -> dict[str, np.ndarray]:
+    """The predicted points [B, N, 2 or 3] in the frames of the targets, by the same names."""
+    joint, vert = _array(prediction.joint_cam), _array(prediction.vert_cam)
+    root = joint[:, :1]
+    return {
+        "joint_cam": joint,
+        "joint_rel": joint - root,
+        "joint_pa": align_procrustes(joint, *target["joint_pa"][:2]),
+        "joint_st": align_scale_translation(joint, target["joint_st"].point),
+        "root": root,
+        "joint_patch": _array(prediction.joint_patch),
+        "joint_2d": to_source_image(prediction.joint_patch, batch),
+        "vert_cam": vert,
+        "vert_rel": vert - root,
+        "vert_pa": align_procrustes(vert, *target["vert_pa"][:2]),
+    }
+
+
+def to_source_image(point: Any, batch: Batch) -> np.ndarray:
+    """Map points of the patch to the source image: mirrored back for left hands, infinite if behind its camera.
+
+    Args: point [B, N, 2] px of the patch, tensor. Returns: [B, N, 2] px float64.
+    """
+    patch_to_image = np.linalg.inv(_array(batch.image_to_patch))
+    moved = _array(point) @ patch_to_image[..., :2].swapaxes(1, 2) + patch_to_image[:, None, :, 2]
+    in_front = moved[..., 2:] > 0
+    return np.where(in_front, moved[..., :2] / np.where(in_front, moved[..., 2:], 1.0), np.inf)
+
+
+class PointErrors:
+    """Predicted points [B, N, 2 or 3] against a Target. Intermediate results that metrics share are computed once."""
+
+    def __init__(self, pred: np.ndarray, target: Target) -> None:
+        self.pred, self.target = pred, target
+
+    @cached_property
+    def distance(self) -> np.ndarray:
+        """[B, N] in the target's unit."""
+        return point_distance(self.pred, self.target.point) / self.target.unit
+
+    @cached_property
+    def curve(self) -> SampleMetric:
+        """The number of valid points within each threshold; the PCK curve is sum(total) / sum(count)."""
+        return pck_curve(self.distance, self.target.valid, self.target.thresholds)
+
+    @cached_property
+    def f_scores(self) -> list[SampleMetric]:
+        """F-scores at F_THRESHOLDS_MM of the samples whose points are all valid."""
+        return f_scores(self.pred, self.target.point, self.target.valid.all(axis=1), F_THRESHOLDS_MM)
+
+    def mean(self) -> SampleMetric:
+        """Mean distance (MPJPE, MPVPE)."""
+        return sum_valid(self.distance, self.target.valid)
+
+    def share(self, threshold: float) -> SampleMetric:
+        """Fraction of points within a distance (PCK). An infinite or NaN distance is never within it."""
+        return sum_valid(self.distance <= threshold, self.target.valid)
+
+    def auc(self) -> SampleMetric:
+        """Area under the PCK curve, between 0 and 1."""
+        return curve_auc(self.curve, self.target.thresholds)
+
+    def each(self) -> SampleMetric:
+        """The distances point by point, [B, N]."""
+        valid = self.target.valid
+        return SampleMetric(np.where(valid, self.distance, 0.0), valid.astype(np.float64))
+
+
+class Metric(NamedTuple):
+    """A row of the table of metrics."""
+
+    points: str  # the compared points: a key of `target_points`
+    value: Callable[[PointErrors], SampleMetric]
+    label: str = ""  # row in the tables of an evaluation; "": not shown there
+    unit: str = ""  # "mm", "px", "%" (a fraction, shown in %), or "" for a score between 0 and 1
+    frame: str = "cam"  # column in the tables: a key of FRAMES
+
+
+def _joint_metrics(frame: str) -> dict[str, Metric]:
+    points = f"joint_{frame}"
+    return {
+        f"mpjpe_{frame}": Metric(points, PointErrors.mean, "MPJPE", "mm", frame),
+        f"pck20_{frame}": Metric(points, lambda e: e.share(PCK_MM), f"PCK at {PCK_MM:.0f} mm", "%", frame),
+        f"auc_{frame}": Metric(points, PointErrors.auc, "AUC 0-50 mm", "", frame),
+        f"joint_{frame}": Metric(points, PointErrors.each),
+        f"curve_{frame}": Metric(points, lambda e: e.curve),
+    }
+
+
+def _vertex_metrics(frame: str) -> dict[str, Metric]:
+    points = f"vert_{frame}"
+    return {
+        f"mpvpe_{frame}": Metric(points, PointErrors.mean, "MPVPE", "mm", frame),
+        f"auc_vert_{frame}": Metric(points, PointErrors.auc, "AUC of vertices", "", frame),
+        f"curve_vert_{frame}": Metric(points, lambda e: e.curve),
+        f"f5_{frame}": Metric(points, lambda e: e.f_scores[0], "F@5 mm", "", frame),
+        f"f15_{frame}": Metric(points, lambda e: e.f_scores[1], "F@15 mm", "", frame),
+    }
+
+
+METRICS: dict[str, Metric] = {
+    **{name: metric for frame in FRAMES for name, metric in _joint_metrics(frame).items()},
+    "mpjpe_st": Metric("joint_st", PointErrors.mean, "MPJPE scale-translation", "mm", "rel"),
+    "root_error": Metric("root", PointErrors.mean, "root error", "mm"),
+    "error_2d": Metric("joint_patch", PointErrors.mean, "2D error of the patch", "px"),
+    **{
+        name: Metric("joint_2d", partial(PointErrors.share, threshold=share), f"2D PCK at {share:g} box", "%")
+        for name, share in PCK_2D.items()
+    },
+    "auc_2d": Metric("joint_2d", PointErrors.auc, "2D AUC 0-0.2 box"),
+    "curve_2d": Metric("joint_2d", lambda e: e.curve),
+    **{name: metric for frame in FRAMES for name, metric in _vertex_metrics(frame).items()},
+}
+UNITS = {name: metric.unit for name, metric in METRICS.items() if metric.label}
+
+
+def measure(
+    prediction: Prediction, batch: Batch, target_vert: Any, names: Iterable[str] = tuple(METRICS)
+) -> dict[str, SampleMetric]:
+    """The metrics `names` of each sample of a batch; `target_vert` as in `target_points`."""
+    target = target_points(batch, target_vert)
+    return compare(predicted_points(prediction, batch, target), target, names)
+
+
+def compare(
+    pred: dict[str, np.ndarray], target: dict[str, Target], names: Iterable[str] = tuple(METRICS)
+) -> dict[str, SampleMetric]:
+    """The metrics `names` of predicted points; metrics whose points are not in `pred` are omitted."""
+    errors = {points: PointErrors(pred[points], target[points]) for points in pred}
+    return {name: METRICS[name].value(errors[METRICS[name].points]) for name in names if METRICS[name].points in errors}
 
 
 def point_distance(pred: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -47,7 +249,7 @@ def box_side(point: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 def sum_valid(value: np.ndarray, valid: np.ndarray) -> SampleMetric:
-    """Sum over a sample's valid points; what invalid points hold, NaN included, does not matter.
+    """Sum over a sample's valid points; the values of invalid points, NaN included, are ignored.
 
     Args: value [B, N]; valid [B, N] 0 or 1.
     """
@@ -55,17 +257,12 @@ def sum_valid(value: np.ndarray, valid: np.ndarray) -> SampleMetric:
     return SampleMetric(np.where(mask, value, 0.0).sum(axis=1), mask.sum(axis=1).astype(np.float64))
 
 
-def point_error(pred: np.ndarray, target: np.ndarray, valid: np.ndarray) -> SampleMetric:
-    """Summed distance of a sample's valid points (MPJPE, MPVPE). Args: pred, target [B, N, 3] mm; valid [B, N]."""
-    return sum_valid(point_distance(pred, target), valid)
-
-
 def align_procrustes(pred: np.ndarray, target: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """`pred` moved onto `target` by the best similarity transform (rotation, scale, translation; no reflection) in the
-    least-squares sense over valid points: Umeyama, "Least-squares estimation of transformation parameters", 1991.
+    """Align `pred` to `target` by the similarity transform (rotation, scale, translation; no reflection) with the least
+    squared error over valid points: Umeyama, "Least-squares estimation of transformation parameters", 1991.
 
-    Args: pred, target [B, N, 3]; valid [B, N]. Returns: [B, N, 3], all points transformed; NaN for a sample whose valid
-    points hold NaN or infinity. A prediction collapsed into one point is only translated.
+    Args: pred, target [B, N, 3]; valid [B, N]. Returns: [B, N, 3], all points transformed; NaN for a sample with NaN or
+    infinity in a valid point. A prediction collapsed into one point is only translated.
     """
     weight = (valid > 0)[..., None].astype(np.float64)
     pred_valid, target_valid = np.where(weight > 0, pred, 0.0), np.where(weight > 0, target, 0.0)
@@ -91,18 +288,11 @@ def align_procrustes(pred: np.ndarray, target: np.ndarray, valid: np.ndarray) ->
     return np.where(keep, aligned, np.nan)
 
 
-def procrustes_error(pred: np.ndarray, target: np.ndarray, valid: np.ndarray) -> SampleMetric:
-    """`point_error` after `align_procrustes` (PA-MPJPE, PA-MPVPE); samples with fewer than 3 valid points count 0."""
-    enough = (valid > 0).sum(axis=1, keepdims=True) >= _MIN_ALIGN_POINT
-    usable = (valid > 0) & enough
-    return point_error(align_procrustes(pred, target, usable), target, usable)
-
-
 def align_scale_translation(pred: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """`pred` scaled about its wrist until the bone from wrist to middle knuckle is as long as the target's, and moved
-    onto the target's wrist: HO-3D's `scale and translation` alignment (its eval.py, joints 0 and 4 of MANO's order).
+    """Scale `pred` so that its bone from wrist to middle knuckle is as long as the target's, and translate its wrist to
+    the target's: HO-3D's `scale and translation` alignment (its eval.py, joints 0 and 4 of MANO's order).
 
-    Args: pred, target [B, 21, 3], both ends of that bone known. Returns: [B, 21, 3].
+    Args: pred, target [B, 21, 3], both ends of that bone valid. Returns: [B, 21, 3].
     """
 
     def bone(joint: np.ndarray) -> np.ndarray:
@@ -114,27 +304,22 @@ def align_scale_translation(pred: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def pck_curve(distance: np.ndarray, valid: np.ndarray, thresholds: np.ndarray = PCK_THRESHOLDS_MM) -> SampleMetric:
-    """Number of a sample's valid points within each threshold; the curve is sum(total) / sum(count).
+    """The number of a sample's valid points within each threshold; the curve is sum(total) / sum(count).
 
     Args: distance, valid [B, N]; thresholds [T] in the same unit. Returns: SampleMetric(total [B, T], count [B]).
     """
     mask = valid > 0
-    first = np.searchsorted(thresholds, distance)  # the first threshold that the distance is within
+    first = np.searchsorted(thresholds, distance)  # the first threshold at or above the distance
     slot = np.where(mask, first, len(thresholds)) + (len(thresholds) + 1) * np.arange(len(distance))[:, None]
     count = np.bincount(slot.ravel(), minlength=len(distance) * (len(thresholds) + 1)).reshape(len(distance), -1)
     return SampleMetric(np.cumsum(count[:, :-1], axis=1).astype(np.float64), mask.sum(axis=1).astype(np.float64))
 
 
-def pck_auc(distance: np.ndarray, valid: np.ndarray, thresholds: np.ndarray = PCK_THRESHOLDS_MM) -> SampleMetric:
-    """Area under the PCK curve by the trapezoidal rule, between 0 and 1 (FreiHAND's `auc`).
-
-    Args: distance, valid [B, N]; thresholds [T] mm, increasing. Returns: SampleMetric in units of points.
-    """
-    return curve_auc(pck_curve(distance, valid, thresholds), thresholds)
-
-
 def curve_auc(curve: SampleMetric, thresholds: np.ndarray = PCK_THRESHOLDS_MM) -> SampleMetric:
-    """`pck_auc` of what `pck_curve` gave."""
+    """Area under a `pck_curve` by the trapezoidal rule, between 0 and 1 (FreiHAND's `auc`). Args: thresholds [T].
+
+    Returns: SampleMetric in units of points.
+    """
     width = np.diff(thresholds)
     area = (0.5 * (curve.total[:, 1:] + curve.total[:, :-1]) * width).sum(axis=1) / width.sum()
     return SampleMetric(area, curve.count)
@@ -144,9 +329,11 @@ def f_scores(
     pred: np.ndarray, target: np.ndarray, sample_valid: np.ndarray, thresholds: Sequence[float]
 ) -> list[SampleMetric]:
     """Harmonic mean of precision and recall of a surface at each distance (Knapitsch et al., "Tanks and Temples",
-    2017), on vertices as FreiHAND does: a vertex is right when the nearest of the other mesh is nearer than that.
+    2017), on vertices as FreiHAND does: a vertex is correct if the nearest vertex of the other mesh is within the
+    distance.
 
-    Args: pred, target [B, V, 3] mm; sample_valid [B]; thresholds in mm. Returns: scores of 0..1, one per valid sample.
+    Args: pred, target [B, V, 3] mm; sample_valid [B]; thresholds in mm. Returns: for each threshold a score between 0
+    and 1 per valid sample.
     """
     usable = sample_valid > 0
     score = np.zeros((len(thresholds), len(pred)))
@@ -160,9 +347,9 @@ def f_scores(
 
 
 def _nearest_squared(pred: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[V, 3], [W, 3] -> squared distance of each point to the nearest of the other set, [V] and [W].
+    """Squared distance of each point to the nearest point of the other set: [V, 3], [W, 3] -> [V], [W].
 
-    |a - b|^2 = |a|^2 + |b|^2 - 2 a b is one matrix product; about the target's centre it is exact to 1e-9 mm^2.
+    |a - b|^2 = |a|^2 + |b|^2 - 2 a b is one matrix product; centred on the target it is exact to 1e-9 mm^2.
     """
     centre = target.mean(axis=0)
     pred, target = pred - centre, target - centre
@@ -173,92 +360,75 @@ def _nearest_squared(pred: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _array(tensor: Any) -> np.ndarray:
-    """A tensor as float64 array on the CPU."""
+    """The tensor as a float64 array on the CPU."""
     return tensor.detach().cpu().double().numpy()
 
 
-def evaluate_batch(prediction: Prediction, batch: Batch, target_vert: Any) -> dict[str, SampleMetric]:
-    """The validation's metrics of each sample of a batch, mm.
+@dataclass(frozen=True)
+class Samples:
+    """The results of many samples, one row per sample."""
 
-    Args: prediction; batch; target_vert [B, V, 3] mm tensor: vertices of the hand model for the target's pose and
-    shape, the wrist joint at the origin (anything where has_mano is 0).
+    position: np.ndarray  # [S] int: place in the data order
+    key: np.ndarray  # [S] str
+    source: np.ndarray  # [S] str: data set
+    is_right: np.ndarray  # [S] bool
+    metric: dict[str, SampleMetric]  # name -> totals [S, K], counts [S, K] or [S, 1]
+    joint_cam: np.ndarray | None = None  # [S, J, 3] mm in the camera of the source image, original side; optional
+    vert_cam: np.ndarray | None = None  # [S, V, 3]
 
-    Returns, with the samples each counts:
-      mpjpe_cam   joints in the camera frame; has_intr and the joint valid
-      mpjpe_rel   joints against the wrist (all 21, the wrist itself among them); the joint and the wrist valid
-      mpjpe_pa    joints after Procrustes alignment with scale; at least 3 joints valid
-      mpvpe_rel   vertices against the wrist; has_mano
-      root_error  the wrist in the camera frame; has_intr and the wrist valid
-    """
-    pred_joint, target_joint = _array(prediction.joint_cam), _array(batch.joint_cam)
-    valid = _array(batch.joint_3d_valid) > 0
-    has_intr = _array(batch.has_intr)[:, None] > 0
-    has_mano = _array(batch.has_mano)[:, None] > 0
-    pred_root, target_root = pred_joint[:, :1], target_joint[:, :1]
-    pred_vert, vert = _array(prediction.vert_cam), _array(target_vert)
-    vert_valid = np.broadcast_to(has_mano, vert.shape[:2])
-    root_valid = valid[:, WRIST : WRIST + 1]
-    return {
-        "mpjpe_cam": point_error(pred_joint, target_joint, valid & has_intr),
-        "mpjpe_rel": point_error(pred_joint - pred_root, target_joint - target_root, valid & root_valid),
-        "mpjpe_pa": procrustes_error(pred_joint, target_joint, valid),
-        "mpvpe_rel": point_error(pred_vert - pred_root, vert, vert_valid),
-        "root_error": point_error(pred_root, target_root, root_valid & has_intr),
-    }
+    def __len__(self) -> int:
+        return len(self.position)
 
+    @classmethod
+    def of_batch(cls, batch: Batch, values: dict[str, SampleMetric], **hands: np.ndarray) -> Samples:
+        """The samples of a batch without its padding; `hands`: joint_cam and vert_cam."""
+        position = batch.position.cpu().numpy()
 
-class MetricAccumulator:
-    """Gathers per-sample metrics of a validation, over batches and processes, and averages them."""
+        def columns(value: np.ndarray) -> np.ndarray:
+            value = value.reshape(len(position), -1)
+            is_curve = value.shape[1] > NUM_JOINT  # integers, and most of the memory
+            return value.astype(np.float32) if is_curve else value
 
-    def __init__(self) -> None:
-        # data set -> metric -> chunks of rows (position, total, count); float64 holds positions exactly up to 2^53
-        self._rows: dict[str, dict[str, list[np.ndarray]]] = {}
+        samples = cls(
+            position=position,
+            key=np.array(batch.key, dtype=object),
+            source=np.array(batch.source, dtype=object),
+            is_right=batch.is_right.cpu().numpy(),
+            metric={name: SampleMetric(columns(v.total), columns(v.count)) for name, v in values.items()},
+            **hands,
+        )
+        return samples.select(position >= 0)
 
-    def update(self, position: np.ndarray, source: Sequence[str], values: dict[str, SampleMetric]) -> None:
-        """Add a batch.
+    @classmethod
+    def join(cls, parts: Sequence[Samples]) -> Samples:
+        """All samples sorted by position. Of duplicates the smallest row is kept, whatever the order of `parts`."""
+        columns = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name, value in vars(parts[0]).items()
+            if isinstance(value, np.ndarray)
+        }
+        metric = {
+            name: SampleMetric(*(np.concatenate(column) for column in zip(*(part.metric[name] for part in parts))))
+            for name in parts[0].metric
+        }
+        joined = cls(metric=metric, **columns)
+        if (np.diff(joined.position) > 0).all():
+            return joined
+        order = np.lexsort((*(column[:, 0] for value in metric.values() for column in value), joined.position))
+        return joined.select(order[np.unique(joined.position[order], return_index=True)[1]])
 
-        Args: position [B] int, the sample's place in the data order, negative for padding; source: B names of data
-        sets; values: metric name -> SampleMetric of the batch.
-        """
-        position, names = np.asarray(position), np.asarray(source, dtype=object)
-        for name in sorted(set(source)):
-            chosen = (position >= 0) & (names == name)
-            if chosen.any():
-                rows = {key: np.column_stack((position, *value))[chosen] for key, value in values.items()}
-                self.merge({name: rows})
+    def select(self, rows: np.ndarray) -> Samples:
+        """The samples given by an index or a mask."""
+        columns = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        metric = {name: SampleMetric(total[rows], count[rows]) for name, (total, count) in self.metric.items()}
+        return replace(self, metric=metric, **columns)
 
-    def merge(self, state: dict[str, dict[str, np.ndarray]]) -> None:
-        """Add what another accumulator gathered (its `state()`)."""
-        for source, metrics in state.items():
-            for name, rows in metrics.items():
-                self._rows.setdefault(source, {}).setdefault(name, []).append(rows)
-
-    def state(self) -> dict[str, dict[str, np.ndarray]]:
-        """Data set -> metric -> rows [S, 3] (position, total, count): what a process hands to the others."""
-        return {source: {name: _unique_rows(r) for name, r in m.items()} for source, m in self._rows.items()}
-
-    def sources(self) -> list[str]:
-        """Names of the data sets seen, sorted."""
-        return sorted(self._rows)
-
-    def compute(self, source: str | None = None) -> dict[str, float]:
-        """Mean of each metric, over all samples or those of one data set; a metric without a valid point is absent."""
-        gathered: dict[str, list[np.ndarray]] = {}
-        for key, metrics in self._rows.items():
-            for name, rows in metrics.items() if source in (None, key) else ():
-                gathered.setdefault(name, []).extend(rows)
-        result = {}
-        for name in sorted(gathered):
-            _, total, count = _unique_rows(gathered[name]).T.tolist()
-            if math.fsum(count) > 0:
-                result[name] = math.fsum(total) / math.fsum(count)
-        return result
+    def means(self) -> dict[str, float]:
+        """The mean of each single-column metric, sorted by name; a metric without a valid point is absent."""
+        known = {name: self.metric[name] for name in sorted(self.metric) if self.metric[name].count.any()}
+        return {name: mean(total[:, 0], count[:, 0]) for name, (total, count) in known.items()}
 
 
-def _unique_rows(chunks: list[np.ndarray]) -> np.ndarray:
-    """One row per position, sorted; of several the smallest stays, so that the order of arrival does not matter."""
-    rows = np.concatenate(chunks)
-    rows = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
-    first = np.ones(len(rows), dtype=bool)
-    first[1:] = rows[1:, 0] != rows[:-1, 0]
-    return rows[first]
+def mean(total: np.ndarray, count: np.ndarray) -> float:
+    """sum / count of one column [S], exactly rounded sums; the count must not be 0 everywhere."""
+    return math.fsum(total.tolist()) / math.fsum(count.tolist())

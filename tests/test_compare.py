@@ -1,4 +1,4 @@
-"""script/compare.py on run folders written by hand, whose numbers are known."""
+"""script/compare.py on handwritten run folders with known numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_run(
     total: int = 40,
     warmup: int = 0,
 ) -> Path:
-    """A run folder with validations `val` (step -> mm), training frames `gap` mm better, and a constant loss."""
+    """Write a run folder with validations `val` (step -> mm), training frames `gap` mm better, and a constant loss."""
     folder.mkdir(parents=True)
     config = f"GENERAL: {{seed: {seed}, total_step: {total}, dropout_warmup_step: {warmup}, output_root: {folder}}}\n"
     (folder / "config.yaml").write_text(config)
@@ -50,8 +50,8 @@ def scaled(factor: float) -> dict[int, float]:
 
 
 def compared(tmp_path: Path, ours: list[Path], theirs: list[Path]) -> Comparison:
-    read, left_out = read_sides({"ours": find_runs(map(str, ours)), "theirs": find_runs(map(str, theirs))})
-    return Comparison(read, OPTIONS, left_out)
+    read, skipped = read_sides({"ours": find_runs(map(str, ours)), "theirs": find_runs(map(str, theirs))})
+    return Comparison(read, OPTIONS, skipped)
 
 
 def test_measures_of_a_run(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_measures_of_a_run(tmp_path: Path) -> None:
 
 
 def test_paired_by_seed(tmp_path: Path) -> None:
-    """Runs that are all 10 % better than their pair leave no doubt; drawn by themselves they would."""
+    """If every run is 10 % better than its pair, the paired interval is a point; the unpaired one is wide."""
     for seed, level in enumerate((1.0, 2.0, 3.0)):
         write_run(tmp_path / f"ours/{seed}", seed, scaled(0.9 * level))
         write_run(tmp_path / f"theirs/{seed}", seed, scaled(level))
@@ -91,7 +91,7 @@ def test_paired_by_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num", [5, 20])
 @pytest.mark.parametrize("is_paired", [True, False])
 def test_interval_covers_the_truth(num: int, is_paired: bool) -> None:
-    """Of many experiments whose true change is -10 %, about 19 in 20 intervals hold it, with 5 runs a side too."""
+    """In experiments with a true change of -10 %, about 19 of 20 intervals cover it, also with 5 runs per side."""
     rng, hits = np.random.default_rng(0), 0
     for trial in range(300):
         a, b = rng.normal(9, 1, num), rng.normal(10, 1, num)
@@ -101,7 +101,7 @@ def test_interval_covers_the_truth(num: int, is_paired: bool) -> None:
 
 
 def test_tail_share() -> None:
-    """Against scipy's quantiles; for two or three runs both mean the outermost draws."""
+    """Against scipy's quantiles; with two or three runs both give the outermost draws."""
     for num in (4, 5, 6, 10, 50):
         exact = stats.norm.cdf(-np.sqrt(num / (num - 1)) * stats.t.ppf(0.975, num - 1))
         assert tail_share(num) == pytest.approx(exact, rel=0.15)
@@ -126,26 +126,27 @@ def test_unfinished_shorter_and_without_training_frames(tmp_path: Path) -> None:
     by_key = {change.measure.key: change for change in comparison.changes()["ours"]}
     assert by_key["val_mean"].percent == pytest.approx(0.0)
     assert not {"gap_early", "gap_late", "eval_loss_mean"} & by_key.keys(), "absent, not zero"
-    told = "\n".join(notes(comparison))
-    assert "Not finished: " in told
-    assert "step 20 of 40" in told
-    assert "got to steps 20, 40" in told
-    assert "eval_sample" in told
+    text = "\n".join(notes(comparison))
+    assert "Not finished: " in text
+    assert "step 20 of 40" in text
+    assert "Steps 1 to 20, which all runs have" in text
+    assert "No row `loss without dropout`: " in text
+    assert "DATA.train.eval_sample" in text
 
 
-def test_a_run_that_has_just_begun_is_left_out_of_several(tmp_path: Path) -> None:
+def test_a_run_without_validations_is_skipped(tmp_path: Path) -> None:
     for name in ("a/0", "b/0"):
         write_run(tmp_path / name)
     begun = write_run(tmp_path / "a/1", val={0: 90.0})
     comparison = compared(tmp_path, [tmp_path / "a"], [tmp_path / "b"])
     assert [len(runs) for runs in comparison.side.values()] == [1, 1]
-    assert any(note.startswith(f"Left out: {begun}") for note in notes(comparison))
+    assert any(note.startswith(f"Skipped: {begun}") for note in notes(comparison))
     with pytest.raises(ComparisonError, match="nothing to compare yet"):
         compared(tmp_path, [begun], [tmp_path / "b"])
 
 
-def test_gap_that_was_not_there(tmp_path: Path) -> None:
-    """A gap of 0 mm or less has no change in %; the difference is told in mm."""
+def test_a_negative_gap_has_no_percentage(tmp_path: Path) -> None:
+    """A gap of 0 mm or less has no change in %; the difference is in mm."""
     comparison = compared(tmp_path, [write_run(tmp_path / "a", gap=1.0)], [write_run(tmp_path / "b", gap=-1.0)])
     gap = next(change for change in comparison.changes()["ours"] if change.measure.key == "gap_late")
     assert np.isnan(gap.percent)
@@ -153,7 +154,7 @@ def test_gap_that_was_not_there(tmp_path: Path) -> None:
 
 
 def test_a_gap_near_zero_has_an_interval_in_mm(tmp_path: Path) -> None:
-    """Where some draws of the other side are below 0 a percentage means nothing; the difference still does."""
+    """If draws of the other side are below 0, the interval is that of the difference."""
     for seed, gap in enumerate((-1.0, 0.5, 2.0)):
         write_run(tmp_path / f"ours/{seed}", seed, gap=gap + 3.0)
         write_run(tmp_path / f"theirs/{seed}", seed, gap=gap)
@@ -162,34 +163,34 @@ def test_a_gap_near_zero_has_an_interval_in_mm(tmp_path: Path) -> None:
     assert np.isnan(gap.percent)
     assert (gap.difference, gap.low, gap.high) == pytest.approx((3.0, 3.0, 3.0))
     assert ("(+3.00 mm)", "([+3.00, +3.00] mm)") in [row[3:] for row in grids(comparison)[0].rows]
-    assert any("in parentheses is a difference" in note for note in notes(comparison))
+    assert any("values in parentheses are differences" in note for note in notes(comparison))
 
 
-def test_what_is_missing_is_explained(tmp_path: Path) -> None:
-    """A single checkpoint has no spread and no early part; runs that diverged are named, and drawn without a word."""
+def test_notes_explain_missing_rows(tmp_path: Path) -> None:
+    """A single checkpoint has no std and no early part; diverged runs are named and do not break the plot."""
     once = write_run(tmp_path / "once", val={0: 90.0, 40: 12.0})
     good = write_run(tmp_path / "good")
     comparison = compared(tmp_path, [once], [good])
-    told = "\n".join(notes(comparison))
-    assert f"No row `validation, std`: {tmp_path.name}/once would need two validations" in told
-    assert f"No row `gap, early`: {tmp_path.name}/once would need a validation up to step 20" in told
-    assert "No generalisation gap" not in told
+    text = "\n".join(notes(comparison))
+    assert f"No row `validation, std`: {tmp_path.name}/once would need two validations" in text
+    assert f"No row `gap, early`: {tmp_path.name}/once would need a validation in the early steps" in text
+    assert "No row `gap, late`" not in text
     rows = [row[0] for row in grids(comparison)[0].rows]
     assert "gap, late" in rows
     assert not {"validation, std", "gap, early"} & set(rows)
 
     lost = [write_run(tmp_path / f"lost{i}", i, {0: 90.0, 20: np.nan, 40: np.nan}, None, np.nan) for i in range(4)]
     half = write_run(tmp_path / "half", val={0: 90.0, 20: 13.0, 40: np.nan})
-    told = "\n".join(notes(compared(tmp_path, [half, lost[0]], [good])))
-    assert "half: 1 of 2 validations were not finite" in told
-    assert "lost0: 2 of 2 validations were not finite" in told
-    assert f"No row `validation, mean`: {tmp_path.name}/lost0 would need a finite value" in told
+    text = "\n".join(notes(compared(tmp_path, [half, lost[0]], [good])))
+    assert "half: 1 of 2 validations were not finite" in text
+    assert "lost0: 2 of 2 validations were not finite" in text
+    assert f"No row `validation, mean`: {tmp_path.name}/lost0 would need a finite value" in text
     both = [*map(str, lost[:2]), "--against", *map(str, lost[2:]), "--output", str(tmp_path / "out")]
-    assert main(both) == 0, "four runs without a number are no error of this program"
+    assert main(both) == 0, "runs without a finite number are not an error"
     assert (tmp_path / "out" / "curves.png").is_file()
 
 
-def test_resumed_journal_and_torn_line(tmp_path: Path) -> None:
+def test_resumed_metrics_and_truncated_line(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 30, "subset": "val", "mpjpe_cam": 8.0}) + "\n")
@@ -205,9 +206,9 @@ def test_resumed_journal_and_torn_line(tmp_path: Path) -> None:
     assert measure_run(run, Window.common([run], 0.5, 0.5))["val_last"] == 12.0
 
 
-def test_what_differs(tmp_path: Path) -> None:
+def test_differences_of_configurations(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / str(w), seed=w, warmup=w), "mpjpe_cam") for w in (0, 10)]
-    assert differences(runs) == {"GENERAL.dropout_warmup_step": [0, 10]}, "seed and output_root are no difference"
+    assert differences(runs) == {"GENERAL.dropout_warmup_step": [0, 10]}, "seed and output_root do not count"
 
 
 def test_curve_between_and_at() -> None:
@@ -228,21 +229,21 @@ def test_data_file_gives_the_same_comparison(tmp_path: Path) -> None:
         assert (one.percent, one.low, one.high) == pytest.approx((two.percent, two.low, two.high), rel=1e-3)
 
 
-def test_data_file_holds_every_metric(tmp_path: Path) -> None:
+def test_data_file_contains_every_metric(tmp_path: Path) -> None:
     comparison = compared(tmp_path, [write_run(tmp_path / "a", val=scaled(0.5))], [write_run(tmp_path / "b")])
     write_data(comparison, tmp_path / "data.json")
     again = read_data(tmp_path / "data.json", OPTIONS, "mpjpe_rel")
     assert again.metric == "mpjpe_rel"
     assert again.changes()["ours"][0].side.mean == pytest.approx(15.0 * 0.5 / 2)
-    with pytest.raises(ComparisonError, match=r"no mpjpe_pa was kept; choose one.*mpjpe_cam, mpjpe_rel"):
+    with pytest.raises(ComparisonError, match=r"has no mpjpe_pa; choose one.*mpjpe_cam, mpjpe_rel"):
         read_data(tmp_path / "data.json", OPTIONS, "mpjpe_pa")
 
 
-def test_errors_are_for_people(tmp_path: Path) -> None:
+def test_error_messages(tmp_path: Path) -> None:
     good = write_run(tmp_path / "good")
     empty = write_run(tmp_path / "empty", val={0: 90.0})
     (tmp_path / "none").mkdir()
-    with pytest.raises(ComparisonError, match=r"wrong/\*: there is no such folder.*as far as it exists"):
+    with pytest.raises(ComparisonError, match=r"wrong/\*: no such folder, and no match as a glob"):
         find_runs([str(tmp_path / "wrong/*")])
     with pytest.raises(ComparisonError, match="neither this folder nor one below it"):
         find_runs([str(tmp_path / "none")])
@@ -252,7 +253,7 @@ def test_errors_are_for_people(tmp_path: Path) -> None:
         read_run(empty, "mpjpe_cam")
     with pytest.raises(ComparisonError, match=r"no mpjpe_x was validated; choose one.*mpjpe_cam, mpjpe_rel"):
         read_run(good, "mpjpe_x")
-    with pytest.raises(ComparisonError, match="stands on two sides"):
+    with pytest.raises(ComparisonError, match="is on two sides"):
         read_sides({"a": [good], "b": [good]})
     (good / "config.yaml").unlink()
     with pytest.raises(ComparisonError, match=r"good: its config.yaml cannot be read"):
@@ -284,7 +285,7 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (out / "curves.png").stat().st_size > 20_000
     capsys.readouterr()
     assert main([ours, "--against", theirs, "--output", str(out)]) == 2, "nothing is overwritten"
-    assert "holds files already" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     assert main(["--redraw", str(out / "comparison.json"), "--output", str(tmp_path / "again")]) == 0
     again = ["more", "--against", "theirs", "--redraw", str(out / "comparison.json"), "--output", str(tmp_path / "two")]
     assert main(again) == 0
@@ -292,9 +293,9 @@ def test_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "more against theirs" in text
     assert "ours against theirs" not in text
     assert main(["x", *again[1:]]) == 2
-    assert "x: no such side; there are ours, more, theirs" in capsys.readouterr().err
+    assert "x: unknown side; choose from ours, more, theirs" in capsys.readouterr().err
     assert main([ours, "--against", str(tmp_path / "nowhere")]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_help_needs_neither_torch_nor_matplotlib() -> None:

@@ -1,4 +1,4 @@
-"""script/evaluate.py from checkpoint to folder, and its pieces: intervals, tables, sheets of hands, submissions."""
+"""script/evaluate.py from checkpoint to output folder, and its parts: intervals, tables, sheets, submissions."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from src.data.crop import crop_sample
 from src.data.dataset import Fetched
 from src.data.demo.make import make_demo_shards
 from src.data.loader import build_val_loader, collate
-from src.evaluate import hand_sheets as overlay
+from src.evaluate import hand_sheets
 from src.evaluate.bootstrap import Bootstrap, Estimate, Group, summarise
-from src.evaluate.collect import Samples, to_photograph
+from src.evaluate.collect import to_source_camera
 from src.evaluate.submission import write_submission
 from src.evaluate.tables import group_grid, joint_grid, metric_grid
 from src.hand.skeleton import JOINT_NAMES
 from src.hand.standin.build import build_standin_hand
-from src.metric import SampleMetric
+from src.metric import SampleMetric, Samples
 from src.model.net import PoseNet
 from src.train.validation import describe, evaluate
 from tests.data_shards import lab_sample, write_shard
@@ -58,7 +58,7 @@ def overrides(place: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def result(place: Path) -> dict:
-    """What one evaluation wrote, read back; it lies in the run folder."""
+    """result.json of one evaluation, in the run folder."""
     assert main([str(place / "run"), *overrides(place), "--num_bootstrap=200"]) == 0
     return json.loads((place / "run/evaluation/step-7/result.json").read_text())
 
@@ -66,7 +66,7 @@ def result(place: Path) -> dict:
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 
-def test_what_it_leaves(place: Path, result: dict) -> None:
+def test_output_files(place: Path, result: dict) -> None:
     folder = place / "run/evaluation/step-7"
     names = ["joint_error.png", "pck.png", "random.png", "report.md", "result.json", "samples.csv", "worst.png"]
     assert sorted(p.name for p in folder.iterdir()) == names
@@ -94,8 +94,8 @@ def test_what_it_leaves(place: Path, result: dict) -> None:
     assert "side left, mean error of each joint" in report
 
 
-def test_numbers_are_those_of_the_validation(place: Path, result: dict) -> None:
-    """What training logs, to the last bits: the same frames, the same definitions."""
+def test_same_metrics_as_in_validation(place: Path, result: dict) -> None:
+    """The same frames and definitions as in training."""
     cfg = small_config("DATA.demo=null", "MODEL.hand_model=standin", *overrides(place))
     net = PoseNet.from_checkpoint(place / "run")
     expected = evaluate(net, build_val_loader(cfg, "standin"), Accelerator(cpu=True), cfg.LOSS).metrics
@@ -118,7 +118,10 @@ def test_halves(place: Path, tmp_path: Path, result: dict, capsys: pytest.Captur
     assert sorted(keys) == [f"demo_val_{i:06d}/0" for i in range(NUM)]
     with pytest.raises(SystemExit):
         main([str(place / "run"), "--half=a", "--submission=freihand"])
-    assert "leave out --half" in capsys.readouterr().err
+    assert "remove --half" in capsys.readouterr().err
+    for _ in range(2):
+        assert main([str(place / "run"), *overrides(place), "--num_bootstrap=100", "--num_overlay=0", "--half=b"]) == 0
+    assert {path.name for path in (place / "run/evaluation").glob("*-half-*")} == {"step-7-half-b", "step-7-half-b-2"}
 
 
 def test_nothing_is_overwritten(place: Path, result: dict, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,47 +134,70 @@ def test_nothing_is_overwritten(place: Path, result: dict, capsys: pytest.Captur
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_an_interrupted_evaluation_leaves_no_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it is killed: nothing is created before the predictions are complete."""
+    before = sorted((place / "run").rglob("*"))
+
+    def interrupt(*_args: object, **_kwargs: object) -> None:
+        assert sorted((place / "run").rglob("*")) == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("src.evaluate.run.collect", interrupt)
+    assert main([str(place / "run"), *overrides(place)]) == 130
+    assert sorted((place / "run").rglob("*")) == before
+
+
+def test_an_output_that_cannot_be_created_fails_early(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("src.evaluate.run.collect", lambda *_: pytest.fail("predicted first"))
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file/below"):
+        assert main([str(place / "run"), *overrides(place), f"--output={output}"]) == 2
+        assert f"cannot create {output}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["DATA.vall.source=[a]"], r"DATA\.vall\.source: there is no such key; did you mean DATA\.val\.source"),
         (["DATA.val.source=[nix/*]"], r"DATA\.val\.source='nix/\*': it matches no"),
         (["data=labz"], "choose one of demo, labs"),
-        (["backbone=tiny"], "takes the network as it is"),
+        (["backbone=tiny"], "uses the checkpoint's network"),
         (["MODEL.hand_model=nix.pkl"], r"MODEL\.hand_model=nix\.pkl: there is no such file"),
         (["DATA.val.source=[a"], "quote lists"),
     ],
 )
-def test_mistakes_are_named(place: Path, arguments: list[str], message: str, capsys) -> None:
+def test_configuration_errors(place: Path, arguments: list[str], message: str, capsys) -> None:
     before = sorted((place / "run").rglob("*"))
     assert main([str(place / "run"), *overrides(place)[:1], *arguments]) == 2
-    assert sorted((place / "run").rglob("*")) == before, "no folder is left behind"
+    assert sorted((place / "run").rglob("*")) == before, "no folder is created"
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_does_not_import_torch() -> None:
     code = "import sys; from script.evaluate import parse_arguments; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_configuration_is_the_checkpoints_with_the_changes(tmp_path: Path) -> None:
+def test_configuration_is_the_checkpoints_with_overrides(tmp_path: Path) -> None:
     saved = asdict(small_config("GENERAL.val_seed=5", "DATA.demo.val_sample=3"))
     saved["GENERAL"]["key_of_an_older_version"] = 1
-    del saved["GENERAL"]["prefetch_factor"]  # a key that the checkpoint does not know yet
+    del saved["GENERAL"]["prefetch_factor"]  # a key added after the checkpoint was written
     own = compose(saved, [], whole=False)
     assert (own.GENERAL.val_seed, own.MODEL.img_size, own.DATA.demo.val_sample) == (5, 56, 3)
     assert own.GENERAL.prefetch_factor == 2
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.tar").touch()
     other = compose(saved, [f"DATA.root={tmp_path}", "DATA.val.source={a: [a/*], b: [a/x.tar]}"], whole=True)
-    assert other.DATA.demo is None, "nothing is rendered into a folder of real shards"
+    assert other.DATA.demo is None, "no demo shards are rendered into a folder of real shards"
     assert (list(other.DATA.val.source), other.DATA.val.max_sample) == (["a", "b"], None)
     with pytest.raises(ConfigError, match=r"InterHand2\.6M/val"):
         compose(saved, ["data=labs", f"DATA.root={tmp_path}"], whole=False)
 
 
-def test_older_lab_shards_are_told_apart(place: Path, tmp_path: Path) -> None:
-    """Their hands name no data set; the folders below DATA.root do. Frames of a clip are drawn together if asked."""
+def test_data_sets_of_older_lab_shards(place: Path, tmp_path: Path) -> None:
+    """Older shards do not name their data set; the folders below DATA.root do. --resample=clip draws whole clips."""
     for folder, numbers in (("InterHand2.6M/val", (1, 2)), ("DexYCB/s1/val", (3, 4, 5))):
         write_shard(tmp_path / folder / "0.tar", [lab_sample(n, 2, generation=1) for n in numbers])
     arguments = ["data=labs", f"DATA.root={tmp_path}", "GENERAL.num_worker=0", "TRAIN.sample_per_device=4"]
@@ -182,13 +208,13 @@ def test_older_lab_shards_are_told_apart(place: Path, tmp_path: Path) -> None:
     sizes = {g["name"]: g["num_sample"] for g in result["groups"] if g["kind"] == "source"}
     assert sizes == {"InterHand2.6M": 4, "DexYCB": 6}
     every = result["groups"][0]
-    assert "mpvpe_rel" not in every["metric"], "parameters of another hand model are no target"
+    assert "mpvpe_rel" not in every["metric"], "parameters of another hand model are not a target"
     assert "wrist" not in every["joint"]["cam"], "a joint that is never valid is absent"
-    assert "mpjpe_rel" not in every["metric"], "no wrist, nothing to be relative to"
+    assert "mpjpe_rel" not in every["metric"], "no wrist, no root-relative metric"
     assert every["metric"]["mpjpe_pa"]["num_sample"] == 10
 
 
-def test_training_validation_names_each_data_set() -> None:
+def test_validation_reports_each_data_set() -> None:
     cfg, batch = small_config(), random_batch(4, 56)
     net = PoseNet(cfg.MODEL, build_standin_hand())
     batch.source = ["a", "b", "b", "a"]
@@ -209,20 +235,20 @@ def test_training_validation_names_each_data_set() -> None:
 
 
 def samples_of(value: np.ndarray, count: np.ndarray | None = None, clip: int = 1) -> Samples:
-    """Samples with one metric [S]; `clip` neighbours share a clip."""
+    """Samples with one metric [S]; `clip` consecutive samples share a clip."""
     num = len(value)
     count = np.ones(num) if count is None else count
     return Samples(
         position=np.arange(num),
-        key=[f"clip{i // clip}/{i % clip}" for i in range(num)],
+        key=np.array([f"clip{i // clip}/{i % clip}" for i in range(num)], dtype=object),
         source=np.full(num, "a", dtype=object),
         is_right=np.ones(num, dtype=bool),
         metric={"mpjpe_rel": SampleMetric((value * count)[:, None], count[:, None])},
     )
 
 
-def test_interval_has_the_width_that_theory_gives() -> None:
-    """Of the mean of n independent values: 1.96 s / sqrt(n) each way; copies of a value are no further evidence."""
+def test_interval_has_the_theoretical_width() -> None:
+    """For the mean of n independent values +-1.96 s / sqrt(n); copies of a value in one clip add no information."""
     rng = np.random.default_rng(0)
     value = rng.normal(30, 6, 400)
     once = summarise(samples_of(value), Bootstrap(4000))[0].metric["mpjpe_rel"]
@@ -236,7 +262,7 @@ def test_interval_has_the_width_that_theory_gives() -> None:
     assert single.high - single.low == pytest.approx((once.high - once.low) / 2, rel=0.1)
 
 
-def test_a_mean_is_over_points_and_what_is_unknown_is_absent() -> None:
+def test_means_are_over_points_and_absent_without_labels() -> None:
     value, count = np.array([1.0, 4.0, np.nan]), np.array([1.0, 3.0, 0.0])
     value = np.where(count > 0, value, 0.0)
     estimate = summarise(samples_of(value, count), Bootstrap(200))[0].metric["mpjpe_rel"]
@@ -246,7 +272,7 @@ def test_a_mean_is_over_points_and_what_is_unknown_is_absent() -> None:
     assert (alone.value, alone.low, alone.high) == (1.0, None, None)
 
 
-def test_tables_fit_a_terminal_and_leave_out_what_is_absent() -> None:
+def test_tables_fit_a_terminal_and_omit_absent_metrics() -> None:
     wide, score = Estimate(123.45, 100.12, 140.43, 123456), Estimate(0.5, 0.4, 0.6, 123455)
     everything = {f"{n}_{f}": wide for n in ("mpjpe", "mpvpe") for f in ("rel", "pa")}
     everything |= {f"{n}_{f}": score for n in ("auc", "f5") for f in ("cam", "rel", "pa")}
@@ -259,7 +285,7 @@ def test_tables_fit_a_terminal_and_leave_out_what_is_absent() -> None:
         for grid in (metric_grid(groups[0]), group_grid(groups), joint_grid(groups[0])):
             console.print(grid.as_rich())
     text = capture.get()
-    assert "…" not in text, "nothing was cut"
+    assert "…" not in text, "nothing is truncated"
     assert all(name in text for name in JOINT_NAMES)
     partial = metric_grid(groups[1]).as_markdown()
     assert "Procrustes" in partial
@@ -267,8 +293,8 @@ def test_tables_fit_a_terminal_and_leave_out_what_is_absent() -> None:
     assert joint_grid(groups[1]) is None
 
 
-def test_names_in_brackets_are_told_whole_and_a_pipe_is_wide() -> None:
-    """rich would take `[x]` for markup and leave it out, and fold what goes to a job's log at 80 columns."""
+def test_names_in_brackets_and_long_lines_are_printed_whole() -> None:
+    """By default rich drops `[x]` as markup and wraps a job's log at 80 columns."""
     code = "from src.utils.console import console\nfrom src.utils.table import Grid\n"
     code += "console.print(Grid('runs [x]', ('', 'side [y]'), [('[z]', '[a] ' * 25)]).as_rich(), 'to [b]')"
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
@@ -280,8 +306,8 @@ def test_names_in_brackets_are_told_whole_and_a_pipe_is_wide() -> None:
 
 
 @pytest.mark.parametrize("is_right", [True, False])
-def test_predictions_return_to_the_photograph(is_right: bool) -> None:
-    """A target, cut and turned as in training, comes back to where the shard has it."""
+def test_predictions_return_to_the_source_camera(is_right: bool) -> None:
+    """A target, cropped and rotated as in training, maps back to its coordinates in the shard."""
     rng = np.random.default_rng(1)
     joint = rng.normal([60, -30, 500], 40, (21, 3)).astype(np.float32)
     focal, princpt = np.array([300.0, 320.0]), np.array([79.5, 59.5])
@@ -294,43 +320,43 @@ def test_predictions_return_to_the_photograph(is_right: bool) -> None:
     rows = [crop_sample(sample, Augmentation(roll=0.7, tilt=(0.1, -0.2)), 56, 2.0)]
     batch, _ = collate(Fetched(rows=rows))
     assert not np.allclose(batch.joint_cam[0].numpy(), joint, atol=5)
-    np.testing.assert_allclose(to_photograph(batch.joint_cam, batch)[0], joint, atol=1e-3)
+    np.testing.assert_allclose(to_source_camera(batch.joint_cam, batch)[0], joint, atol=1e-3)
 
 
-def test_left_hands_are_drawn_as_the_photograph_has_them() -> None:
+def test_left_hands_are_drawn_as_in_the_source_image() -> None:
     batch = random_batch(2, 64)
     batch.is_right[1] = False
     batch.patch[:] = 0
-    batch.patch[:, :, :, :32] = 200  # the left half of what the network sees
-    batch.joint_patch[:] = 8.0  # its corner at the top left
+    batch.patch[:, :, :, :32] = 200  # the left half of the network's input
+    batch.joint_patch[:] = 8.0  # near its top left corner
     net = PoseNet(small_config("MODEL.backbone.patch_size=16", "MODEL.img_size=64").MODEL, build_standin_hand()).eval()
     prediction = net(batch)
-    right, left = (overlay._hand(batch, prediction, i, "12.0 mm")[:176, :176] for i in range(2))
+    right, left = (hand_sheets._hand(batch, prediction, i, "12.0 mm")[:176, :176] for i in range(2))
     assert (right[100, 30], left[100, 30]) == (pytest.approx([200] * 3), pytest.approx([0] * 3))
     assert (right[100, 150], left[100, 150]) == (pytest.approx([0] * 3), pytest.approx([200] * 3))
-    assert (np.abs(right[22:25, 22:25].astype(int) - 200) > 20).any(), "joints are drawn where the hand is"
+    assert (np.abs(right[22:25, 22:25].astype(int) - 200) > 20).any(), "joints are drawn at the hand"
     assert (left[22:25, 151:155] > 20).any()
 
 
-def test_worst_are_the_worst_and_random_are_the_same_again() -> None:
+def test_worst_and_random_samples() -> None:
     error = np.array([3.0, np.inf, -1.0, 9.0, 5.0])
-    chosen = overlay.choose(error, 3, seed=0)
+    chosen = hand_sheets.choose(error, 3, seed=0)
     assert chosen["worst"].tolist() == [1, 3, 4]
-    assert 2 not in chosen["random"], "it has no error to show"
-    assert chosen["random"].tolist() == overlay.choose(error, 3, seed=0)["random"].tolist()
+    assert 2 not in chosen["random"], "it has no labels"
+    assert chosen["random"].tolist() == hand_sheets.choose(error, 3, seed=0)["random"].tolist()
 
 
 # ---- submissions -----------------------------------------------------------------------------------------------------
 
 
 def submission_samples(keys: list[str]) -> Samples:
-    """Joint j of sample s lies at (s, j, 500) mm, vertex v at (s, -v, 400) mm."""
+    """Joint j of sample s is at (s, j, 500) mm, vertex v at (s, -v, 400) mm."""
     num = len(keys)
     grid = np.zeros((num, 778, 3))
     grid[:, :, 0], grid[:, :, 1] = np.arange(num)[:, None], np.arange(778)
     joint, vert = grid[:, :21] + [0, 0, 500], grid * [1, -1, 1] + [0, 0, 400]
     plain = samples_of(np.ones(num))
-    return Samples(**{**vars(plain), "key": keys, "joint_cam": joint, "vert_cam": vert})
+    return Samples(**{**vars(plain), "key": np.array(keys, dtype=object), "joint_cam": joint, "vert_cam": vert})
 
 
 def read_submission(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -343,7 +369,7 @@ def read_submission(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_freihand_submission(tmp_path: Path) -> None:
-    """By image number, metres, OpenPose order, OpenCV's camera."""
+    """Sorted by image number, in metres, OpenPose order, OpenCV's camera."""
     numbers = [2, 0, 1]
     keys = [plain_key("freihand", "evaluation", f"{n:08d}") + "/0" for n in numbers]
     joint, vert = read_submission(write_submission("freihand", submission_samples(keys), tmp_path))
@@ -357,7 +383,7 @@ def test_freihand_submission(tmp_path: Path) -> None:
 
 
 def test_ho3d_submission(tmp_path: Path) -> None:
-    """As evaluation.txt has it, metres, MANO's order with tips behind, OpenGL's camera; read back as we convert."""
+    """In the order of evaluation.txt, in metres, MANO's order with tips last, OpenGL's camera; read as we convert."""
     order = ["SM1/0003", "AP10/0001", "SM1/0001"]
     keys = [plain_key("ho3d", "evaluation", *name.split("/")) + "/0" for name in sorted(order)]
     samples = submission_samples(keys)
@@ -365,9 +391,9 @@ def test_ho3d_submission(tmp_path: Path) -> None:
     assert (joint.shape, vert.shape) == ((3, 21, 3), (3, 778, 3))
     assert (joint[:, :, 2] < 0).all()
     assert (vert[:, :, 2] < 0).all()
-    assert joint[0, 4].tolist() == [0.002, -0.009, -0.5], "its number 4 is the middle finger's knuckle, our number 9"
-    assert joint[0, 16].tolist() == [0.002, -0.004, -0.5], "its number 16 is the tip of the thumb, our number 4"
-    assert joint[0, 7].tolist() == [0.002, -0.017, -0.5], "its number 7 is the pinky's knuckle, our number 17"
+    assert joint[0, 4].tolist() == [0.002, -0.009, -0.5], "its joint 4 is the middle finger's knuckle, our joint 9"
+    assert joint[0, 16].tolist() == [0.002, -0.004, -0.5], "its joint 16 is the tip of the thumb, our joint 4"
+    assert joint[0, 7].tolist() == [0.002, -0.017, -0.5], "its joint 7 is the pinky's knuckle, our joint 17"
     for image, name in enumerate(order):
         row = sorted(order).index(name)
         np.testing.assert_allclose(joint[image][MANO_21] @ OPENGL_TO_OPENCV * 1000, samples.joint_cam[row], atol=1e-6)
@@ -380,8 +406,8 @@ def test_submission_from_the_script(place: Path, tmp_path: Path, capsys: pytest.
     base = [str(place / "run"), *overrides(place), "--num_bootstrap=100", "--num_overlay=0"]
     assert main([*base, "--submission=freihand", "DATA.val.max_sample=5", f"--output={tmp_path}/out"]) == 0
     joint, _ = read_submission(tmp_path / "out/pred.zip")
-    assert joint.shape == (NUM, 21, 3), "the whole split, in the order of its keys"
-    assert f"it holds {NUM} images" in capsys.readouterr().out
+    assert joint.shape == (NUM, 21, 3), "the whole split, sorted by key"
+    assert f"it contains {NUM} images" in capsys.readouterr().out
     with (tmp_path / "out/samples.csv").open() as file:
         assert len(list(csv.DictReader(file))) == NUM
     with pytest.raises(SystemExit):

@@ -16,8 +16,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from src.batch import Batch, Prediction
-from src.evaluate.metrics import measure
-from src.metric import SampleMetric, align_procrustes, align_scale_translation
+from src.metric import SampleMetric, align_procrustes, align_scale_translation, measure
 from tests.helpers import random_batch
 
 NUM, NUM_VERTEX = 7, 90
@@ -58,7 +57,7 @@ def f_score(target: np.ndarray, pred: np.ndarray, threshold: float) -> float:
 
 @pytest.fixture(scope="module")
 def hands() -> tuple[Batch, Prediction, torch.Tensor]:
-    """Hands that are right to some 15 mm, in all places and sizes; vertices about the wrist."""
+    """Hands with errors of about 15 mm, of various positions and sizes; vertices relative to the wrist."""
     rng = np.random.default_rng(3)
     batch = random_batch(NUM, 56)
 
@@ -90,7 +89,7 @@ def pairs(pred: torch.Tensor, target: torch.Tensor) -> list[tuple[np.ndarray, np
     return [(t.double().numpy() / 1000, p.double().numpy() / 1000) for t, p in zip(target, pred, strict=True)]
 
 
-def test_joints_and_vertices_as_freihand_measures_them(hands):
+def test_joints_and_vertices_as_in_freihand(hands):
     batch, prediction, vert = hands
     got = measure(prediction, batch, vert)
     target_vert = vert.double() + batch.joint_cam[:, :1].double()
@@ -103,12 +102,12 @@ def test_joints_and_vertices_as_freihand_measures_them(hands):
         for frame, values in expected.items():
             assert mean(got[f"{error}_{frame}"]) == pytest.approx(values[0], rel=1e-6), (error, frame)
             assert mean(got[f"{auc}_{frame}"]) == pytest.approx(values[1], rel=1e-6), (auc, frame)
-            assert 0.05 < values[1] < 0.95, "an area that could not be wrong"
+            assert 0.05 < values[1] < 0.95, "an informative area"
     own = [(t - t[0], p - p[0]) for t, p in pairs(prediction.joint_cam, batch.joint_cam)]
     assert (mean(got["mpjpe_rel"]), mean(got["auc_rel"])) == pytest.approx(measures(own), rel=1e-6)
 
 
-def test_f_scores_as_freihand_measures_them(hands):
+def test_f_scores_as_in_freihand(hands):
     batch, prediction, vert = hands
     got = measure(prediction, batch, vert)
     official = pairs(prediction.vert_cam, vert.double() + batch.joint_cam[:, :1].double())
@@ -120,27 +119,27 @@ def test_f_scores_as_freihand_measures_them(hands):
         assert 0 < aligned < 1
 
 
-def test_scale_and_translation_as_ho3d_aligns_them(hands):
+def test_scale_and_translation_as_in_ho3d(hands):
     batch, prediction, vert = hands
     got = measure(prediction, batch, vert)
     flip = np.array([1.0, -1.0, -1.0])  # OpenGL's camera
     official = [(t[HO3D_ORDER] * flip, p[HO3D_ORDER] * flip) for t, p in pairs(prediction.joint_cam, batch.joint_cam)]
     expected, _ = measures([(t, align_sc_tr(t, p)) for t, p in official])
     assert mean(got["mpjpe_st"]) == pytest.approx(expected, rel=1e-6)
-    collapsed = np.zeros((1, 21, 3)) + 5.0  # a hand in one point has no size to scale
+    collapsed = np.zeros((1, 21, 3)) + 5.0  # a collapsed hand has no scale
     assert np.isfinite(align_scale_translation(collapsed, np.random.default_rng(0).normal(size=(1, 21, 3)))).all()
 
 
 def test_a_mirrored_hand_is_not_turned_inside_out(hands):
-    """The one difference: the official alignment may mirror the prediction, as no hand can; ours only turns it."""
+    """The one difference: the official alignment may mirror the prediction; ours only rotates it."""
     target = hands[0].joint_cam[:1].double().numpy()
     mirrored = target * [-1.0, 1.0, 1.0]
     assert np.abs(align_w_scale(target[0], mirrored[0]) - target[0]).max() < 1e-9
     assert np.linalg.norm(align_procrustes(mirrored, target, np.ones((1, 21))) - target, axis=2).mean() > 10
 
 
-def test_what_is_right_by_hand(hands):
-    """Values that need no procedure: the pixel offset, PCK at 20 mm, the joints one by one, the wrist."""
+def test_values_by_hand(hands):
+    """Values that are simple to compute: the pixel offset, PCK at 20 mm, the error of each joint, the wrist."""
     batch, prediction, vert = hands
     got = measure(prediction, batch, vert)
     distance = (prediction.joint_cam - batch.joint_cam).double().norm(dim=2).numpy()
@@ -152,8 +151,8 @@ def test_what_is_right_by_hand(hands):
     assert mean(got["mpjpe_cam"]) == pytest.approx(distance.mean(), rel=1e-6)
 
 
-def test_each_metric_asks_for_what_it_needs(hands):
-    """What the data lack leaves a metric without a point, whatever the numbers that stand there."""
+def test_each_metric_needs_its_labels(hands):
+    """Without its labels a metric has no valid point, whatever the values of the label arrays."""
     batch, prediction, vert = hands
 
     def known(**change: torch.Tensor) -> set[str]:

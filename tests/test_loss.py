@@ -1,4 +1,4 @@
-"""Losses are masked per kind, are sums over counts, and reach the pose; nothing of the target reaches a prediction."""
+"""Loss terms: masks, values, means over counts, and gradients of the pose."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def predict(batch: Batch, pose: torch.Tensor, shape: torch.Tensor, root: torch.T
 
 
 def gaussian_heat(joint: torch.Tensor, size: int) -> torch.Tensor:
-    """[B, G, G, 21] log of a Gaussian over all tokens about each joint [B, 21, 2] px, without separating the axes."""
+    """[B, G, G, 21] log of a Gaussian over all tokens around each joint [B, 21, 2] px, without separating the axes."""
     centre = (torch.arange(GRID) + 0.5) * size / GRID - 0.5
-    place = torch.stack(torch.meshgrid(centre, centre, indexing="xy"), dim=-1)  # x, y of [row, column]
-    square = (place[None, :, :, None] - joint[:, None, None]).square().sum(-1) / (size / GRID) ** 2
+    token = torch.stack(torch.meshgrid(centre, centre, indexing="xy"), dim=-1)  # x, y of [row, column]
+    square = (token[None, :, :, None] - joint[:, None, None]).square().sum(-1) / (size / GRID) ** 2
     return (-0.5 * square / HEAT_SIGMA**2).flatten(1, 2).log_softmax(dim=1).unflatten(1, (GRID, GRID))
 
 
 def consistent_batch(num: int = 4) -> tuple[Batch, Prediction]:
-    """A batch whose labels all come from one hand, and the prediction that meets every one of them."""
+    """A batch whose labels all come from the hand model, and the prediction that matches all of them."""
     batch = random_batch(num, 56)
     truth = predict(batch, batch.mano_pose, batch.mano_shape, torch.tensor([[10.0, -20.0, 500.0]]).repeat(num, 1))
     return replace(batch, joint_cam=truth.joint_cam, joint_patch=truth.joint_patch), truth
@@ -48,7 +48,7 @@ def mean_losses(prediction: Prediction, batch: Batch) -> torch.Tensor:
     return mean_terms(loss_sums(prediction, batch, HAND).sum(0), loss_counts(batch).sum(0))
 
 
-def test_perfect_prediction_costs_nothing() -> None:
+def test_a_perfect_prediction_has_zero_loss() -> None:
     batch, truth = consistent_batch()
     assert torch.allclose(mean_losses(truth, batch), torch.zeros(NUM_TERM), atol=1e-3)
     in_patch = ((batch.joint_patch > -0.5) & (batch.joint_patch < 55.5)).all(-1).sum(1).tolist()
@@ -66,8 +66,8 @@ def test_values_by_hand() -> None:
     assert loss[IMG] > 0.1
 
 
-def test_flat_hand_mean_is_honoured() -> None:
-    """The same hand, written once with and once without the model's mean pose, is the same target."""
+def test_flat_hand_mean_is_respected() -> None:
+    """The same hand, with and without the model's mean pose in its angles, gives the same target."""
     batch, truth = consistent_batch()
     mean = torch.cat((torch.zeros(3), HAND.mean_pose))
     other = replace(batch, mano_pose=batch.mano_pose - mean, flat_hand_mean=torch.zeros(4, dtype=torch.bool))
@@ -83,8 +83,8 @@ def test_flat_hand_mean_is_honoured() -> None:
         ("joint_3d_valid", {TRANS, REL}),
     ],
 )
-def test_each_kind_has_its_own_mask(field: str, terms: set[int]) -> None:
-    """Samples without a label change neither the other terms nor, being absent, the mean of their own."""
+def test_each_label_has_its_own_mask(field: str, terms: set[int]) -> None:
+    """Samples without a label affect neither other terms nor the mean of its own terms."""
     batch, truth = consistent_batch()
     guess = predict(batch, 0.5 * batch.mano_pose, batch.mano_shape + 1, truth.root_cam + 20)
     everything = loss_sums(guess, batch, HAND)
@@ -93,35 +93,35 @@ def test_each_kind_has_its_own_mask(field: str, terms: set[int]) -> None:
     masked = replace(batch, **{field: flag})
     sums, counts = loss_sums(guess, masked, HAND), loss_counts(masked)
     for term in range(NUM_TERM):
-        gone = term in terms
-        assert (sums[2:, term] == 0).all() == gone, LOSS_TERMS[term]
-        assert (counts[2:, term] == 0).all() == gone, LOSS_TERMS[term]
+        is_masked = term in terms
+        assert (sums[2:, term] == 0).all() == is_masked, LOSS_TERMS[term]
+        assert (counts[2:, term] == 0).all() == is_masked, LOSS_TERMS[term]
         assert torch.equal(sums[:2, term], everything[:2, term])
-        expected = everything[:2] if gone else everything
+        expected = everything[:2] if is_masked else everything
         expected_count = loss_counts(batch)[: len(expected)]
         mean = mean_terms(sums.sum(0), counts.sum(0))[term]
         assert torch.isclose(mean, (expected.sum(0) / expected_count.sum(0))[term])
 
 
-def test_no_valid_item_is_zero_and_finite() -> None:
+def test_without_valid_items_the_loss_is_zero() -> None:
     batch, truth = consistent_batch()
     nothing = {
         f: torch.zeros_like(getattr(batch, f)) for f in ("has_mano", "has_intr", "joint_2d_valid", "joint_3d_valid")
     }
     assert mean_losses(truth, replace(batch, **nothing)).tolist() == [0.0] * NUM_TERM
-    assert loss_counts(replace(batch, position=torch.full((4,), -1))).sum() == 0, "padding counts for nothing"
+    assert loss_counts(replace(batch, position=torch.full((4,), -1))).sum() == 0, "padding does not count"
 
 
 def test_heat_by_hand() -> None:
-    """Even weights over all tokens cost log N - H(target); joints outside of the patch are not counted."""
+    """Uniform weights over N tokens give log N - H(target); joints outside the patch do not count."""
     batch, truth = consistent_batch()
     middle = torch.full_like(batch.joint_patch, 24.0)
     middle[:, 3] = torch.tensor([-1.0, 24.0])
     batch = replace(batch, joint_patch=middle)
-    even = torch.full_like(truth.joint_heat, -math.log(GRID * GRID))
+    uniform = torch.full_like(truth.joint_heat, -math.log(GRID * GRID))
     log_target = gaussian_heat(middle, 56)[:, :, :, :1]
     entropy = -(log_target.exp() * log_target).sum((1, 2)).mean()
-    loss = mean_losses(replace(truth, joint_heat=even), batch)[HEAT]
+    loss = mean_losses(replace(truth, joint_heat=uniform), batch)[HEAT]
     assert loss == pytest.approx(math.log(GRID * GRID) - entropy.item(), rel=1e-4)
     assert loss_counts(batch)[:, HEAT].tolist() == [20.0] * 4
 
@@ -134,7 +134,7 @@ def test_gradient_reaches_the_pose(term: int) -> None:
     loss_sums(guess, batch, HAND).sum(0)[term].backward()
     assert torch.isfinite(pose.grad).all()
     moving = pose.grad.view(4, 16, 3).abs().sum((0, 2)) > 0
-    assert moving.all(), f"{LOSS_TERMS[term]} leaves some joint of the pose without a gradient"
+    assert moving.all(), f"{LOSS_TERMS[term]} has no gradient for some joint of the pose"
 
 
 def test_split_batches_add_up() -> None:

@@ -1,4 +1,4 @@
-"""The image-independent baseline: what it answers, that it is measured as a network is, and its column in the table."""
+"""The image-independent baseline: its predictions, that it is measured like a network, and its column in the table."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from src.geometry.rotation import axis_angle_to_matrix
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays
 from src.hand.standin.build import build_standin_hand
-from src.metric import evaluate_batch, procrustes_error
+from src.metric import align_procrustes, compare, measure, target_points
 from src.tracking.tracker import METRICS
 from src.train.report import closing_table
-from src.train.validation import constant_metrics
+from src.train.validation import VALIDATED, baseline_metrics
 from tests.helpers import random_batch, small_config
 
 SIDE = 56
-NAMES = ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error")
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +47,13 @@ def test_mean_rotation_is_a_rotation() -> None:
     turn = axis_angle_to_matrix(torch.tensor([[0.0, 0.3, 0.0], [0.0, -0.1, 0.0]], dtype=torch.float64))
     expected = axis_angle_to_matrix(torch.tensor([0.0, 0.1, 0.0], dtype=torch.float64))
     assert torch.allclose(mean_rotation(turn), expected, atol=1e-12)
-    half_turns = axis_angle_to_matrix(torch.pi * torch.eye(3, dtype=torch.float64))  # their mean is -1/3 of the unit
+    half_turns = axis_angle_to_matrix(
+        torch.pi * torch.eye(3, dtype=torch.float64)
+    )  # their mean is -1/3 of the identity
     assert torch.linalg.det(mean_rotation(half_turns)).item() == pytest.approx(1.0)
 
 
-def test_answers_are_the_means(hand: HandArrays) -> None:
+def test_predictions_are_the_means(hand: HandArrays) -> None:
     batch = random_batch(30, SIDE)
     mean = mean_of(labels_of(batch), hand, SIDE)
     joint = (batch.joint_cam - batch.joint_cam[:, :1]).double()
@@ -68,7 +69,7 @@ def test_answers_are_the_means(hand: HandArrays) -> None:
 
 
 def test_hidden_labels_do_not_count(hand: HandArrays) -> None:
-    """What has its flag at 0 may hold anything finite."""
+    """Labels whose flag is 0 may have any finite value."""
     batch = random_batch(8, SIDE)
     batch.joint_3d_valid[4:, 3], batch.joint_3d_valid[6:, 0] = 0, 0
     batch.has_mano[5:], batch.has_intr[3:] = 0, 0
@@ -80,7 +81,7 @@ def test_hidden_labels_do_not_count(hand: HandArrays) -> None:
 
 
 def test_the_wrist_follows_the_camera() -> None:
-    """One place in the patch and one width for all: the wrist is exact in a camera of any zoom and principal point."""
+    """The wrist has the same position in the patch and the same patch width for any zoom and principal point."""
     mean = MeanHand(wrist_offset=np.array([0.1, -0.2]), patch_width=200.0)
     focal, princpt = np.array([[100.0, 100.0], [400.0, 400.0]]), np.array([[27.5, 27.5], [-60.0, 90.0]])
     root = mean.root_cam(focal, princpt, SIDE)
@@ -90,22 +91,25 @@ def test_the_wrist_follows_the_camera() -> None:
     assert MeanHand().root_cam(focal, princpt, SIDE) is None
 
 
-def test_measured_as_a_network_is(hand: HandArrays) -> None:
-    """The same numbers as `evaluate_batch` gives a network with these answers, flag for flag."""
+def test_measured_like_a_network(hand: HandArrays) -> None:
+    """The same numbers as a network with these predictions, flag for flag."""
     batch = random_batch(9, SIDE, seed=1)
     mean = mean_of(labels_of(random_batch(30, SIDE)), hand, SIDE)
     batch.joint_3d_valid[2, 0], batch.joint_3d_valid[3, 5:], batch.has_mano[4], batch.has_intr[5] = 0, 0, 0, 0
     vert = vertices(hand, batch)
     root = torch.from_numpy(mean.root_cam(batch.patch_focal.double().numpy(), batch.patch_princpt.numpy(), SIDE))
-    answer = SimpleNamespace(
+    constant = SimpleNamespace(
         joint_cam=root[:, None] + torch.from_numpy(mean.joint_rel),
         vert_cam=root[:, None] + torch.from_numpy(mean.vert_rel - mean.joint_rel[0]),
+        joint_patch=batch.joint_patch,
     )
-    expected, found = evaluate_batch(answer, batch, vert), constant_metrics(mean, batch, vert)
-    assert found.keys() == {f"{name}_mean_hand" for name in NAMES}
+    target = target_points(batch, vert)
+    expected, found = measure(constant, batch, vert, VALIDATED), baseline_metrics(mean, batch, target)
+    assert found.keys() == {f"{name}_mean_hand" for name in VALIDATED}
     posed = np.repeat(mean.joint_posed[None], len(batch), axis=0)
-    expected["mpjpe_pa"] = procrustes_error(posed, batch.joint_cam.double().numpy(), batch.joint_3d_valid.numpy())
-    for name in NAMES:
+    posed = align_procrustes(posed, batch.joint_cam.double().numpy(), batch.joint_3d_valid.numpy())
+    expected |= compare({"joint_pa": posed}, target, ["mpjpe_pa"])
+    for name in VALIDATED:
         assert np.array_equal(found[f"{name}_mean_hand"].count, expected[name].count), name
         assert np.allclose(found[f"{name}_mean_hand"].total, expected[name].total, rtol=1e-9), name
 
@@ -116,19 +120,19 @@ def test_measured_as_a_network_is(hand: HandArrays) -> None:
         (("has_mano",), {"mpjpe_pa", "mpvpe_rel"}),
         (("has_intr",), {"mpjpe_cam", "root_error"}),
         (("joint_3d_valid",), {"mpjpe_cam", "mpjpe_rel", "root_error"}),
-        (("joint_3d_valid", "has_mano"), set(NAMES)),
+        (("joint_3d_valid", "has_mano"), set(VALIDATED)),
     ],
 )
-def test_what_the_training_set_cannot_answer_is_absent(hand: HandArrays, missing: tuple, absent: set) -> None:
+def test_metrics_without_training_labels_are_absent(hand: HandArrays, missing: tuple, absent: set) -> None:
     train, val = random_batch(5, SIDE), random_batch(5, SIDE, seed=1)
     train = replace(train, **{name: torch.zeros_like(getattr(train, name)) for name in missing})
-    found = constant_metrics(mean_of(labels_of(train), hand, SIDE), val, vertices(hand, val))
-    assert found.keys() == {f"{name}_mean_hand" for name in {*NAMES} - absent}
+    found = baseline_metrics(mean_of(labels_of(train), hand, SIDE), val, target_points(val, vertices(hand, val)))
+    assert found.keys() == {f"{name}_mean_hand" for name in {*VALIDATED} - absent}
 
 
 def test_from_shards_as_from_crops(tmp_path: Path, hand: HandArrays) -> None:
-    """Labels alone give what the cropped samples of the same frames give, left hands among them; also in another order
-    of work: threads, and a resumed run's dataset."""
+    """Labels alone give the same as cropped samples of the same frames, including left hands; also with other threads
+    and with a resumed run's dataset."""
     make_demo_shards(tmp_path, {"train": 24, "val": 2}, seed=0, img_size=64, num_process=1)
     places = (f"DATA.root={tmp_path}", "DATA.demo=null", "DATA.val.source=[train/*]", "augmentation=full")
     cfg = small_config(*places, "DATA.train.source=[train/*]")
@@ -149,8 +153,8 @@ def test_from_shards_as_from_crops(tmp_path: Path, hand: HandArrays) -> None:
 
 
 def test_closing_table_has_the_baseline_in_every_row(tmp_path: Path) -> None:
-    first = {"step": 0, "subset": "val", **dict.fromkeys(NAMES, 200.0)}
-    last = {"step": 9, "subset": "val", **dict.fromkeys(NAMES, 60.0), **{f"{n}_mean_hand": 80.0 for n in NAMES}}
+    first = {"step": 0, "subset": "val", **dict.fromkeys(VALIDATED, 200.0)}
+    last = {"step": 9, "subset": "val", **dict.fromkeys(VALIDATED, 60.0), **{f"{n}_mean_hand": 80.0 for n in VALIDATED}}
 
     def table() -> list[str]:
         (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in (first, last)))

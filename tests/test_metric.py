@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand or by other means, and the accumulator's promise of one number."""
+"""Metrics against values computed by hand or by other means, and means that do not depend on how samples are split."""
 
 import math
 from itertools import pairwise
@@ -13,17 +13,17 @@ from scipy.spatial.transform import Rotation
 from src.batch import Batch, Prediction
 from src.metric import (
     PCK_THRESHOLDS_MM,
-    MetricAccumulator,
     SampleMetric,
+    Samples,
+    Target,
     align_procrustes,
-    evaluate_batch,
+    alignment_target,
+    compare,
     f_scores,
-    pck_auc,
-    pck_curve,
+    measure,
     point_distance,
-    point_error,
-    procrustes_error,
 )
+from src.train.validation import VALIDATED
 
 
 @pytest.fixture
@@ -31,16 +31,27 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
-def test_point_error_counts_valid_points_only():
+def metric_of(name, points, pred, target):
+    """(total, count) of one metric of points [B, N, 3]."""
+    return compare({points: pred}, {points: target}, [name])[name]
+
+
+def procrustes_error(pred, target, valid):
+    aligned = alignment_target(target, valid > 0)
+    return metric_of("mpjpe_pa", "joint_pa", align_procrustes(pred, aligned.point, aligned.valid), aligned)
+
+
+def test_mean_distance_counts_valid_points_only():
     target = np.zeros((2, 3, 3))
     pred = np.array([[[3, 4, 0], [0, 0, 7], [np.nan] * 3], [[1, 0, 0]] * 3], dtype=float)
-    total, count = point_error(pred, target, np.array([[1, 1, 0], [0, 0, 0]]))
+    valid = np.array([[1, 1, 0], [0, 0, 0]]) > 0
+    total, count = metric_of("mpjpe_cam", "joint_cam", pred, Target(target, valid))
     assert total.tolist() == [12.0, 0.0]
     assert count.tolist() == [2.0, 0.0]
 
 
 def _best_similarity_by_search(pred, target):
-    """The least squared error over similarity transforms, found by a general optimiser from several starts."""
+    """The least-squares similarity transform, found by a general optimiser from several starts."""
 
     def cost(x):
         moved = math.exp(x[3]) * Rotation.from_rotvec(x[:3]).apply(pred) + x[4:]
@@ -53,7 +64,7 @@ def _best_similarity_by_search(pred, target):
 
 @pytest.mark.parametrize("mirror", [False, True])
 def test_procrustes_finds_the_best_similarity(mirror, rng):
-    """The mirrored hand is where an alignment that allows reflections would cheat to zero."""
+    """With the mirrored hand, an alignment that allows reflections would reach zero."""
     target = rng.normal(0, 1, (1, 8, 3))
     turned = Rotation.from_rotvec([0.3, -1.0, 0.4]).apply(target[0])
     pred = (0.4 * turned + rng.normal(0, 0.1, (8, 3)) + [5.0, -3.0, 2.0])[None] * ([-1, 1, 1] if mirror else 1)
@@ -67,37 +78,39 @@ def test_procrustes_ignores_invalid_points_and_undoes_a_similarity(rng):
     target = rng.normal(0, 50, (3, 21, 3))
     pred = 2.5 * np.einsum("ij,bnj->bni", Rotation.from_rotvec([1.0, 2.0, 0.5]).as_matrix(), target) + 100.0
     valid = np.ones((3, 21))
-    pred[0, 5], valid[0, 5] = np.nan, 0  # an invalid point may hold anything
+    pred[0, 5], valid[0, 5] = np.nan, 0  # invalid points may have any value
     target[1, 7], valid[1, 7] = 1e9, 0
-    valid[2, 2:] = 0  # two points fix no similarity
+    valid[2, 2:] = 0  # two points do not determine a similarity
     total, count = procrustes_error(pred, target, valid)
     np.testing.assert_allclose(total[:2], 0.0, atol=1e-9)
     assert count.tolist() == [20.0, 20.0, 0.0]
     assert total[2] == 0.0
 
 
-def test_procrustes_of_broken_predictions(rng):
+def test_procrustes_of_collapsed_and_infinite_predictions(rng):
     target = rng.normal(0, 50, (2, 21, 3))
     pred = np.stack((np.full((21, 3), 3.0), np.where(np.arange(21)[:, None] == 4, np.inf, target[1])))
     total, count = procrustes_error(pred, target, np.ones((2, 21)))
-    centred = target[0] - target[0].mean(axis=0)  # a hand in one point can only be moved to the centre
+    centred = target[0] - target[0].mean(axis=0)  # a collapsed hand can only be translated to the centre
     assert total[0] == pytest.approx(np.linalg.norm(centred, axis=1).sum())
-    assert np.isnan(total[1])  # a prediction that is not finite shows in the mean
+    assert np.isnan(total[1])  # an infinite prediction must not be hidden
     assert count.tolist() == [21.0, 21.0]
 
 
-def test_pck_and_auc_as_freihand_counts_them(rng):
+def test_pck_and_auc_as_in_freihand(rng):
     distance = rng.uniform(0, 70, (6, 21))
     valid = rng.random((6, 21)) < 0.8
-    curve, auc = pck_curve(distance, valid), pck_auc(distance, valid)
+    pred = distance[..., None] * [1.0, 0.0, 0.0]
+    target = Target(np.zeros((6, 21, 3)), valid)
+    curve, auc = (metric_of(f"{name}_cam", "joint_cam", pred, target) for name in ("curve", "auc"))
     flat = distance[valid]
     expected = np.array([(flat <= t).mean() for t in PCK_THRESHOLDS_MM])
     np.testing.assert_allclose(curve.total.sum(axis=0) / curve.count.sum(), expected)
     area = sum((a + b) / 2 for a, b in pairwise(expected)) / 99
     assert auc.total.sum() / auc.count.sum() == pytest.approx(area)
     assert (len(PCK_THRESHOLDS_MM), PCK_THRESHOLDS_MM[0], PCK_THRESHOLDS_MM[-1]) == (100, 0.0, 50.0)
-    perfect = pck_auc(np.zeros((1, 21)), np.ones((1, 21)))
-    assert perfect.total[0] / perfect.count[0] == pytest.approx(1.0)
+    perfect = metric_of("auc_cam", "joint_cam", target.point, target)
+    assert perfect.total.sum() / perfect.count.sum() == pytest.approx(1.0)
 
 
 def test_f_score_by_nearest_neighbours(rng):
@@ -156,13 +169,15 @@ def _batch_and_prediction(size: int, num_vertex: int = 30) -> tuple[Batch, Predi
     return batch, prediction, normal(num_vertex, 3)
 
 
+def _samples(batch, prediction, vert):
+    return Samples.of_batch(batch, measure(prediction, batch, vert, VALIDATED))
+
+
 def _means(batch, prediction, vert):
-    accumulator = MetricAccumulator()
-    accumulator.update(batch.position.numpy(), batch.source, evaluate_batch(prediction, batch, vert))
-    return accumulator.compute()
+    return _samples(batch, prediction, vert).means()
 
 
-def test_a_shift_of_the_whole_hand_is_a_root_error_alone():
+def test_a_translated_hand_has_only_a_root_error():
     batch, prediction, vert = _batch_and_prediction(4)
     shift = torch.tensor([0.0, 3.0, 4.0])
     prediction.joint_cam = batch.joint_cam + shift
@@ -174,7 +189,7 @@ def test_a_shift_of_the_whole_hand_is_a_root_error_alone():
         assert got[name] == pytest.approx(0.0, abs=1e-3), name
 
 
-def test_each_metric_asks_for_its_own_flag():
+def test_each_metric_needs_its_own_labels():
     batch, prediction, vert = _batch_and_prediction(1)
     everything = {"mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error"}
     assert set(_means(batch, prediction, vert)) == everything
@@ -183,13 +198,13 @@ def test_each_metric_asks_for_its_own_flag():
     batch.has_mano = torch.zeros(1)
     assert set(_means(batch, prediction, torch.full_like(vert, torch.nan))) == {"mpjpe_rel", "mpjpe_pa"}
     batch.has_intr = torch.ones(1)
-    batch.joint_3d_valid[:, 0] = 0  # no wrist: nothing to be relative to
+    batch.joint_3d_valid[:, 0] = 0  # no wrist: no root-relative metric
     assert set(_means(batch, prediction, vert)) == {"mpjpe_cam", "mpjpe_pa"}
     batch.joint_3d_valid[:] = 0
     assert _means(batch, prediction, vert) == {}
 
 
-def test_one_number_for_any_split_order_padding_and_duplicates(rng):
+def test_means_do_not_depend_on_split_order_padding_or_duplicates(rng):
     batch, prediction, vert = _batch_and_prediction(23)
     batch.joint_3d_valid = torch.tensor(rng.random((23, 21)) < 0.8).float()
     expected = _means(batch, prediction, vert)
@@ -204,19 +219,27 @@ def test_one_number_for_any_split_order_padding_and_duplicates(rng):
 
     for size in (1, 2, 5, 23):
         order = rng.permutation(23)
-        rank = [MetricAccumulator(), MetricAccumulator()]
-        for i, start in enumerate(range(0, 23, size)):
-            rows = np.concatenate((order[start : start + size], order[:2]))  # two that come with every batch
+        parts = []
+        for start in range(0, 23, size):
+            rows = np.concatenate((order[start : start + size], order[:2]))  # two samples that are in every batch
             piece = part(batch, rows)
-            values = evaluate_batch(part(prediction, rows), piece, vert[rows])
-            rank[i % 2].update(piece.position.numpy(), piece.source, values)
-            garbage = {name: SampleMetric(np.array([np.nan]), np.array([21.0])) for name in values}
-            rank[i % 2].update(np.array([-1]), ["a"], garbage)
-        rank[1].merge(rank[0].state())
-        assert rank[1].compute() == expected  # to the last bit
-    both = rank[1].state()
-    assert rank[1].sources() == ["a", "b"]
-    count = {s: both[s]["mpjpe_cam"][:, 2].sum() for s in "ab"}
-    mixed = sum(rank[1].compute(s)["mpjpe_cam"] * count[s] for s in "ab") / sum(count.values())
+            parts.append(_samples(piece, part(prediction, rows), vert[rows]))
+            padding = part(batch, [0])
+            padding.position = torch.tensor([-1])
+            garbage = {name: SampleMetric(np.array([np.nan]), np.array([21.0])) for name in VALIDATED}
+            parts.append(Samples.of_batch(padding, garbage))
+        joined = Samples.join([Samples.join(parts[1::2]), Samples.join(parts[::2])])
+        assert joined.position.tolist() == list(range(23))
+        assert joined.means() == expected  # to the last bit
+    assert set(joined.source) == {"a", "b"}
+    by_source = [joined.select(joined.source == source) for source in "ab"]
+    count = [samples.metric["mpjpe_cam"].count.sum() for samples in by_source]
+    mixed = sum(samples.means()["mpjpe_cam"] * c for samples, c in zip(by_source, count)) / sum(count)
     assert mixed == pytest.approx(expected["mpjpe_cam"])
-    assert MetricAccumulator().compute() == {}
+
+
+def test_of_unequal_duplicates_the_smallest_is_kept():
+    batch, *_ = _batch_and_prediction(1)
+    parts = [Samples.of_batch(batch, {"a": SampleMetric(np.array([v]), np.ones(1))}) for v in (2.0, 1.0, 3.0)]
+    assert Samples.join(parts).means() == Samples.join(parts[::-1]).means() == {"a": 1.0}
+    assert Samples.join(parts[:1]).select(np.array([False])).means() == {}

@@ -1,4 +1,4 @@
-"""2D PCK in shares of the hand's box, against values worked out by hand and HaMeR's formula for HInt."""
+"""2D PCK relative to the hand's box, against values computed by hand and HaMeR's formula for HInt."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from src.data.crop import crop_sample
 from src.data.dataset import Fetched
 from src.data.loader import collate
 from src.evaluate.bootstrap import Estimate, Group
-from src.evaluate.metrics import PCK_2D, measure, measure_2d, to_source_image
 from src.evaluate.plot import plot_pck
 from src.evaluate.tables import group_grid_2d, metric_grid
-from src.metric import SampleMetric
+from src.metric import PCK_2D, SampleMetric, box_target, compare, measure, to_source_image
 from tests.helpers import random_batch
 
 SIZE = 200.0  # longer side of the box of `target`, px
@@ -32,11 +31,15 @@ def target() -> np.ndarray:
 
 
 def moved(share: list[float]) -> np.ndarray:
-    """`target` with joint i moved by share[i] of the box (the rest by 0.01), in all directions."""
+    """`target` with joint i moved by share[i] of the box (the rest by 0.01), in different directions."""
     offset = np.full(21, 0.01 * SIZE)
     offset[: len(share)] = np.array(share) * SIZE
     angle = np.arange(21) * 2.0
     return target() + offset[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def measure_2d(pred: np.ndarray, target: np.ndarray, valid: np.ndarray) -> dict[str, SampleMetric]:
+    return compare({"joint_2d": pred}, {"joint_2d": box_target(target, valid)})
 
 
 def mean(metric: SampleMetric) -> float:
@@ -46,9 +49,9 @@ def mean(metric: SampleMetric) -> float:
 # joints 0-5 are off by these shares of the box, 6-20 by 0.01
 SHARES = [0.04, 0.06, 0.11, 0.16, 0.21, 3.0]
 RIGHT = {"pck05_2d": 16 / 21, "pck10_2d": 17 / 21, "pck15_2d": 18 / 21, "pck20_2d": 19 / 21}
-# A joint is right from its own share on: 1 - share / 0.2 of the curve.
+# A joint is correct above its own share: 1 - share / 0.2 of the curve.
 AREA = (15 * 0.95 + 0.8 + 0.7 + 0.45 + 0.2) / 21
-HALF_A_STEP = 0.5 / 99  # what the trapezoidal rule may miss of a joint's step, in areas of the whole curve
+HALF_A_STEP = 0.5 / 99  # error of the trapezoidal rule at a joint's step, relative to the whole area
 
 
 def test_values_by_hand() -> None:
@@ -62,10 +65,10 @@ def test_values_by_hand() -> None:
 @pytest.mark.parametrize("is_right", [True, False])
 @pytest.mark.parametrize("img_size", [56, 224])
 @pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(roll=0.7, tilt=(0.2, -0.3), zoom=1.3)])
-def test_neither_patch_nor_augmentation_nor_side_matters(
+def test_independent_of_patch_size_augmentation_and_side(
     is_right: bool, img_size: int, augmentation: Augmentation
 ) -> None:
-    """The prediction goes through the patch and comes back to the pixels of the source image."""
+    """The prediction is mapped to the patch and back to pixels of the source image."""
     joint, one, box = target(), np.ones(21, np.float32), np.array([280.0, 80.0, 420.0, 320.0])
     sample = Sample(
         "k/0", "a", np.zeros((400, 640, 3), np.uint8), is_right, box, joint.astype(np.float32), one,
@@ -97,7 +100,7 @@ def prediction_of(batch: Batch, joint_patch: torch.Tensor) -> Prediction:
     )
 
 
-def test_invalid_joints_count_neither_as_points_nor_for_the_box() -> None:
+def test_invalid_joints_affect_neither_points_nor_box() -> None:
     valid = np.ones((1, 21), bool)
     valid[0, [5, 20]] = False
     place = target()
@@ -108,7 +111,7 @@ def test_invalid_joints_count_neither_as_points_nor_for_the_box() -> None:
 
 
 def test_a_hand_without_a_box_does_not_count() -> None:
-    """No valid joint, one, two in the same place; the hand beside them counts as before."""
+    """No valid joint, one, two at the same pixel; the other hand in the batch counts as before."""
     pred, place = np.tile(moved(SHARES), (4, 1, 1)), np.tile(target(), (4, 1, 1))
     valid = np.zeros((4, 21), bool)
     valid[1, 3] = valid[2, 3:5] = valid[3] = True
@@ -118,14 +121,14 @@ def test_a_hand_without_a_box_does_not_count() -> None:
     assert mean(got["pck05_2d"]) == pytest.approx(16 / 21)
 
 
-def test_no_prediction_is_wrong_everywhere() -> None:
+def test_infinite_and_nan_predictions_are_wrong_at_every_threshold() -> None:
     for nothing in (np.inf, np.nan):
         got = measure_2d(np.full((1, 21, 2), nothing), target()[None], np.ones((1, 21), bool))
         assert [mean(got[name]) for name in (*PCK_2D, "auc_2d")] == [0.0] * 5
         assert got["auc_2d"].count.tolist() == [21]
 
 
-def test_behind_the_camera_of_the_image_is_wrong() -> None:
+def test_points_behind_the_source_camera_are_infinite() -> None:
     batch = random_batch(1, 56)
     batch.image_to_patch[0] = torch.linalg.inv(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.02, 0, 1]]))
     back = to_source_image(torch.tensor([[[10.0, 20.0], [-60.0, 20.0]]]), batch)
@@ -133,9 +136,9 @@ def test_behind_the_camera_of_the_image_is_wrong() -> None:
     assert np.isinf(back[0, 1]).all()
 
 
-def test_pooled_hands_as_hamer_counts_hint() -> None:
-    """hamer/utils/pose_utils.py, EvaluatorPCK: keypoint by keypoint, then their mean. With every joint valid this is
-    our share over all points; the box side here takes the place of its `box_size / bbox_expand_factor`."""
+def test_pooled_hands_as_in_hamers_hint_evaluation() -> None:
+    """hamer/utils/pose_utils.py, EvaluatorPCK: keypoint by keypoint, then their mean. With every joint valid this
+    equals our share over all points; the box side replaces its `box_size / bbox_expand_factor`."""
     rng = np.random.default_rng(4)
     place = rng.uniform(0, 300, (9, 21, 2))
     pred = place + rng.normal(0, 25, place.shape)
@@ -157,9 +160,9 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     with console.capture() as capture:
         console.print(metric_grid(groups[0]).as_rich(), group_grid_2d(groups).as_rich())
     lines = capture.get().splitlines()
-    assert sum("100.0 [100.0, 100.0]" in line for line in lines) == 4 + 2, "one line each, nothing folded"
+    assert sum("100.0 [100.0, 100.0]" in line for line in lines) == 4 + 2, "one line each, not wrapped"
     assert any("2D PCK at 0.15 box, %" in line for line in lines)
     assert group_grid_2d(groups[:1]) is None
     assert group_grid_2d([Group("all", "all", 1, {}, {}, {})] * 2) is None
-    assert plot_pck(groups[0], tmp_path / "pck.png"), "2D alone is worth a plot"
+    assert plot_pck(groups[0], tmp_path / "pck.png"), "2D labels alone give a plot"
     assert not plot_pck(Group("all", "all", 1, {}, {}, {}), tmp_path / "none.png")

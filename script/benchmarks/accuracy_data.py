@@ -18,7 +18,8 @@ from src.data.loader import build_train_loader, build_val_loader
 from src.data.mean_hand import HandLabels, mean_of
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays
-from src.train.validation import constant_metrics
+from src.metric import target_points
+from src.train.validation import baseline_metrics
 
 LOADED_TOGETHER = 125
 
@@ -69,7 +70,8 @@ def baseline_errors(train: Batch, val: Batch, hand: HandArrays) -> dict[str, flo
     labels = HandLabels(**{f.name: getattr(train, f.name).cpu().numpy() for f in fields(HandLabels)})
     layer, val = ManoLayer(hand), val.to("cpu")
     target_vert = layer(layer.pose_to_rotmat(val.mano_pose, val.flat_hand_mean), val.mano_shape).vert
-    values = constant_metrics(mean_of(labels, hand, train.patch.shape[-1]), val, target_vert)
+    mean = mean_of(labels, hand, train.patch.shape[-1])
+    values = baseline_metrics(mean, val, target_points(val, target_vert))
     return {n: (v := values[f"{n}_mean_hand"]).total.sum() / v.count.sum() for n in ("mpjpe_rel", "mpjpe_pa")}
 
 

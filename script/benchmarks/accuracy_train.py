@@ -12,7 +12,8 @@ from script.benchmarks.accuracy_data import rows_of
 from script.benchmarks.measurement import Status, machine
 from src.batch import Batch
 from src.config import Config
-from src.metric import MetricAccumulator, evaluate_batch
+from src.metric import Samples, measure
+from src.train.validation import VALIDATED
 from src.utils.train_utils import get_lr_factor
 
 VAL_BATCH = 125
@@ -33,7 +34,7 @@ def make_cell(
     train_network(net, cfg, settings, train, status)
     return {
         "settings": settings,
-        "metrics": measure(net, val),
+        "metrics": validate(net, val),
         "seconds": round(time.perf_counter() - begin, 1),
         "parameters": sum(p.numel() for p in net.parameters()),
         "machine": machine(),
@@ -64,13 +65,13 @@ def train_network(net: nn.Module, cfg: Config, settings: dict[str, Any], data: B
 
 
 @torch.no_grad()
-def measure(net: nn.Module, val: Batch) -> dict[str, float]:
+def validate(net: nn.Module, val: Batch) -> dict[str, float]:
     """The metrics of the validation sample, mm."""
     net.eval()
-    gathered = MetricAccumulator()
+    parts = []
     for index in torch.arange(len(val)).split(VAL_BATCH):
         batch = rows_of(val, index)
         prediction = net(batch)
         target = net.hand(net.hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean), batch.mano_shape).vert
-        gathered.update(batch.position.cpu().numpy(), batch.source, evaluate_batch(prediction, batch, target))
-    return gathered.compute()
+        parts.append(Samples.of_batch(batch, measure(prediction, batch, target, VALIDATED)))
+    return Samples.join(parts).means()

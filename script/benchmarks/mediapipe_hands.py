@@ -21,12 +21,20 @@ from script.benchmarks.measurement import Figure, Status, compose_config
 from src.batch import NUM_JOINT, Sample
 from src.data.loader import HandLoader, build_val_loader
 from src.data.order.plan import HALVES
-from src.evaluate.bootstrap import RESAMPLE, Bootstrap, Group, summarise
-from src.evaluate.collect import Samples
-from src.evaluate.metrics import PCK_2D, measure_2d
+from src.evaluate.bootstrap import Bootstrap, Group, summarise
 from src.evaluate.run import name_unknown
-from src.evaluate.tables import UNITS
-from src.metric import SampleMetric, box_side, point_distance, procrustes_error
+from src.metric import (
+    PCK_2D,
+    UNITS,
+    SampleMetric,
+    Samples,
+    align_procrustes,
+    alignment_target,
+    box_side,
+    box_target,
+    compare,
+    point_distance,
+)
 
 VERSION = "0.10.14"
 INSTALL = f"python3.11 -m venv mediapipe-venv && mediapipe-venv/bin/pip install -e . mediapipe=={VERSION}"
@@ -50,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for evaluate: DATA.root=data ...")
     parser.add_argument("--half", choices=HALVES, help="only this half of the samples, as in evaluate.py")
     parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws; default: %(default)s")
-    parser.add_argument("--resample", choices=RESAMPLE, default="sample", help="what is drawn anew")
+    parser.add_argument("--resample", choices=("sample", "clip"), default="sample", help="what is drawn anew")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--confidence", type=float, default=0.5, help="min_detection_confidence; default: %(default)s")
     parser.add_argument("--pad", type=float, default=0.0, help="black border, share of the longer side of the image")
@@ -127,12 +135,12 @@ def measure_hand(sample: Sample, detections: Iterable[Detection]) -> dict[str, S
     joint_img = np.full((NUM_JOINT, 2), np.inf) if found is None else found.joint_img
     joint_world = np.zeros((NUM_JOINT, 3)) if found is None else found.joint_world
     valid_2d, valid_3d = sample.joint_2d_valid[None] > 0, sample.joint_3d_valid[None] > 0
+    world = alignment_target(sample.joint_cam[None].astype(np.float64), valid_3d & (found is not None))
+    target = {"joint_2d": box_target(sample.joint_img[None].astype(np.float64), valid_2d), "joint_pa": world}
+    pred = {"joint_2d": joint_img[None], "joint_pa": align_procrustes(joint_world[None], world.point, world.valid)}
     return {
         "found": SampleMetric(np.array([float(found is not None)]), np.array([float(valid_2d.any())])),
-        **measure_2d(joint_img[None], sample.joint_img[None].astype(np.float64), valid_2d),
-        "mpjpe_pa": procrustes_error(
-            joint_world[None], sample.joint_cam[None].astype(np.float64), valid_3d & (found is not None)
-        ),
+        **compare(pred, target, (*PCK_2D, "auc_2d", "curve_2d", "mpjpe_pa")),
     }
 
 
@@ -144,7 +152,8 @@ def stack_samples(rows: Sequence[tuple[int, str, str, bool, dict[str, SampleMetr
         name: SampleMetric(*(np.concatenate([v[name][part] for v in values]).reshape(num, -1) for part in (0, 1)))
         for name in values[0]
     }
-    return Samples(np.array(position), list(key), np.array(source, dtype=object), np.array(is_right), metric)
+    keys, sources = (np.array(names, dtype=object) for names in (key, source))
+    return Samples(np.array(position), keys, sources, np.array(is_right), metric)
 
 
 def group_figures(group: Group) -> list[Figure]:

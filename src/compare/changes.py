@@ -1,12 +1,12 @@
-"""What is measured of a run, and how much it changed from one side to the other, with a bootstrap interval over runs.
+"""The measures of a run and their change from one side to the other, with a bootstrap interval over runs.
 
-Percentile bootstrap (Efron, "Bootstrap methods: another look at the jackknife", 1979). Where both sides hold the same
-seeds, once each, they are drawn in pairs: two runs of one seed see the same data in the same order from the same
-initial weights, so what they share cancels. Otherwise each side is drawn by itself.
+Percentile bootstrap (Efron, "Bootstrap methods: another look at the jackknife", 1979). If both sides have the same
+seeds, once each, runs are drawn in pairs: two runs of one seed see the same data in the same order from the same
+initial weights, so their common variation cancels. Otherwise each side is drawn independently.
 
-Of 5 runs the plain percentile interval holds the truth in 84 of 100 experiments instead of 95. The quantiles are
-therefore moved outwards as Student's t asks of so few (the expanded percentile interval of Hesterberg, "What teachers
-should know about the bootstrap", The American Statistician 69, 2015).
+With 5 runs the plain percentile interval covers the truth in 84 of 100 experiments instead of 95. The quantiles are
+therefore widened according to Student's t (the expanded percentile interval of Hesterberg, "What teachers should know
+about the bootstrap", The American Statistician 69, 2015).
 """
 
 from __future__ import annotations
@@ -27,29 +27,26 @@ class Measure:
     key: str
     label: str
     unit: str
-
-    @property
-    def needs_train_eval(self) -> bool:
-        """Whether it takes the training frames that are measured beside the validation."""
-        return self.key.startswith(("gap", "eval"))
+    needs: str = "a finite value in these steps"
 
 
-# everything that is compared, in the order of the table; over the checkpoints, or the logged steps, of a run
+_TRAIN_EVAL = "training frames (DATA.train.eval_sample=500)"
+# the rows of the table; values are over the checkpoints, or logged steps, of a run
 MEASURES = (
     Measure("val_mean", "validation, mean", "mm"),
-    Measure("val_std", "validation, std", "mm"),
+    Measure("val_std", "validation, std", "mm", "two validations in these steps"),
     Measure("val_best", "validation, best", "mm"),
     Measure("val_last", "validation, last", "mm"),
-    Measure("gap_early", "gap, early", "mm"),
-    Measure("gap_late", "gap, late", "mm"),
+    Measure("gap_early", "gap, early", "mm", f"a validation in the early steps (--early) with {_TRAIN_EVAL}"),
+    Measure("gap_late", "gap, late", "mm", f"a validation in the late steps (--late) with {_TRAIN_EVAL}"),
     Measure("loss_mean", "training loss", ""),
-    Measure("eval_loss_mean", "loss without dropout", ""),
+    Measure("eval_loss_mean", "loss without dropout", "", f"a validation with {_TRAIN_EVAL}"),
 )
 
 
 @dataclass(frozen=True)
 class Window:
-    """The steps that every run of the comparison has: (0, end], with an early and a late part."""
+    """The steps (0, end] that every run of the comparison has, with an early and a late part."""
 
     end: int
     early: int  # early: 0 < step <= early
@@ -57,16 +54,16 @@ class Window:
 
     @classmethod
     def common(cls, runs: Sequence[Run], early: float, late: float) -> Window:
-        """Up to the shortest run's last validation; `early`, `late`: the shares of it at either end."""
+        """Up to the shortest run's last validation; `early`, `late`: the fractions at either end."""
         end = min(run.last_step for run in runs)
         return cls(end, round(early * end), end - round(late * end))
 
 
 @dataclass(frozen=True)
 class Side:
-    """One measure over the runs of a side."""
+    """One measure of the runs of a side."""
 
-    value: np.ndarray  # [R] of each run, NaN where the run has none
+    value: np.ndarray  # [R]
 
     @property
     def mean(self) -> float:
@@ -74,28 +71,26 @@ class Side:
 
     @property
     def std(self) -> float:
-        """Spread over the runs, with R - 1; NaN for a single one."""
+        """Sample standard deviation (R - 1) over the runs; NaN for a single run."""
         return float(np.std(self.value, ddof=1)) if len(self.value) > 1 else float("nan")
 
 
 @dataclass(frozen=True)
 class Change:
-    """How a measure of `side` differs from `against`."""
+    """The change of a measure from `against` to `side`."""
 
     measure: Measure
     side: Side
     against: Side
     difference: float  # in the measure's unit
-    percent: (
-        float  # NaN where the other side's value, or a draw of it, is not above 0: then the difference alone is told
-    )
-    low: float  # bounds of the 95 % interval, of the difference where `percent` is NaN; NaN where there is none
+    percent: float  # NaN if the value of `against`, or of a bootstrap draw of it, is not above 0
+    low: float  # 95 % interval of `percent`, or of `difference` if `percent` is NaN; NaN without an interval
     high: float
     is_paired: bool
 
 
 def measure_run(run: Run, window: Window) -> dict[str, float]:
-    """The value of every measure; NaN for what the run did not record in the window. Step 0 never counts."""
+    """The value of every measure; NaN if the run did not record it in the window. Step 0 never counts."""
     val = run.val.between(0, window.end)
     known = val.value[np.isfinite(val.value)]
     found = {
@@ -113,7 +108,7 @@ def measure_run(run: Run, window: Window) -> dict[str, float]:
 
 
 def _gap(run: Run, first: int, last: int) -> float:
-    """Mean of validation minus training frames over the validations with first < step <= last."""
+    """The mean difference between validation and training frames over the validations with first < step <= last."""
     if run.train_eval is None:
         return float("nan")
     val = run.val.between(first, last)
@@ -142,14 +137,14 @@ def changes(side: Sequence[Run], against: Sequence[Run], window: Window, num_dra
 
 
 def without(runs: Sequence[Run], window: Window) -> dict[Measure, list[Run]]:
-    """The measures that some of the runs lack, and which runs: a table of these runs leaves them out."""
+    """Measure -> the runs that lack it, for the measures that the table omits for that reason."""
     values = [measure_run(run, window) for run in runs]
     lacking = {m: [run for run, v in zip(runs, values) if not np.isfinite(v[m.key])] for m in MEASURES}
     return {measure: found for measure, found in lacking.items() if found}
 
 
 def _match(side: Sequence[Run], against: Sequence[Run]) -> tuple[list[Run], list[Run], bool]:
-    """Both sides in the order of their seeds, and whether run i of one belongs to run i of the other."""
+    """Both sides sorted by seed, and whether run i of one is paired with run i of the other."""
     seeds = [sorted(str(run.seed) for run in runs) for runs in (side, against)]
     is_paired = seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0])
     in_order = [sorted(runs, key=lambda run: str(run.seed)) for runs in (side, against)]
@@ -173,11 +168,11 @@ def _interval(
     draws: tuple[np.ndarray, np.ndarray] | None,
     change: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> tuple[float, float]:
-    """Bounds of the 95 % interval of `change` of the means; NaN without draws, or where one has no change."""
+    """Bounds of the 95 % interval of `change` of the means; NaN without draws, or if a draw's change is not finite."""
     if draws is None:
         return float("nan"), float("nan")
     changed = change(a[draws[0]].mean(axis=1), b[draws[1]].mean(axis=1))
-    if not np.isfinite(changed).all():  # in some draws the other side is not above 0: no percentage means anything
+    if not np.isfinite(changed).all():  # a draw of `b` is not above 0: no percentages
         return float("nan"), float("nan")
     tail = tail_share(min(len(a), len(b)))
     low, high = np.quantile(changed, [tail, 1 - tail])
@@ -185,7 +180,7 @@ def _interval(
 
 
 def tail_share(num: int) -> float:
-    """The share of draws beyond each end of a 95 % interval over `num` runs, 2 or more.
+    """The fraction of draws beyond each end of a 95 % interval over `num` >= 2 runs.
 
     Student's quantile by Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
     """
@@ -200,6 +195,6 @@ def tail_share(num: int) -> float:
 
 
 def _percent(value: np.ndarray | float, against: np.ndarray | float) -> np.ndarray:
-    """The change in %; NaN where `against` is not above 0."""
+    """The change in %; NaN if `against` is not above 0."""
     value, against = np.asarray(value, float), np.asarray(against, float)
     return 100.0 * (value / np.where(against > 0, against, np.nan) - 1.0)

@@ -13,15 +13,15 @@ from matplotlib.lines import Line2D
 from src.compare.report import Comparison, count_runs
 from src.compare.runs import DROPOUT_RATE, LOSS, Run
 
-# the last side, which the others are compared with, is grey
+# the last side, the baseline, is grey
 BASELINE_COLOUR = "#5b6770"
 COLOURS = ("#d1495b", "#1f77b4", "#2a9d5c", "#e0912f", "#7b5ea7")
 _DPI = 130
-_SMOOTH = 40  # the training loss is a mean over 1/40 of the run
+_SMOOTH = 40  # the training loss is smoothed over 1/40 of the run to either side
 
 
 def plot_curves(comparison: Comparison, path: Path) -> None:
-    """Draw the figure; lines are means over the runs of a side, bands one standard deviation to either side."""
+    """Draw the figure: lines are means over the runs of a side, bands are +- one standard deviation."""
     figure = Figure(figsize=(9.5, 8.0), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(3.2, 2.0, 1.0))
     for runs, colour in zip(comparison.side.values(), _colours(comparison), strict=True):
@@ -32,7 +32,7 @@ def plot_curves(comparison: Comparison, path: Path) -> None:
     _label_metric(axes[0], comparison)
     axes[0].set_ylim(*_metric_range(comparison))
     axes[1].set_ylabel("training loss")
-    axes[1].set_title("as trained, dropout on; moving mean", loc="right", fontsize=8, color="0.4")
+    axes[1].set_title("as trained, with dropout; moving mean", loc="right", fontsize=8, color="0.4")
     axes[2].set(ylabel="dropout rate", xlabel="optimizer step", ylim=(-0.05 * _max_rate(comparison), None))
     for axis in axes:
         axis.grid(color="0.92")
@@ -52,7 +52,7 @@ def _max_rate(comparison: Comparison) -> float:
 
 
 def _metric_range(comparison: Comparison) -> tuple[float, float]:
-    """What is measured after step 0, mm: the untrained network would take most of the axis."""
+    """The y range of all values after step 0, mm; the untrained network would fill most of the axis."""
     curves = [curve for run in comparison.runs for curve in (run.val, run.train_eval) if curve is not None]
     value = np.concatenate([curve.value[curve.step > 0] for curve in curves])
     value = value[np.isfinite(value)]
@@ -63,7 +63,7 @@ def _metric_range(comparison: Comparison) -> tuple[float, float]:
 
 
 def _label_metric(axis: Any, comparison: Comparison) -> None:
-    """Axis name, early and late windows, and a legend that tells sides by colour and subsets by dash."""
+    """Axis label, early and late windows, and a legend: sides by colour, subsets by line style."""
     window = comparison.window
     axis.set_ylabel(f"{comparison.metric}, mm")
     for first, last, text in ((0, window.early, "early"), (window.late, window.end, "late")):
@@ -81,7 +81,7 @@ def _label_metric(axis: Any, comparison: Comparison) -> None:
 def _draw(
     axis: Any, runs: Sequence[Run], name: str, colour: str, dash: str, with_band: bool = True, smooth: bool = False
 ) -> None:
-    """Mean and band of one curve over the runs that have it, as far as all of them go."""
+    """Mean and band of one curve over the runs that have it, over their common steps."""
     curves = [run.curve[name] for run in runs if name in run.curve]
     if not curves:
         return
@@ -99,7 +99,7 @@ def _draw(
 
 
 def _moving_mean(value: np.ndarray, width: int) -> np.ndarray:
-    """Centred mean over `width` points to either side, fewer at the ends; points that are not known are left out."""
+    """Centred mean over `width` points to either side, fewer at the ends; ignores NaN."""
     known = np.isfinite(value)
     total, count = (np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(known, value, 0.0), known))
     begin = np.maximum(np.arange(len(value)) - width, 0)

@@ -27,10 +27,10 @@ CONFIG = "config.yaml"
 
 
 def find_runs(patterns: Iterable[str]) -> list[Path]:
-    """The run folders that paths and globs mean: a run folder, or a folder with runs anywhere below it.
+    """Resolve paths and globs to run folders; a folder stands for all runs below it.
 
     Raises:
-        ComparisonError: for a pattern that leads to no run.
+        ComparisonError: a pattern without a run.
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -53,60 +53,59 @@ def _runs_below(path: Path) -> list[Path]:
 def _why_no_run(pattern: str) -> str:
     path = Path(pattern)
     if path.is_file():
-        return f"{pattern}: is a file; give the run folder, which holds {METRICS}"
+        return f"{pattern}: is a file; give the run folder, which contains {METRICS}"
     if path.is_dir():
-        return f"{pattern}: neither this folder nor one below it holds a {METRICS}; is it a run folder?"
+        return f"{pattern}: neither this folder nor one below it contains {METRICS}; is it a run folder?"
     parent = next(p for p in (path, *path.parents) if p.exists())
-    return f"{pattern}: there is no such folder, and no folder fits it as a glob; {parent} is as far as it exists"
+    return f"{pattern}: no such folder, and no match as a glob; the path exists up to {parent}"
 
 
 def read_sides(
     sides: Mapping[str, Sequence[Path]], metric: str | None = None
 ) -> tuple[dict[str, list[Run]], tuple[str, ...]]:
-    """Read the runs of every side; `metric` None takes the first of METRIC_ORDER that all of them validated.
+    """Read the runs of every side; `metric` None: the first of METRIC_ORDER that all of them validated.
 
     Returns:
-        The runs, and the reasons why some are left out: of several runs of a side those that validated nothing yet.
+        The runs of each side, and for every skipped run (no validation yet, but its side has other runs) the reason.
 
     Raises:
-        ComparisonError: as `read_run`; or for a run on two sides.
+        ComparisonError: as `read_run`, or a run is on two sides.
     """
     owner: dict[Path, str] = {}
     for name, folders in sides.items():
         for folder in folders:
             if owner.setdefault(folder, name) != name:
-                raise ComparisonError(f"{folder}: stands on two sides, {owner[folder]} and {name}; name it once")
+                raise ComparisonError(f"{folder}: is on two sides, {owner[folder]} and {name}; name it once")
     if metric is None:
         known = [_validated(_read_rows(folder / METRICS)) for folder in owner]
         common = [name for name in METRIC_ORDER if all(name in names for names in known if names)]
         metric = common[0] if common else METRIC_ORDER[0]
     read: dict[str, list[Run]] = {}
-    left_out: list[str] = []
+    skipped: list[str] = []
     for name, folders in sides.items():
         read[name] = []
         for folder in folders:
             try:
                 read[name].append(read_run(folder, metric))
             except NothingYetError as error:
-                left_out.append(str(error))
+                skipped.append(str(error))
         if not read[name]:
-            raise ComparisonError("\n".join(left_out))
-    return read, tuple(left_out)
+            raise ComparisonError("\n".join(skipped))
+    return read, tuple(skipped)
 
 
 def _validated(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of what was validated."""
+    """The names of the validated metrics."""
     return sorted({name for row in rows if row.get("subset") == "val" for name in row} - {"step", "subset"})
 
 
 def read_run(folder: Path, metric: str) -> Run:
     """Read one run.
 
-    A step that stands twice in the journal (of a run that was resumed by hand) counts as it was measured last, and a
-    line cut off by a crash is passed over.
+    If a step is twice in metrics.jsonl (after resuming by hand), the last row counts. Truncated lines are ignored.
 
     Raises:
-        ComparisonError: no readable configuration or no validation of `metric` after step 0.
+        ComparisonError: no readable configuration, or no validation of `metric` after step 0.
     """
     try:
         tree = OmegaConf.to_container(OmegaConf.load(_newest_config(folder)), resolve=False)
@@ -123,7 +122,7 @@ def read_run(folder: Path, metric: str) -> Run:
 
 
 def _newest_config(folder: Path) -> Path:
-    """The configuration that was in force last: a resumed run leaves another one, with the step it went on from."""
+    """The latest configuration: each resume writes another one, named after the step it resumed from."""
     resumed = [path for path in folder.glob("config.resumed-*.yaml") if path.stem.rpartition("-")[2].isdigit()]
     return max(resumed, key=lambda path: int(path.stem.rpartition("-")[2]), default=folder / CONFIG)
 

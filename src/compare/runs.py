@@ -1,9 +1,8 @@
-"""The curves of one run, in which runs differ, and the file that keeps them."""
+"""One run: its configuration and curves, and how the configurations of runs differ."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 SEED = "GENERAL.seed"
 METRIC_ORDER = ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error")
-# "<subset of the journal>/<name>" of what is read beside the metrics
+# curves besides the metrics: "<subset in metrics.jsonl>/<name>"
 LOSS, EVAL_LOSS, DROPOUT_RATE = "train/loss_total", "train_eval/loss_total", "train/dropout_rate"
 # keys in which runs may differ without being another experiment
 _HOUSEKEEPING = ("GENERAL.output_root", "GENERAL.resume_path", "GENERAL.description", "GENERAL.num_worker",
@@ -20,16 +19,16 @@ _HOUSEKEEPING = ("GENERAL.output_root", "GENERAL.resume_path", "GENERAL.descript
 
 
 class ComparisonError(ValueError):
-    """These runs cannot be compared; the message says which, why and what to do."""
+    """These runs cannot be compared; the message explains which, why and what to do."""
 
 
 class NothingYetError(ComparisonError):
-    """The run has not been validated after step 0."""
+    """The run has no validation after step 0 yet."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over optimizer steps, steps rising; a value that was not finite is NaN."""
+    """Values over increasing optimizer steps; values that were not finite are NaN."""
 
     step: np.ndarray  # [N] int
     value: np.ndarray  # [N] float
@@ -40,7 +39,7 @@ class Curve:
         return Curve(self.step[keep], self.value[keep])
 
     def at(self, step: np.ndarray) -> np.ndarray:
-        """Values [M] at `step` [M], linear between points, NaN outside of them."""
+        """Linear interpolation at `step` [M]: values [M], NaN outside the curve."""
         known = np.isfinite(self.value)
         if not known.any():
             return np.full(len(step), np.nan)
@@ -49,12 +48,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: where it was read from, what it was told to do, and what it measured."""
+    """One run: its name, configuration and curves."""
 
     name: str
     config: dict[str, Any]  # dotted key -> value
-    metric: str  # the one that is compared, mm
-    curve: dict[str, Curve]  # by "<subset>/<name>"; absent where the journal has no such row
+    metric: str  # the compared metric, mm
+    curve: dict[str, Curve]  # by "<subset>/<name>", for those in metrics.jsonl
 
     @property
     def val(self) -> Curve:
@@ -63,7 +62,7 @@ class Run:
 
     @property
     def train_eval(self) -> Curve | None:
-        """The metric on the fixed training frames; None where they were not measured."""
+        """The metric on the fixed training frames; None if the run did not evaluate any."""
         return self.curve.get(f"train_eval/{self.metric}")
 
     @property
@@ -76,8 +75,12 @@ class Run:
         return int(self.val.step[-1])
 
     @property
+    def total_step(self) -> int:
+        return self.config.get("GENERAL.total_step", 0)
+
+    @property
     def is_finished(self) -> bool:
-        return self.last_step >= self.config.get("GENERAL.total_step", 0)
+        return self.last_step >= self.total_step
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -92,30 +95,3 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
         if len(values) > 1 and key != SEED and not key.startswith(_HOUSEKEEPING):
             found[key] = values
     return found
-
-
-def to_json(run: Run, common: Mapping[str, Any]) -> dict[str, Any]:
-    """A run as it is kept beside a figure, five significant digits; `config` holds what is not in `common`."""
-    curve = {
-        name: {"step": c.step.tolist(), "value": [float(f"{v:.5g}") if math.isfinite(v) else None for v in c.value]}
-        for name, c in run.curve.items()
-    }
-    own = {key: value for key, value in run.config.items() if key not in common}
-    return {"name": run.name, "config": own, "curve": curve}
-
-
-def from_json(tree: Mapping[str, Any], common: Mapping[str, Any], metric: str | None) -> Run:
-    """The inverse of `to_json`, to be compared by `metric`; None is the first of METRIC_ORDER.
-
-    Raises:
-        ComparisonError: the run has no such metric.
-    """
-    curve = {
-        name: Curve(np.array(c["step"]), np.array([math.nan if v is None else v for v in c["value"]]))
-        for name, c in tree["curve"].items()
-    }
-    known = [name.removeprefix("val/") for name in curve if name.startswith("val/")]
-    metric = metric or next(name for name in (*METRIC_ORDER, *known) if name in known)
-    if metric not in known:
-        raise ComparisonError(f"{tree['name']}: no {metric} was kept; choose one with --metric: {', '.join(known)}")
-    return Run(tree["name"], {**common, **tree["config"]}, metric, curve)

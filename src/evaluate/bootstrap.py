@@ -1,64 +1,61 @@
-"""From samples to numbers: the mean of each metric with a bootstrap interval, for all samples and for groups of them.
+"""The mean of each metric with a bootstrap interval, for all samples and for groups of them.
 
-Percentile bootstrap (Efron, "Bootstrap methods: another look at the jackknife", 1979): samples, or whole clips, are
-drawn with replacement, as many as there are; of each draw the metric is sum / count over its points, as of the data
-themselves; the interval holds the middle 95 % of the draws.
+Percentile bootstrap (Efron, "Bootstrap methods: another look at the jackknife", 1979): each draw resamples the samples,
+or whole clips, with replacement and recomputes the metric as sum / count over its points. The interval contains the
+middle 95 % of the draws.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from src.evaluate.collect import Samples
-from src.metric import SampleMetric
+from src.metric import SampleMetric, Samples, mean
 
-RESAMPLE = ("sample", "clip")
 _TAIL = 0.025
-_CHUNK = 4_000_000  # weights held at once
+_CHUNK = 4_000_000  # weights in memory at once
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How the intervals are drawn."""
+    """The settings of the intervals; written to result.json."""
 
     num_draw: int = 1000
-    over: str = "sample"  # or "clip": frames of one video are alike, and count as one
+    over: str = "sample"  # resampling unit; "clip": frames of one video are correlated, draw whole clips
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % interval; the interval is None where there is a single sample (or clip)."""
+    """A mean and its 95 % interval, which is None for a single sample (or clip)."""
 
     value: float
     low: float | None
     high: float | None
-    num_sample: int  # that have the metric
+    num_sample: int  # with this metric
 
 
 @dataclass(frozen=True)
 class Group:
-    """The numbers of some samples. What the data cannot answer is absent."""
+    """The results of a group of samples. What the data has no labels for is absent."""
 
     kind: str  # "all", "source" or "side"
     name: str
     num_sample: int
     metric: dict[str, Estimate]
-    joint: dict[str, list[Estimate | None]]  # frame -> 21 joints; None for a joint that no sample has
+    joint: dict[str, list[Estimate | None]]  # frame -> 21 joints; None for a joint without a valid sample
     curve: dict[str, list[float]]  # "joint_<frame>", "vert_<frame>" or "joint_2d" -> PCK at the 100 thresholds
 
 
 def summarise(samples: Samples, bootstrap: Bootstrap) -> list[Group]:
-    """All samples first, then each data set and each side where there is more than one."""
+    """All samples first, then each data set and each side if there is more than one."""
     return [_group(samples, kind, name, mask, bootstrap) for kind, name, mask in group_masks(samples)]
 
 
 def group_masks(samples: Samples) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(kind, name, which samples [S]) of every group."""
+    """(kind, name, mask [S]) of every group."""
     yield "all", "all", np.ones(len(samples), dtype=bool)
     sources = sorted(set(samples.source))
     for source in sources if len(sources) > 1 else ():
@@ -69,58 +66,56 @@ def group_masks(samples: Samples) -> Iterator[tuple[str, str, np.ndarray]]:
 
 
 def _group(samples: Samples, kind: str, name: str, mask: np.ndarray, bootstrap: Bootstrap) -> Group:
-    chosen = {n: SampleMetric(v.total[mask], v.count[mask]) for n, v in samples.metric.items()}
-    curve = {}
+    samples = samples.select(mask)
+    chosen, curve = samples.metric, {}
     for key in [n for n in chosen if n.startswith("curve_")]:
         total, count = chosen.pop(key)
         frame = key.removeprefix("curve_")
         if count.sum() > 0:
             curve[frame if frame.startswith("vert") else f"joint_{frame}"] = (total.sum(axis=0) / count.sum()).tolist()
-    keys = [key for key, keep in zip(samples.key, mask) if keep]
-    unit = _units(keys, samples.source[mask], bootstrap.over)
+    unit = _units(samples, bootstrap.over)
     estimates = dict(zip(chosen, _estimates(list(chosen.values()), unit, bootstrap), strict=True))
     per_joint = [n for n in estimates if n.startswith("joint_")]
     joint = {n.removeprefix("joint_"): estimates.pop(n) for n in per_joint}
     return Group(
         kind=kind,
         name=name,
-        num_sample=int(mask.sum()),
+        num_sample=len(samples),
         metric={n: e[0] for n, e in estimates.items() if e[0] is not None},
         joint={n: e for n, e in joint.items() if any(e)},
         curve=curve,
     )
 
 
-def _units(keys: list[str], sources: np.ndarray, over: str) -> np.ndarray:
-    """Number [S] of what each sample is drawn with: itself, or the clip that its key names ("<clip>/<frame>")."""
+def _units(samples: Samples, over: str) -> np.ndarray:
+    """The number [S] of each sample's resampling unit: the sample itself, or the clip in its key ("<clip>/<frame>")."""
     if over == "sample":
-        return np.arange(len(keys))
-    names = np.array([f"{source}/{key.rpartition('/')[0]}" for key, source in zip(keys, sources)])
+        return np.arange(len(samples))
+    names = np.array([f"{source}/{key.rpartition('/')[0]}" for key, source in zip(samples.key, samples.source)])
     return np.unique(names, return_inverse=True)[1]
 
 
 def _estimates(metrics: list[SampleMetric], unit: np.ndarray, bootstrap: Bootstrap) -> list[list[Estimate | None]]:
-    """The estimate of each column of each metric; None where no sample has it."""
+    """The estimate of each column of each metric; None without a valid point."""
     total = np.concatenate([m.total for m in metrics], axis=1)
     count = np.concatenate([np.broadcast_to(m.count, m.total.shape) for m in metrics], axis=1)
     num_unit = int(unit.max()) + 1
     low, high = _interval(_sum_units(total, unit, num_unit), _sum_units(count, unit, num_unit), bootstrap)
     flat = []
     for column in range(total.shape[1]):
-        points = math.fsum(count[:, column].tolist())
-        has = int((count[:, column] > 0).sum())
-        if points == 0:
+        num_sample = int((count[:, column] > 0).sum())
+        if num_sample == 0:
             flat.append(None)
             continue
-        known = num_unit > 1 and has > 1
+        known = num_unit > 1 and num_sample > 1
         bounds = (float(low[column]), float(high[column])) if known else (None, None)
-        flat.append(Estimate(math.fsum(total[:, column].tolist()) / points, *bounds, has))
+        flat.append(Estimate(mean(total[:, column], count[:, column]), *bounds, num_sample))
     ends = np.cumsum([m.total.shape[1] for m in metrics]).tolist()
     return [flat[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _sum_units(value: np.ndarray, unit: np.ndarray, num_unit: int) -> np.ndarray:
-    """[S, M] added up over the samples of each unit: [U, M]."""
+    """Sum the rows [S, M] of each unit: [U, M]."""
     if num_unit == len(unit):
         return value[np.argsort(unit)]
     out = np.zeros((num_unit, value.shape[1]))
@@ -129,7 +124,7 @@ def _sum_units(value: np.ndarray, unit: np.ndarray, num_unit: int) -> np.ndarray
 
 
 def _interval(total: np.ndarray, count: np.ndarray, bootstrap: Bootstrap) -> tuple[np.ndarray, np.ndarray]:
-    """The 2.5 % and 97.5 % quantiles [M] of sum(total) / sum(count) over draws of the U rows of total, count [U, M]."""
+    """The 2.5 % and 97.5 % quantiles [M] of sum(total) / sum(count) over draws of the rows of total, count [U, M]."""
     rng, num_unit = np.random.default_rng(bootstrap.seed), len(total)
     draws = []
     step = max(1, _CHUNK // num_unit)
@@ -140,7 +135,7 @@ def _interval(total: np.ndarray, count: np.ndarray, bootstrap: Bootstrap) -> tup
         with np.errstate(invalid="ignore", divide="ignore"):
             draws.append((weight @ total) / (weight @ count))
     ratio = np.concatenate(draws)
-    empty = np.isnan(ratio).all(axis=0)  # no draw has the metric
+    empty = np.isnan(ratio).all(axis=0)  # no draw with a valid point
     ratio[:, empty] = 0.0
     low, high = np.nanquantile(ratio, [_TAIL, 1 - _TAIL], axis=0)
     return low, high

@@ -1,7 +1,7 @@
-"""Sheets of single hands, worst and random: target, prediction, and both from the side, where errors of depth show.
+"""Sheets of the worst and of random hands: target, prediction, and both from the side, where depth errors are visible.
 
-Every hand is shown as its photograph has it: the patches of left hands, mirrored for the network, are mirrored back.
-Images are uint8 RGB; S is the side of a panel in px.
+Hands are shown as in the source image: patches of left hands, mirrored for the network, are mirrored back.
+Images are uint8 RGB; S samples.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from src.batch import Batch, Prediction
 from src.data.dataset import HandDataset
 from src.data.loader import collate
-from src.evaluate.collect import Samples
 from src.hand.skeleton import BONES
+from src.metric import Samples
 from src.model.net import PoseNet
 from src.utils.vis import draw_skeleton, tile
 
-# what ranks the samples: the first of these that the data can answer
+# samples are ranked by the first of these that the data has labels for
 RANKED_BY = {
     "mpjpe_rel": ("root-relative MPJPE", "mm"),
     "mpjpe_pa": ("PA-MPJPE", "mm"),
@@ -27,12 +27,12 @@ RANKED_BY = {
     "error_2d": ("2D error", "px of the patch"),
 }
 _SIDE, _NUM_COLUMN, _TITLE, _CAPTION = 176, 4, 30, 34
-_REACH_MM = 160.0  # what half a panel shows from the side
+_REACH_MM = 160.0  # half of a side panel
 _TARGET_RGB, _INK, _PAPER = (120, 120, 120), (235, 235, 235), (24, 24, 24)
 
 
 def ranking(samples: Samples) -> tuple[str, np.ndarray]:
-    """(name of the metric, error of each sample [S]; -1 where it has none, infinity where it is not a number)."""
+    """(metric, error [S] of each sample); the error is -1 without labels and infinite if the prediction is NaN."""
     name = next((n for n in RANKED_BY if samples.metric[n].count.sum() > 0), "error_2d")
     total, count = (part[:, 0] for part in samples.metric[name])
     error = np.where(count > 0, total / np.maximum(count, 1), -1.0)
@@ -40,7 +40,7 @@ def ranking(samples: Samples) -> tuple[str, np.ndarray]:
 
 
 def choose(error: np.ndarray, num: int, seed: int) -> dict[str, np.ndarray]:
-    """Rows of the worst samples, worst first, and of random ones, among those that have an error."""
+    """The rows of the `num` worst samples, worst first, and of random samples, among those with labels."""
     known = np.flatnonzero(error >= 0)
     worst = known[np.argsort(-error[known], kind="stable")][:num]
     drawn = np.random.default_rng(seed).permutation(known)[:num]
@@ -51,7 +51,7 @@ def choose(error: np.ndarray, num: int, seed: int) -> dict[str, np.ndarray]:
 def sheet(
     net: PoseNet, dataset: HandDataset, accelerator: Accelerator, samples: Samples, rows: np.ndarray, title: str
 ) -> np.ndarray:
-    """The sheet of the samples `rows`: read, predicted and drawn again. [H, W, 3]."""
+    """Draw the samples `rows`, which are read and predicted again. Returns: [H, W, 3]."""
     name, error = ranking(samples)
     batch, _ = collate(dataset.__getitems__([int(samples.position[row]) for row in rows]))
     batch = batch.to(accelerator.device)
@@ -62,15 +62,13 @@ def sheet(
     images = [_hand(batch, prediction, index, caption) for index, caption in enumerate(captions)]
     body = tile(images, min(_NUM_COLUMN, len(images)))
     head = np.full((_TITLE, body.shape[1], 3), _PAPER, np.uint8)
-    text = (
-        f"{title}, by {RANKED_BY[name][0]}. Each: target | prediction | from the side (farther is right), target grey"
-    )
+    text = f"{title}, by {RANKED_BY[name][0]}. Each: target | prediction | side view (farther is right), target grey"
     _write(head, text, (8, 20), 0.5 if body.shape[1] > 1000 else 0.32)
     return np.concatenate([head, body])
 
 
 def _hand(batch: Batch, prediction: Prediction, index: int, caption: str) -> np.ndarray:
-    """Three panels side by side over a caption of two lines."""
+    """Three panels side by side above a caption of two lines."""
     is_right = bool(batch.is_right[index])
     patch = batch.patch[index].permute(1, 2, 0).cpu().numpy()
     scale = _SIDE / patch.shape[0]
@@ -82,7 +80,7 @@ def _hand(batch: Batch, prediction: Prediction, index: int, caption: str) -> np.
 
     target = draw_skeleton(patch, place(batch.joint_patch), batch.joint_2d_valid[index].cpu().numpy())
     guess = draw_skeleton(patch, place(prediction.joint_patch))
-    panels = np.concatenate([target, guess, _from_the_side(batch, prediction, index)], axis=1)
+    panels = np.concatenate([target, guess, _side_view(batch, prediction, index)], axis=1)
     foot = np.full((_CAPTION, panels.shape[1], 3), _PAPER, np.uint8)
     _write(foot, f"{caption}, {'right' if is_right else 'left'}, {batch.source[index]}", (6, 13), 0.4)
     _write(foot, batch.key[index][-72:], (6, 28), 0.34)
@@ -90,8 +88,8 @@ def _hand(batch: Batch, prediction: Prediction, index: int, caption: str) -> np.
     return np.concatenate([np.concatenate([panels, foot]), border], axis=1)
 
 
-def _from_the_side(batch: Batch, prediction: Prediction, index: int) -> np.ndarray:
-    """Both hands about their wrists, looked at along the x axis: depth to the right, down stays down."""
+def _side_view(batch: Batch, prediction: Prediction, index: int) -> np.ndarray:
+    """Side view along the x axis of both hands, relative to their wrists: depth to the right, y down."""
     canvas = np.full((_SIDE, _SIDE, 3), _PAPER, np.uint8)
 
     def place(joint: torch.Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Plots of an evaluation, each drawn from its numbers: the error of each joint, and the PCK curves."""
+"""Plots of an evaluation: the error of each joint and the PCK curves."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from src.evaluate.bootstrap import Estimate, Group
-from src.evaluate.metrics import FRAMES
 from src.hand.skeleton import FINGER_NAMES, JOINT_NAMES
-from src.metric import PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM
+from src.metric import FRAMES, PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM
 
 COLOURS = {"cam": "#7a8794", "rel": "#1f77b4", "pa": "#d1495b", "2d": "#3a7d44"}
 _DPI = 130
 
 
 class _Panel(NamedTuple):
-    """One set of axes of pck.png."""
+    """One panel of pck.png."""
 
     title: str
     xlabel: str
     thresholds: np.ndarray  # [T]
-    lines: dict[str, tuple[str, str, str]]  # curve -> metric of the area below, label, colour
+    lines: dict[str, tuple[str, str, str]]  # curve -> AUC metric, label, colour
 
 
 _PANELS = (
@@ -46,7 +45,7 @@ _PANELS = (
 
 
 def plot_joint_error(group: Group, path: Path) -> bool:
-    """Bars of the mean error of each joint with their intervals, one row a frame; False where there is no 3D."""
+    """Bars of the mean error of each joint with intervals, one row per frame; False without 3D."""
     frames = [frame for frame in FRAMES if frame in group.joint]
     if not frames:
         return False
@@ -79,7 +78,7 @@ def _draw_bars(axis: object, joints: list[Estimate | None], colour: str) -> None
 
 
 def plot_pck(group: Group, path: Path) -> bool:
-    """PCK of joints, vertices and 2D joints against the threshold, the area below in the legend; False without any."""
+    """PCK curves of joints, vertices and 2D joints, AUC in the legend; False without any."""
     panels = [panel for panel in _PANELS if any(curve in group.curve for curve in panel.lines)]
     if not panels:
         return False

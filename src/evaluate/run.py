@@ -1,4 +1,4 @@
-"""One evaluation from checkpoint to folder: network and loader, collect, summarise, write, draw. Drives the others."""
+"""One evaluation, from the checkpoint to its output folder: predict, measure, summarise, write, draw."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import numpy as np
 from rich.progress import Progress
 
 from src.config import Config
+from src.data.demo.make import make_demo_data
 from src.data.loader import HandLoader, build_val_loader
 from src.distributed.processes import build_accelerator
-from src.evaluate import hand_sheets as overlay
-from src.evaluate import write as result
+from src.evaluate import hand_sheets, write
 from src.evaluate.bootstrap import Bootstrap, Group, summarise
-from src.evaluate.collect import Samples, collect
+from src.evaluate.collect import collect
 from src.evaluate.settings import source_labels
 from src.evaluate.submission import write_submission
+from src.metric import Samples
 from src.model.net import PoseNet
-from src.train import components as parts
 from src.utils.console import logger, task_bar, track
 
-UNKNOWN = "unknown"  # what a shard's hands are called that do not say which data set they are of
+UNKNOWN = "unknown"  # data set of hands in shards that do not name theirs
 FREIHAND_IMAGES = 3960
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for besides the configuration."""
+    """The command line's options besides the configuration."""
 
     output: Path | None = None
     bootstrap: Bootstrap = Bootstrap()
     num_overlay: int = 16
     submission: str | None = None  # one of submission.CHALLENGES
-    order: Sequence[str] | None = None  # names of its images
-    half: str | None = None  # one of src.data.order.plan.HALVES: only those samples
+    order: Sequence[str] | None = None  # the challenge's image names
+    half: str | None = None  # one of src.data.order.plan.HALVES; None: all samples
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came out."""
+    """The output of an evaluation."""
 
     folder: Path
     groups: list[Group]
@@ -50,40 +50,41 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
     """Evaluate the network of `checkpoint` on the validation frames of `cfg`.
 
     Raises:
-        ValueError: about the checkpoint, the hand model, the shards, the output folder or the submission.
-        BadDataError: more than `DATA.max_bad_fraction` of the frames are damaged.
+        ValueError: a problem with the checkpoint, the hand model, the shards, the output folder or the submission.
+        BadDataError: more than `DATA.max_bad_fraction` of the frames are corrupt.
     """
     accelerator = build_accelerator(cfg)
     net = PoseNet.from_checkpoint(checkpoint, hand_model=cfg.MODEL.hand_model, device=accelerator.device)
     assert net.saved is not None
-    parts.make_demo_data(cfg, progress, subsets=("val",))
+    make_demo_data(cfg, progress, subsets=("val",))
     with task_bar(progress, "indexing shards") as advance:
         pin_memory = accelerator.device.type == "cuda"
         loader = build_val_loader(cfg, net.hand.name, half=options.half, progress=advance, pin_memory=pin_memory)
     logger.info(f"{net.saved.folder}, step {net.saved.step}; hand model {net.hand.name}; {accelerator.device.type}")
-    output_root = Path(cfg.GENERAL.output_root)
-    with result.new_folder(options.output, net.saved.folder, net.saved.step, output_root) as folder:
-        batches = track(progress, loader, len(loader), "predicting")
-        samples = collect(net, batches, accelerator, keep_hands=options.submission is not None)
-        samples = name_unknown(samples, loader, cfg)
-        if loader.health.counts():
-            logger.warning(f"left out: {loader.health.summary()}")
-        groups = summarise(samples, options.bootstrap)
-        result.write_result(folder, _subject(net, cfg, loader, options.half), samples, groups, options.bootstrap)
-        result.draw_plots(folder, groups[0])
-        _, error = overlay.ranking(samples)
-        for kind, rows in overlay.choose(error, options.num_overlay, options.bootstrap.seed).items():
-            if len(rows):
-                title = f"{kind} {len(rows)} of {len(samples)} hands"
-                image = overlay.sheet(net, loader.dataset, accelerator, samples, rows, title)
-                result.write_image(folder / f"{kind}.png", image)
-        if options.submission is not None:
-            _submit(folder, samples, net, options)
+    default = write.default_output(net.saved.folder, net.saved.step, options.half, Path(cfg.GENERAL.output_root))
+    write.check_output(options.output, default)
+    batches = track(progress, loader, len(loader), "predicting")
+    samples = collect(net, batches, accelerator, keep_hands=options.submission is not None)
+    samples = name_unknown(samples, loader, cfg)
+    if loader.health.counts():
+        logger.warning(f"skipped: {loader.health.summary()}")
+    groups = summarise(samples, options.bootstrap)
+    folder = write.make_output(options.output, default)
+    write.write_result(folder, _subject(net, cfg, loader, options.half), samples, groups, options.bootstrap)
+    write.draw_plots(folder, groups[0])
+    _, error = hand_sheets.ranking(samples)
+    for kind, rows in hand_sheets.choose(error, options.num_overlay, options.bootstrap.seed).items():
+        if len(rows):
+            title = f"{kind} {len(rows)} of {len(samples)} hands"
+            image = hand_sheets.sheet(net, loader.dataset, accelerator, samples, rows, title)
+            write.write_image(folder / f"{kind}.png", image)
+    if options.submission is not None:
+        _submit(folder, samples, net, options)
     return Evaluation(folder, groups)
 
 
 def name_unknown(samples: Samples, loader: HandLoader, cfg: Config) -> Samples:
-    """The samples with a data set for each: older shards do not name theirs, so the configuration does."""
+    """Name the data set of samples from older shards, which do not name it, after their source in the configuration."""
     unknown = np.flatnonzero(samples.source == UNKNOWN)
     if not len(unknown):
         return samples
@@ -100,14 +101,14 @@ def _submit(folder: Path, samples: Samples, net: PoseNet, options: Options) -> N
     path = write_submission(options.submission, samples, folder, options.order)
     logger.info(f"submission: {path}, {len(options.order or samples.key)} images")
     if net.hand.name != "mano":
-        logger.warning(f"the vertices in it are those of the hand {net.hand.name!r}; the challenge compares MANO's")
+        logger.warning(f"its vertices are those of the hand model {net.hand.name!r}; the challenge expects MANO's")
     if options.submission == "freihand" and len(samples) != FREIHAND_IMAGES:
-        logger.warning(f"it holds {len(samples)} images; FreiHAND's evaluation split has {FREIHAND_IMAGES}")
+        logger.warning(f"it contains {len(samples)} images; FreiHAND's evaluation split has {FREIHAND_IMAGES}")
 
 
-def _subject(net: PoseNet, cfg: Config, loader: HandLoader, half: str | None) -> result.Subject:
+def _subject(net: PoseNet, cfg: Config, loader: HandLoader, half: str | None) -> write.Subject:
     assert net.saved is not None
-    return result.Subject(
+    return write.Subject(
         checkpoint=str(net.saved.folder),
         step=net.saved.step,
         hand_model=net.hand.name,

@@ -1,4 +1,4 @@
-"""The configuration of an evaluation: the checkpoint's own, with what the command line changes. No torch, no Hydra."""
+"""The configuration of an evaluation: the checkpoint's, with the command line's changes. Imports no torch, no Hydra."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from src.config import Config, ConfigError, named_sources
 from src.config_parse import is_known_key, parse_config
 from src.data.shards.paths import resolve_source
 
-_WHERE_DATA_LIE = ("DATA.root", "DATA.val.source", "DATA.train.source")
-_WHOLE = ("DATA.val.source", "DATA.train.source")  # free-form: replaced, never merged
+_DATA_LOCATION = ("DATA.root", "DATA.val.source", "DATA.train.source")
+_WHOLE = ("DATA.val.source", "DATA.train.source")  # free-form mappings: replaced, never merged
 
 
 def evaluation_config(
@@ -20,24 +20,23 @@ def evaluation_config(
     """The checked configuration.
 
     Args:
-        saved: the checkpoint's own. Keys that this version does not know are passed over.
-        defaults: what `config/stage1-base.yaml` says, for keys that the checkpoint does not know yet; with the data
-            group of the command line where there is one.
+        saved: the checkpoint's. Keys unknown to this version are ignored.
+        defaults: `config/stage1-base.yaml`, for keys missing in the checkpoint; includes the command line's data group.
         changes: dotted key -> value, from the command line.
-        has_data_group: then DATA is that of `defaults`, and not the checkpoint's.
+        has_data_group: take DATA from `defaults` instead of the checkpoint.
 
     Raises:
-        ConfigError: naming every wrong key.
+        ConfigError: lists every wrong key.
     """
     tree = _copy(defaults)
     for key, value in _leaves(saved):
         if is_known_key(key) and not (has_data_group and key.startswith("DATA.")):
             _set(tree, key, value)
-    if any(key in _WHERE_DATA_LIE for key in changes) and not any(key.startswith("DATA.demo") for key in changes):
-        tree["DATA"]["demo"] = None  # other shards than those that the demo makes
+    if any(key in _DATA_LOCATION for key in changes) and not any(key.startswith("DATA.demo") for key in changes):
+        tree["DATA"]["demo"] = None  # not the demo's own shards
     for key, value in changes.items():
         _set(tree, key, value)
-    tree["DATA"]["train"]["source"] = tree["DATA"]["val"]["source"]  # not read
+    tree["DATA"]["train"]["source"] = tree["DATA"]["val"]["source"]  # an evaluation does not read it
     tree["GENERAL"]["resume_path"] = tree["MODEL"]["init_from"] = None
     return parse_config(tree)
 
@@ -57,8 +56,8 @@ def check_files_exist(cfg: Config) -> None:
 
 
 def source_labels(cfg: Config) -> dict[Path, str]:
-    """Shard -> what to call its data set where it does not say so itself: the name of its source in the configuration,
-    else the first folder below DATA.root, else the two folders it lies in."""
+    """Shard -> name of its data set, for shards that do not name it: the source's name in the configuration, else the
+    first folder below DATA.root, else the shard's two parent folders."""
     labels = {}
     for named in named_sources(cfg.DATA.val.source):
         for shard in resolve_source(cfg.DATA.root, list(named.patterns), key="DATA.val.source"):

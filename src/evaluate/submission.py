@@ -1,8 +1,8 @@
-"""Writers of the files that the FreiHAND and HO-3D challenges take: `pred.json`, and `pred.zip` with it inside.
+"""Write submission files of the FreiHAND and HO-3D challenges: `pred.json`, and `pred.zip` with it inside.
 
-Both hold `[joints, vertices]`: for each evaluation image, in the challenge's order, 21 x 3 and 778 x 3 numbers, metres
-in the camera of the photograph. Read from the official pred.py and eval.py (github.com/lmb-freiburg/freihand,
-github.com/shreyashampali/ho3d):
+Both contain `[joints, vertices]`: for each evaluation image, in the challenge's order, 21 x 3 and 778 x 3 numbers in
+metres, in the camera of the source image. The layout follows the official pred.py and eval.py
+(github.com/lmb-freiburg/freihand, github.com/shreyashampali/ho3d):
 
 * FreiHAND: images by number; joints in OpenPose order (wrist, thumb to pinky, palm to tip); camera x right, y down,
   z forward.
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from src.evaluate.collect import Samples
 from src.hand.skeleton import MANO_TO_OPENPOSE
+from src.metric import Samples
 
 CHALLENGES = ("freihand", "ho3d")
 _DECIMAL = 6  # micrometres
@@ -29,13 +29,13 @@ _OPENPOSE_TO_HO3D = np.argsort(MANO_TO_OPENPOSE)
 
 
 def read_order(path: Path) -> list[str]:
-    """The names of a challenge's list (`evaluation.txt`), one a line. Raises ValueError where there is none."""
+    """Read a challenge's list of image names (`evaluation.txt`), one per line. Raises ValueError."""
     try:
         names = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--order {path}: cannot be read ({error}); give the set's evaluation.txt") from error
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"--order {path}: must name every image once, one a line")
+        raise ValueError(f"--order {path}: must name every image once, one per line")
     return names
 
 
@@ -44,11 +44,11 @@ def write_submission(challenge: str, samples: Samples, folder: Path, order: Sequ
 
     Args:
         challenge: one of CHALLENGES.
-        samples: with joint_cam and vert_cam, one hand an image.
-        order: names of the images in the challenge's order, as `SEQUENCE/0000`; absent: sorted by key.
+        samples: with joint_cam and vert_cam, one hand per image.
+        order: image names in the challenge's order, as `SEQUENCE/0000`; None: sorted by key.
 
     Raises:
-        ValueError: an image of `order` has no prediction, or more than one.
+        ValueError: an image has more than one hand, or an image of `order` has no prediction.
     """
     assert samples.joint_cam is not None
     assert samples.vert_cam is not None
@@ -67,11 +67,11 @@ def write_submission(challenge: str, samples: Samples, folder: Path, order: Sequ
 
 
 def _rows(keys: Sequence[str], order: Sequence[str] | None) -> list[int]:
-    """The row of each image in the challenge's order; the clip of a key "<clip>/<frame>" ends as the image is named."""
+    """The row of each image in the challenge's order. The clip in a key "<clip>/<frame>" ends with the image's name."""
     names = [key.rpartition("/")[0] for key in keys]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice} has more than one hand; a challenge takes one an image")
+        raise ValueError(f"{twice} has more than one hand; a challenge allows one per image")
     if order is None:
         return np.argsort(names).tolist()
     wanted = [name.replace("/", "_") for name in order]

@@ -1,6 +1,6 @@
-"""The numbers as tables, at most 120 columns wide on a terminal, and the same as Markdown.
+"""The tables of an evaluation, at most 120 columns wide on a terminal, and the same as Markdown.
 
-A row, or a column, that no sample can fill is left out: what was not measured is absent, not zero.
+A row or column without values is omitted: what could not be measured is absent, not zero.
 """
 
 from __future__ import annotations
@@ -8,37 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from src.evaluate.bootstrap import Estimate, Group
-from src.evaluate.metrics import FRAMES, PCK_2D, PCK_MM
 from src.hand.skeleton import JOINT_NAMES
+from src.metric import FRAMES, METRICS, UNITS
 from src.utils.table import Grid
 
-# label, name with the frame left open, unit; in mm, as a share in %, or as a score of 0..1
-METRICS = (
-    ("MPJPE", "mpjpe_{}", "mm"),
-    (f"PCK at {PCK_MM:.0f} mm", "pck20_{}", "%"),
-    ("AUC 0-50 mm", "auc_{}", ""),
-    ("MPVPE", "mpvpe_{}", "mm"),
-    ("AUC of vertices", "auc_vert_{}", ""),
-    ("F@5 mm", "f5_{}", ""),
-    ("F@15 mm", "f15_{}", ""),
-)
-# metrics of one frame alone: label, name, unit, the frame they stand under
-SINGLES = (
-    ("root error", "root_error", "mm", "cam"),
-    ("MPJPE scale-translation", "mpjpe_st", "mm", "rel"),
-    ("2D error of the patch", "error_2d", "px", "cam"),
-    *((f"2D PCK at {share:g} box", name, "%", "cam") for name, share in PCK_2D.items()),
-    ("2D AUC 0-0.2 box", "auc_2d", "", "cam"),
-)
-UNITS = {name.format(frame): unit for _, name, unit in METRICS for frame in FRAMES} | {n: u for _, n, u, _ in SINGLES}
-# what a line of the table of groups shows
+# columns of the table of groups
 GROUP_COLUMNS = {
     "MPJPE camera": "mpjpe_cam",
     "MPJPE root-relative": "mpjpe_rel",
     "PA-MPJPE": "mpjpe_pa",
     "PA-MPVPE": "mpvpe_pa",
 }
-# the same in 2D; PCK at 0.15 does not fit into the width
+# the same in 2D; PCK at 0.15 does not fit within 120 columns
 GROUP_COLUMNS_2D = {
     "PCK at 0.05, %": "pck05_2d",
     "PCK at 0.1, %": "pck10_2d",
@@ -48,11 +29,11 @@ GROUP_COLUMNS_2D = {
 _NAME_WIDTH = 18
 
 
-def show(estimate: Estimate | None, unit: str, with_interval: bool = True) -> str:
-    """`12.3 [11.9, 12.8]`; nothing where there is none."""
+def show(estimate: Estimate | None, unit: str) -> str:
+    """`12.3 [11.9, 12.8]`; empty without an estimate."""
     if estimate is None:
         return ""
-    if estimate.low is None or estimate.high is None or not with_interval:
+    if estimate.low is None or estimate.high is None:
         return _number(estimate.value, unit)
     return f"{_number(estimate.value, unit)} [{_number(estimate.low, unit)}, {_number(estimate.high, unit)}]"
 
@@ -60,41 +41,42 @@ def show(estimate: Estimate | None, unit: str, with_interval: bool = True) -> st
 def _number(value: float, unit: str) -> str:
     if unit == "%":
         return f"{100 * value:.1f}"
-    if abs(value) >= 999.95:  # of such an error nobody asks for the decimal, and the column stays narrow
+    if abs(value) >= 999.95:  # keeps the column narrow
         return f"{value:.0f}"
     return f"{value:.1f}" if unit else f"{value:.3f}"
 
 
 def metric_grid(group: Group) -> Grid:
-    """Every metric of one group, one column a frame of reference."""
+    """Every metric of one group, one column per frame of reference."""
+    names: dict[str, dict[str, str]] = {}  # label -> frame -> metric
+    for name, metric in METRICS.items():
+        if metric.label:
+            names.setdefault(metric.label, {})[metric.frame] = name
     rows = []
-    for label, name, unit in METRICS:
-        estimates = [group.metric.get(name.format(frame)) for frame in FRAMES]
+    for label, by_frame in sorted(names.items(), key=lambda item: len(item[1]) == 1):  # those of every frame first
+        unit = UNITS[next(iter(by_frame.values()))]
+        estimates = [group.metric.get(by_frame.get(frame, "")) for frame in FRAMES]
         cells = [show(estimate, unit) for estimate in estimates]
         rows.append((f"{label}, {unit}" if unit else label, *cells, _counts(estimates)))
-    for label, name, unit, place in SINGLES:
-        estimate = group.metric.get(name)
-        cells = [show(estimate, unit) if frame == place else "" for frame in FRAMES]
-        rows.append((f"{label}, {unit}" if unit else label, *cells, _counts([estimate])))
     title = f"{_title(group)}, {group.num_sample} hands"
     return Grid(title, ("", *FRAMES.values(), "of hands"), [row for row in rows if any(row[1:])])
 
 
 def _counts(estimates: Sequence[Estimate | None]) -> str:
-    """How many samples have the metrics of a row: `153`, or `151-153` where the frames differ."""
+    """The number of samples with the metrics of a row: `153`, or `151-153` if the frames differ."""
     counts = sorted({estimate.num_sample for estimate in estimates if estimate is not None})
     return "-".join(str(count) for count in (counts[:1] + counts[-1:] if len(counts) > 1 else counts))
 
 
 def group_grid(groups: Sequence[Group]) -> Grid | None:
-    """One line a group, mm; None where all samples are the only group."""
+    """One row per group, mm; None if all samples are the only group."""
     if len(groups) < 2:
         return None
     return _group_grid(groups, GROUP_COLUMNS, "by data set and side, mm")
 
 
 def group_grid_2d(groups: Sequence[Group]) -> Grid | None:
-    """One line a group, 2D joints in shares of the box; None for a single group or without 2D."""
+    """One row per group, 2D PCK relative to the box; None for a single group or without 2D."""
     if len(groups) < 2 or "auc_2d" not in groups[0].metric:
         return None
     return _group_grid(groups, GROUP_COLUMNS_2D, "by data set and side, 2D in shares of the hand's box")
@@ -109,7 +91,7 @@ def _group_grid(groups: Sequence[Group], columns: dict[str, str], title: str) ->
 
 
 def joint_grid(group: Group) -> Grid | None:
-    """One line a joint, mm; None where there is no 3D."""
+    """One row per joint, mm; None without 3D."""
     if not group.joint:
         return None
     rows = []

@@ -1,14 +1,14 @@
-"""What an evaluation leaves in its folder: result.json, report.md, samples.csv, plots and sheets of hands.
+"""Write the folder of an evaluation: result.json, report.md, samples.csv, plots and sheets of hands.
 
-The folder is new for every evaluation, so that nothing of an older one is lost.
+Every evaluation gets a new folder, so that nothing is overwritten. It is created once there is something to write.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ import numpy as np
 
 from src.checkpoint.run_folder import make_new_folder, write_text_atomic
 from src.evaluate.bootstrap import Bootstrap, Estimate, Group
-from src.evaluate.collect import Samples
 from src.evaluate.plot import plot_joint_error, plot_pck
-from src.evaluate.tables import UNITS, Grid, group_grid, group_grid_2d, joint_grid, metric_grid
+from src.evaluate.tables import group_grid, group_grid_2d, joint_grid, metric_grid
 from src.hand.skeleton import JOINT_NAMES
-from src.metric import PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM
+from src.metric import PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM, UNITS, Samples
+from src.utils.table import Grid
 
 RESULT, REPORT, SAMPLES = "result.json", "report.md", "samples.csv"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What was evaluated, and on what; goes into result.json as it is."""
+    """What was evaluated, on which data; its fields are keys of result.json."""
 
     checkpoint: str
     step: int
@@ -39,51 +39,54 @@ class Subject:
     stride: int
     max_sample: int | None
     val_seed: int
-    half: str | None  # of the samples; None: both
-    unreadable: dict[str, int]  # reason -> frames left out
+    half: str | None  # None: all samples
+    unreadable: dict[str, int]  # reason -> number of skipped frames
 
 
-@contextmanager
-def new_folder(asked: Path | None, checkpoint: Path, step: int, output_root: Path) -> Iterator[Path]:
-    """A folder as `_make_folder` makes it; removed again where an error left nothing in it."""
-    folder = _make_folder(asked, checkpoint, step, output_root)
-    try:
-        yield folder
-    finally:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+def default_output(checkpoint: Path, step: int, half: str | None, output_root: Path) -> Path:
+    """`evaluation/step-<step>` in the run folder of the checkpoint, with `-half-<half>` for one half of the samples.
 
-
-def _make_folder(asked: Path | None, checkpoint: Path, step: int, output_root: Path) -> Path:
-    """A new folder: the one asked for, or `evaluation/step-<step>` in the run folder of the checkpoint (`-2` and on).
-
-    A checkpoint outside of a run folder, such as model/hand-mini, stays as it is: its evaluations go to
+    For a checkpoint outside of a run folder, such as model/hand-mini:
     `<output_root>/evaluation/<folder name>/step-<step>`.
-
-    Raises ValueError where it cannot be made, or where the one asked for holds something already.
     """
+    folder = checkpoint.resolve()
+    if folder.parent.name == "checkpoints":
+        parent = checkpoint.parent.parent / "evaluation"
+    else:
+        parent = output_root / "evaluation" / folder.name
+    return parent / (f"step-{step}" if half is None else f"step-{step}-half-{half}")
+
+
+def check_output(asked: Path | None, default: Path) -> None:
+    """Fail before the network runs: raises ValueError if `--output` is not empty or the folder cannot be created."""
+    if asked is not None and asked.is_dir() and any(asked.iterdir()):
+        raise ValueError(f"--output {asked}: is not empty; name a new folder")
+    folder = asked or default.parent
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(_cannot_create(asked or default, f"{existing} is not a writable folder"))
+
+
+def make_output(asked: Path | None, default: Path) -> Path:
+    """Create `asked`, or `default` (`-2`, `-3`, ... if it exists). Raises ValueError."""
     try:
         if asked is not None:
             asked.mkdir(parents=True, exist_ok=True)
-            if any(asked.iterdir()):
-                raise ValueError(f"--output {asked}: is not empty; name a new folder")
             return asked
-        folder = checkpoint.resolve()
-        if folder.parent.name == "checkpoints":
-            parent = checkpoint.parent.parent / "evaluation"
-        else:
-            parent = output_root / "evaluation" / folder.name
-        parent.mkdir(parents=True, exist_ok=True)
-        return make_new_folder(parent, f"step-{step}")
+        default.parent.mkdir(parents=True, exist_ok=True)
+        return make_new_folder(default.parent, default.name)
     except OSError as error:
-        where = asked or checkpoint
-        raise ValueError(f"cannot make a folder at {where}: {error}; name one you may write with --output") from error
+        raise ValueError(_cannot_create(asked or default, str(error))) from error
+
+
+def _cannot_create(folder: Path, why: str) -> str:
+    return f"cannot create {folder}: {why}; choose a writable folder with --output"
 
 
 def write_result(
     folder: Path, subject: Subject, samples: Samples, groups: Sequence[Group], bootstrap: Bootstrap
 ) -> None:
-    """The numbers: result.json, report.md and samples.csv."""
+    """Write result.json, report.md and samples.csv."""
     _write_report(folder, subject, groups, bootstrap)
     tree = {
         **asdict(subject),
@@ -112,7 +115,7 @@ def _group_tree(group: Group) -> dict[str, Any]:
 
 
 def _finite(tree: Any) -> Any:
-    """JSON knows no NaN: such a number becomes the string `nan` or `inf`, which no reader mistakes for a value."""
+    """JSON has no NaN or infinity: replace them by the strings `nan` and `inf`."""
     if isinstance(tree, dict):
         return {key: _finite(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -121,7 +124,7 @@ def _finite(tree: Any) -> Any:
 
 
 def _write_samples(path: Path, samples: Samples) -> None:
-    """One line a sample: what it is and the mean of each of its metrics; empty where it has none."""
+    """One row per sample with the mean of each metric; empty where the sample does not have it."""
     names = [n for n, v in samples.metric.items() if v.total.shape[1] == 1 and v.count.sum() > 0]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -138,19 +141,19 @@ def _mean(samples: Samples, name: str, row: int) -> str:
 
 
 def terminal_grids(groups: Sequence[Group]) -> list[Grid]:
-    """The tables a person sees: everything of all samples, a line for each group, the joints."""
+    """The tables for the terminal: all metrics of all samples, one row per group, the joints."""
     grids = (metric_grid(groups[0]), group_grid(groups), group_grid_2d(groups), joint_grid(groups[0]))
     return [grid for grid in grids if grid is not None]
 
 
 def _write_report(folder: Path, subject: Subject, groups: Sequence[Group], bootstrap: Bootstrap) -> None:
-    """report.md: the tables of every group, with how they came about."""
+    """Write report.md: the tables of every group, what was evaluated and how the intervals were computed."""
     lines = [
         f"# Evaluation of {Path(subject.checkpoint).name} at step {subject.step}",
         "",
         f"{groups[0].num_sample} hands of {subject.data_source} below {subject.data_root}"
         + (f", half {subject.half} of the samples. " if subject.half else ". ")
-        + how(bootstrap),
+        + describe_intervals(bootstrap),
         "",
         *(grid.as_markdown() for grid in terminal_grids(groups)),
     ]
@@ -159,22 +162,22 @@ def _write_report(folder: Path, subject: Subject, groups: Sequence[Group], boots
     write_text_atomic(folder / REPORT, "\n".join(lines))
 
 
-def how(bootstrap: Bootstrap) -> str:
-    """What the brackets mean."""
+def describe_intervals(bootstrap: Bootstrap) -> str:
+    """The legend of the tables."""
     return (
         f"In brackets: 95 % bootstrap interval, {bootstrap.num_draw} draws over {bootstrap.over}s. "
-        "What the data cannot answer is absent."
+        "Metrics that the data has no labels for are absent."
     )
 
 
 def draw_plots(folder: Path, group: Group) -> None:
-    """joint_error.png where there is 3D, pck.png where there is 3D or 2D."""
+    """Draw joint_error.png (needs 3D labels) and pck.png (3D or 2D)."""
     plot_joint_error(group, folder / "joint_error.png")
     plot_pck(group, folder / "pck.png")
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """An RGB image as png."""
+    """Write an RGB image as PNG."""
     ok, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     assert ok
     path.write_bytes(data.tobytes())

@@ -1,7 +1,4 @@
-"""Validation: the metrics and losses of the fixed sample, one number whatever the workers, processes or batches.
-
-Shapes: B batch, J = 21 joints, V vertices.
-"""
+"""Validation: metrics and losses on the fixed validation sample, independent of workers, processes and batch size."""
 
 from __future__ import annotations
 
@@ -17,11 +14,12 @@ from src.batch import Batch, Prediction
 from src.config import LossConfig
 from src.data.mean_hand import MeanHand
 from src.loss import LOSS_TERMS, loss_counts, loss_sums, loss_weights
-from src.metric import MetricAccumulator, SampleMetric, evaluate_batch, point_error, procrustes_error
+from src.metric import SampleMetric, Samples, Target, align_procrustes, compare, predicted_points, target_points
 from src.model.net import PoseNet
 from src.utils.vis import overlay_sheet
 
-# What decides which checkpoint is `best`: the first of these that the validation data can answer.
+VALIDATED = ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error")
+# The metric that selects the `best` checkpoint: the first of these that the validation data has labels for.
 KEY_METRICS = ("mpjpe_cam", "mpjpe_rel", "loss_total")
 
 
@@ -29,7 +27,7 @@ KEY_METRICS = ("mpjpe_cam", "mpjpe_rel", "loss_total")
 class Validation:
     """Result of one validation, equal on every process."""
 
-    # mm, and the loss terms; what the data cannot answer is absent. With several data sets also `<metric>/<data set>`.
+    # In mm, and the loss terms; absent without labels. With several data sets also `<metric>/<data set>`.
     metrics: dict[str, float]
     sheet: np.ndarray | None  # [H, W, 3] uint8 overlay of the first batch, on the main process
 
@@ -43,73 +41,70 @@ def evaluate(
     mean_hand: MeanHand | None = None,
     draw: bool = True,
 ) -> Validation:
-    """Run the network over this process's share of the validation sample and join the shares.
+    """Run the network over this process's share of the validation sample and gather the results of all processes.
 
     Args:
-        net: the bare network; left in the mode it came in.
-        mean_hand: the image-independent baseline; adds `<metric>_mean_hand` for each of its answers.
+        net: the unwrapped network; its training mode is restored.
+        mean_hand: the image-independent baseline; adds `<metric>_mean_hand`.
         draw: make an overlay sheet of the first batch.
     """
     was_training = net.training
     net.eval()
-    gathered, sheet = MetricAccumulator(), None
+    parts, sheet = [], None
     for batch in batches:
         batch = batch.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             prediction = net(batch)
         if draw and sheet is None and accelerator.is_main_process:
             sheet = overlay_sheet(batch, prediction, net.hand.faces.cpu().numpy())
-        gathered.update(batch.position.cpu().numpy(), batch.source, _sample_metrics(net, prediction, batch, mean_hand))
+        parts.append(Samples.of_batch(batch, _sample_metrics(net, prediction, batch, mean_hand)))
     net.train(was_training)
-    everyone = MetricAccumulator()
-    for state in gather_object([gathered.state()]):
-        everyone.merge(state)
-    return Validation(_with_total(everyone.compute(), loss) | _by_source(everyone), sheet)
+    samples = Samples.join(gather_object(parts))
+    return Validation(_with_total(samples.means(), loss) | _by_source(samples), sheet)
 
 
 def _sample_metrics(
     net: PoseNet, prediction: Prediction, batch: Batch, mean_hand: MeanHand | None
 ) -> dict[str, SampleMetric]:
     target_rotmat = net.hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean)
-    target_vert = net.hand(target_rotmat, batch.mano_shape).vert
-    values = evaluate_batch(prediction, batch, target_vert)
+    target = target_points(batch, net.hand(target_rotmat, batch.mano_shape).vert)
+    values = compare(predicted_points(prediction, batch, target), target, VALIDATED)
     sums = loss_sums(prediction, batch, net.hand).double().cpu().numpy()
     counts = loss_counts(batch).double().cpu().numpy()
     for index, name in enumerate(LOSS_TERMS):
         values[name] = SampleMetric(sums[:, index], counts[:, index])
-    return values if mean_hand is None else values | constant_metrics(mean_hand, batch, target_vert)
+    return values if mean_hand is None else values | baseline_metrics(mean_hand, batch, target)
 
 
-def constant_metrics(mean: MeanHand, batch: Batch, target_vert: torch.Tensor) -> dict[str, SampleMetric]:
-    """The metrics of the image-independent baseline, as `<metric>_mean_hand`: what a network gains by looking at the
-    image is the distance to them. Without those that `mean` has no answer for; target_vert as in `evaluate_batch`."""
-    target = batch.joint_cam.double().cpu().numpy()
-    valid = batch.joint_3d_valid.cpu().numpy()
-    has_intr = batch.has_intr.cpu().numpy()[:, None]
+def baseline_metrics(mean: MeanHand, batch: Batch, target: dict[str, Target]) -> dict[str, SampleMetric]:
+    """The metrics of the image-independent baseline as `<metric>_mean_hand`, except those without a baseline.
+
+    Args: mean; batch; target: the batch's `target_points`.
+    """
     camera = (value.double().cpu().numpy() for value in (batch.patch_focal, batch.patch_princpt))
     root = mean.root_cam(*camera, batch.patch.shape[-1])
-    values = {}
-    if root is not None and mean.joint_rel is not None:
-        values["mpjpe_cam"] = point_error(root[:, None] + mean.joint_rel, target, valid * has_intr)
-    if mean.joint_rel is not None:
-        values["mpjpe_rel"] = point_error(mean.joint_rel[None], target - target[:, :1], valid * valid[:, :1])
-    if mean.joint_posed is not None:
-        values["mpjpe_pa"] = procrustes_error(np.broadcast_to(mean.joint_posed, target.shape), target, valid)
-    if mean.vert_rel is not None:
-        has_mano = np.broadcast_to(batch.has_mano.cpu().numpy()[:, None], target_vert.shape[:2])
-        values["mpvpe_rel"] = point_error(mean.vert_rel[None], target_vert.double().cpu().numpy(), has_mano)
+    pred = {}
     if root is not None:
-        values["root_error"] = point_error(root[:, None], target[:, :1], valid[:, :1] * has_intr)
-    return {f"{name}_mean_hand": value for name, value in values.items()}
+        pred["root"] = root[:, None]
+    if root is not None and mean.joint_rel is not None:
+        pred["joint_cam"] = root[:, None] + mean.joint_rel
+    if mean.joint_rel is not None:
+        pred["joint_rel"] = mean.joint_rel[None]
+    if mean.joint_posed is not None:
+        point, valid, *_ = target["joint_pa"]
+        pred["joint_pa"] = align_procrustes(np.broadcast_to(mean.joint_posed, point.shape), point, valid)
+    if mean.vert_rel is not None:
+        pred["vert_rel"] = mean.vert_rel[None]
+    return {f"{name}_mean_hand": value for name, value in compare(pred, target, VALIDATED).items()}
 
 
-def _by_source(gathered: MetricAccumulator) -> dict[str, float]:
-    """The metrics in mm of each data set, where there is more than one."""
-    sources = gathered.sources()
+def _by_source(samples: Samples) -> dict[str, float]:
+    """The metrics in mm of each data set, if there is more than one."""
+    sources = sorted(set(samples.source))
     return {
         f"{name}/{source}": value
         for source in (sources if len(sources) > 1 else ())
-        for name, value in gathered.compute(source).items()
+        for name, value in samples.select(samples.source == source).means().items()
         if name not in LOSS_TERMS
     }
 
@@ -132,5 +127,5 @@ def _with_total(metrics: dict[str, float], loss: LossConfig) -> dict[str, float]
 
 
 def key_metric(metrics: dict[str, float]) -> float:
-    """The value that decides which checkpoint is `best`; lower is better."""
+    """The value that selects the `best` checkpoint; lower is better."""
     return next(metrics[name] for name in KEY_METRICS if name in metrics)
