@@ -15,9 +15,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
+
+import src.utils.environment  # noqa: F401  (checks that the packages below are installed)
+
+# isort: split
+from hydra import compose, initialize_config_dir
 
 from script.benchmarks.measurement import figure_json, figure_table, machine
 from script.benchmarks.peers import load_peer

@@ -13,12 +13,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
+
+import src.utils.environment  # noqa: F401  (checks that the packages below are installed)
+
+# isort: split
 import cv2
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
 from src.data.check_shards import ShardReport, check_shards, examples, merge
 from src.data.contact_sheet import contact_sheet

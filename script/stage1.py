@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import src.utils.environment  # noqa: F401  (checks that the packages below are installed)
+
+# isort: split
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig

@@ -12,6 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
+
+import src.utils.environment  # noqa: F401  (checks that required packages are installed)
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
