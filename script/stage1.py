@@ -28,7 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from src.config import Config, ConfigError
-from src.config_parse import check_overrides, parse_config
+from src.config_parse import check_command_line, parse_config
 from src.distributed.exit import is_told, leave, leave_after_peer, several
 from src.distributed.launch import adopt_slurm_step, check_launcher, requeue_slurm_job, start_missing_processes
 from src.distributed.signals import RESUMABLE, StopRequested, StopSignals
@@ -164,7 +164,7 @@ def refuse(error: ValueError) -> NoReturn:
 if __name__ == "__main__":
     SIGNALS.install()
     try:
-        check_overrides(sys.argv[1:])
+        check_command_line(sys.argv[1:])
         check_launcher(os.environ)
         start_missing_processes()
         main()

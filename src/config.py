@@ -249,7 +249,7 @@ def cross_problems(cfg: Config) -> Iterator[str]:
     for name in ("img_mean", "img_std"):
         if len(value := getattr(model, name)) != 3:
             yield f"MODEL.{name}={value}: must hold three numbers (R, G, B)"
-    if model.backbone.hidden_size % model.backbone.num_head:
+    if model.backbone.num_head > 0 and model.backbone.hidden_size % model.backbone.num_head:
         yield (
             f"MODEL.backbone.hidden_size={model.backbone.hidden_size}: "
             f"must be a multiple of MODEL.backbone.num_head={model.backbone.num_head}"

@@ -135,7 +135,7 @@ def test_nothing_is_overwritten(place: Path, result: dict, capsys: pytest.Captur
     ("arguments", "message"),
     [
         (["DATA.vall.source=[a]"], r"DATA\.vall\.source: there is no such key; did you mean DATA\.val\.source"),
-        (["DATA.val.source=[nix/*]"], r"DATA\.val\.source='nix/\*': it matches no"),
+        (["DATA.val.source=[nix/*]"], r"DATA\.val\.source=\['nix/\*'\]: no \*\.tar file below"),
         (["data=labz"], "choose one of demo, labs"),
         (["backbone=tiny"], "takes the network as it is"),
         (["MODEL.hand_model=nix.pkl"], r"MODEL\.hand_model=nix\.pkl: there is no such file"),

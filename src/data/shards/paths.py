@@ -19,38 +19,38 @@ def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "
     A folder stands for the `*.tar` files in it; files with another ending are passed over.
 
     Raises:
-        ValueError: a pattern starts a program or names a scheme, or matches no shard; the message names `key`.
+        ValueError: a pattern starts a program or names a scheme, or some match no shard; the message names `key` and
+            all of these.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise ValueError(f"{key}=[]: names no shard; give at least one pattern, e.g. ['DexYCB/s1/train/*']")
     shards: set[Path] = set()
+    missing = []
     for pattern in patterns:
-        shards.update(_resolve_pattern(Path(root).expanduser(), pattern, key))
+        found = {piece: _match(Path(root).expanduser() / Path(piece).expanduser()) for piece in _expand(pattern, key)}
+        shards.update(*found.values())
+        if empty := [piece for piece, matches in found.items() if not matches]:
+            missing.append(pattern if len(found) == 1 else f"{pattern}: {empty[0]}")
+    if missing:
+        raise ValueError(
+            f"{key}={missing}: no *.tar file below DATA.root={str(root)!r} matches; correct the patterns, or set "
+            "DATA.root (check_shards.py: --root; both default to HAND_DATA_ROOT) to the folder with the shards"
+        )
     return sorted(shards)
 
 
-def _resolve_pattern(root: Path, pattern: str, key: str) -> set[Path]:
+def _expand(pattern: str, key: str) -> list[str]:
+    """The patterns without braces that `pattern` means."""
     if scheme := _SCHEME.match(pattern):
         raise ValueError(
             f"{key}={pattern!r}: {scheme.group(1)}: is refused, shards are read from files only; "
             "copy or mount the shards and give their path"
         )
     try:
-        pieces = list(braceexpand(pattern))
+        return list(braceexpand(pattern))
     except UnbalancedBracesError as error:
         raise ValueError(f"{key}={pattern!r}: the braces do not close ({error}); write e.g. {{000..131}}") from None
-    shards: set[Path] = set()
-    for piece in pieces:
-        found = _match(root / Path(piece).expanduser())
-        if not found:
-            what = f"{piece!r} of it" if len(pieces) > 1 else "it"
-            raise ValueError(
-                f"{key}={pattern!r}: {what} matches no *.tar file below DATA.root={str(root)!r}; correct the pattern, "
-                "or set DATA.root (check_shards.py: --root; default of both HAND_DATA_ROOT) to the shards' folder"
-            )
-        shards |= found
-    return shards
 
 
 def _match(path: Path) -> set[Path]:
