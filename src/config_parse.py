@@ -125,7 +125,7 @@ def _option_problems(arguments: list[str]) -> Iterator[str]:
         option, has_value, value = argument.partition("=")
         if option in _CONFIG_NAME:
             yield from _config_name_problems(value if has_value else "".join(arguments[number + 1 :][:1]), arguments)
-        elif option.startswith("-") and (key := _key_for(option.lstrip("-").replace("-", "_"))):
+        elif option.startswith("-") and (key := _meant_key(option.lstrip("-").replace("-", "_"))):
             yield f"{option}: there is no such option; use {key}=..."
 
 
@@ -200,21 +200,20 @@ def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
 
 def unknown_key_message(key: str) -> str:
     """The error for an unknown key, with the key that the user may have meant."""
-    leaf = key.rpartition(".")[2]
-    near = difflib.get_close_matches(key, [*known_keys(), *GROUPS], n=1, cutoff=0.6)
-    if leaf.lower() in _OUR_KEY:
-        hint = f"use {_OUR_KEY[leaf.lower()]}" + ", in optimizer steps" * ("epoch" in leaf.lower())
-    elif meant := _key_for(leaf) or "".join(near):
-        hint = f"did you mean {meant}?"
+    meant = _meant_key(key)
+    if key.rpartition(".")[2].lower() in _OUR_KEY:
+        hint = f"use {meant}" + ", in optimizer steps" * ("epoch" in key.lower())
     else:
-        hint = "config/stage1-base.yaml lists all keys"
+        near = [meant] if meant else difflib.get_close_matches(key, [*known_keys(), *GROUPS], n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else "config/stage1-base.yaml lists all keys"
     return f"{key}: there is no such key; {hint}"
 
 
-def _key_for(name: str) -> str | None:
-    """Our key for another tool's option, or with this name in any section."""
-    same = (key for key in known_keys() if key.rpartition(".")[2].lower() == name.lower())
-    return _OUR_KEY.get(name.lower()) or next(same, None)
+def _meant_key(key: str) -> str | None:
+    """Our key for another tool's option, or for the same name in another section."""
+    leaf = key.rpartition(".")[2].lower()
+    same = [known for known in known_keys() if known.rpartition(".")[2].lower() == leaf]
+    return _OUR_KEY.get(leaf) or next(iter(difflib.get_close_matches(key, same, n=1, cutoff=0.0)), None)
 
 
 def _bound_problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
