@@ -11,10 +11,11 @@ seconds.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -24,7 +25,10 @@ import src.utils.environment  # noqa: F401  (checks that the packages below are 
 
 # isort: split
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from src.config import Config, ConfigError
@@ -48,15 +52,29 @@ def main(composed: DictConfig) -> None:
     """Check everything that can be checked, then train."""
     SIGNALS.install()  # again where a launcher calls this function in a process of its own
     adopt_slurm_step()
+    if HydraConfig.get().mode == RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
+        print(f"stage1: {sweep_point()}", flush=True)
     try:
         cfg = parse_config(composed)
         check_files(cfg)
     except ConfigError as error:
         refuse(error)
-    train(cfg, HydraConfig.get().job.config_name)
+    train(cfg, HydraConfig.get().job.config_name, HydraConfig.get().overrides.task)
 
 
-def train(cfg: Config, config_name: str) -> None:
+def sweep_point() -> str:
+    """Which point of the sweep this job is: `sweep point 2 of 20: GENERAL.seed=1 dropout=gate`."""
+    job, arguments, total = HydraConfig.get(), sys.argv[1:], ""
+    if {"-m", "--multirun"} & {*arguments}:  # not where a cluster's launcher starts each point in its own process
+        texts = [f"{key}={value}" for key, value in (job.sweeper.get("params") or {}).items()]
+        texts += [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+        overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(texts)
+        sweeps = {o.get_key_element(): o for o in overrides}.values()  # the command line's replace the config's
+        total = f" of {math.prod(len([*o.sweep_string_iterator()]) for o in sweeps if o.is_sweep_override())}"
+    return f"sweep point {job.job.num + 1}{total}: {' '.join(job.overrides.task)}"
+
+
+def train(cfg: Config, config_name: str, overrides: Sequence[str] = ()) -> None:
     """The training loop."""
     with SIGNALS.held():
         from src.checkpoint.save import CheckpointError
@@ -70,7 +88,7 @@ def train(cfg: Config, config_name: str) -> None:
     run, patience = None, 60.0
     with progress_bar() as progress:
         try:
-            run = build(Run, cfg, config_name, progress, SIGNALS)
+            run = build(Run, cfg, config_name, progress, SIGNALS, overrides)
             SIGNALS.defer()
             run.catch_up()
             for micro_batches in run.micro_batches():

@@ -6,7 +6,7 @@ composed. Nothing here imports torch or touches the disk: a typing mistake costs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,6 +189,18 @@ class Config:
     MODEL: ModelConfig = field(default_factory=ModelConfig)
     LOSS: LossConfig = field(default_factory=LossConfig)
     AIM: AimConfig = field(default_factory=AimConfig)
+
+
+def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
+    """{"A": {"b": 1}} -> {"A.b": 1}. Empty mappings, and those at the dotted keys `whole`, count as values."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and key not in whole:
+            flat |= flatten(value, whole, f"{key}.")
+        else:
+            flat[key] = value
+    return flat
 
 
 @dataclass(frozen=True)

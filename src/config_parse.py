@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import Config, ConfigError, cross_problems
+from src.config import Config, ConfigError, cross_problems, flatten
 
 # `${env:NAME,default}` in a configuration: as in a shell's ${NAME:-default}, an empty variable counts as unset.
 OmegaConf.register_new_resolver("env", lambda name, default=None: os.environ.get(name) or default, replace=True)
@@ -82,18 +82,6 @@ def check_overrides(arguments: list[str]) -> None:
         ConfigError: one line per problem.
     """
     _raise_if_any(_override_problems(arguments))
-
-
-def flatten(tree: Mapping[str, Any], whole: Iterable[str] = (), prefix: str = "") -> dict[str, Any]:
-    """{"A": {"b": 1}} -> {"A.b": 1}. Empty mappings and the values of the keys in `whole` are not flattened."""
-    flat = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value and key not in whole:
-            flat |= flatten(value, whole, f"{key}.")
-        else:
-            flat[key] = value
-    return flat
 
 
 def _has_own_files(arguments: list[str]) -> bool:

@@ -139,7 +139,7 @@ def run_stage1(tmp_path: Path, *arguments: str) -> tuple[subprocess.CompletedPro
         (["data=demo", "backbone=tiny", "MODEL.img_size=100"], ["MODEL.img_size=100", "MODEL.img_size=98"]),
         (["backbone=tiny"], ["MODEL.hand_model=", "mano.is.tue.mpg.de", "DATA.train.source=", "HAND_DATA_ROOT"]),
         (["data=demo", "backbone=tiny", "GENERAL.resume_path=nowhere"], ["GENERAL.resume_path=nowhere"]),
-        (["DATA.train.source=['pipe:rm x']", "backbone=tiny"], ["pipe:", "refused"]),
+        (["DATA.train.source=['pipe:rm x']", "backbone=tiny"], ["pipe:", "is not supported"]),
     ],
 )
 def test_refused_in_seconds_without_a_trace(tmp_path: Path, arguments: list[str], told: list[str]) -> None:
