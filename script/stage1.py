@@ -64,14 +64,16 @@ def main(composed: DictConfig) -> None:
 
 def sweep_point() -> str:
     """Which point of the sweep this job is: `sweep point 2 of 20: GENERAL.seed=1 dropout=gate`."""
-    job, arguments, total = HydraConfig.get(), sys.argv[1:], ""
-    if {"-m", "--multirun"} & {*arguments}:  # not where a cluster's launcher starts each point in its own process
-        texts = [f"{key}={value}" for key, value in (job.sweeper.get("params") or {}).items()]
-        texts += [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-        overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(texts)
-        sweeps = {o.get_key_element(): o for o in overrides}.values()  # the command line's replace the config's
-        total = f" of {math.prod(len([*o.sweep_string_iterator()]) for o in sweeps if o.is_sweep_override())}"
-    return f"sweep point {job.job.num + 1}{total}: {' '.join(job.overrides.task)}"
+    job, arguments = HydraConfig.get(), sys.argv[1:]
+    if not {"-m", "--multirun"} & {*arguments}:  # a cluster's launcher starts each point in its own process
+        return f"sweep point {job.job.num + 1}: {' '.join(job.overrides.task)}"
+    texts = [f"{key}={value}" for key, value in (job.sweeper.get("params") or {}).items()]
+    texts += [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(texts)
+    last = {override.get_key_element(): override for override in overrides}  # the command line's replace the config's
+    swept = {key: len([*o.sweep_string_iterator()]) for key, o in last.items() if o.is_sweep_override()}
+    point = [text for text in job.overrides.task if text.partition("=")[0] in swept]
+    return f"sweep point {job.job.num + 1} of {math.prod(swept.values())}: {' '.join(point)}"
 
 
 def train(cfg: Config, config_name: str, overrides: Sequence[str] = ()) -> None:
