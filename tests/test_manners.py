@@ -147,9 +147,7 @@ def test_all_unknown_names_at_once() -> None:
 
 
 def test_overrides_that_hydra_knows() -> None:
-    check_overrides(
-        ["hydra.sweep.dir=x", "hydra/launcher=basic", "~DATA.train.source", "+launch=slurm", "dropout=null"]
-    )
+    check_overrides(["hydra.sweep.dir=x", "hydra/launcher=basic", "~DATA.train.source", "+launch=slurm"])
 
 
 # ---- values
@@ -196,13 +194,10 @@ def test_flatten() -> None:
 def test_all_missing_sources_at_once(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here/a.tar").touch()
-    sources = "{a: {source: [here/*, gone/*]}, b: {source: 'here/{a,b}.tar', weight: 2}}"
     arguments = ["backbone=tiny", "MODEL.hand_model=standin", f"DATA.root={tmp_path}"]
-    error = refused(*arguments, f"DATA.train.source={sources}", "DATA.val.source=[away/*]")
-    train, val = error.splitlines()[1:]
-    assert train.startswith(
-        "DATA.train.source=['gone/*', 'here/{a,b}.tar: here/b.tar']: no *.tar file below DATA.root="
-    )
+    sources = ["DATA.train.source=[here/*,gone/*,'here/{a,b}.tar']", "DATA.val.source=[away/*]"]
+    train, val = refused(*arguments, *sources).splitlines()[1:]
+    assert train.startswith("DATA.train.source=['gone/*', 'here/{a,b}.tar: here/b.tar']: no *.tar file below DATA.root")
     assert val.startswith("DATA.val.source=['away/*']: ")
 
 
@@ -241,13 +236,7 @@ def test_sweep_prints_its_point(tmp_path: Path) -> None:
 
 
 def test_run_names_tell_runs_apart() -> None:
-    overrides = [
-        "+dropout=gate",
-        "MODEL.handec.dropout=0.2",
-        "GENERAL.seed=3",
-        "GENERAL.resume_path=auto",
-        "AIM.repo=x",
-    ]
+    overrides = ["+dropout=gate", "MODEL.handec.dropout=0.2", "GENERAL.seed=3", "GENERAL.resume_path=auto"]
     assert name_run("stage1-demo", overrides, 3) == "stage1-demo dropout=gate MODEL.handec.dropout=0.2 seed 3"
     assert name_run("stage1-demo", [], 42) == "stage1-demo seed 42"
 
