@@ -78,7 +78,7 @@ def test_environment_variable_set_but_empty_counts_as_unset(monkeypatch):
         ("TRAIN.lr=null", "TRAIN.lr=None"),
         ("DATA.train.source=[]", "DATA.train.source=[]: must be a list of patterns"),
         ("AIM.server_url=http://x", "AIM.server_url=http://x: must look like aim://127.0.0.1:53800"),
-        ("MODEL.img_mean=[0.5]", "MODEL.img_mean=[0.5]: must hold three numbers"),
+        ("MODEL.img_mean=[0.5]", "MODEL.img_mean=[0.5]: must be three numbers"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(override: str, told: str) -> None:
