@@ -53,7 +53,7 @@ class GeneralConfig:
 class TrainConfig:
     """The optimizer and the augmentation of training samples.
 
-    `scale_z_range` and `scale_f_range` are one zoom of the patch under two names: the product of both factors applies.
+    `scale_z_range` and `scale_f_range` are one zoom of the patch under two names: the ranges multiply.
     `expansion_ratio` (patch side over hand box side) also holds for validation and prediction.
     """
 
