@@ -108,7 +108,7 @@ def _override_problems(arguments: list[str]) -> Iterator[str]:
 
 
 def _option_problems(arguments: list[str]) -> Iterator[str]:
-    """Problems of what begins with a dash: the configuration's name, and options of other tools."""
+    """Problems of options: an unknown configuration name, or another tool's option."""
     for number, argument in enumerate(arguments):
         option, has_value, value = argument.partition("=")
         if option in _CONFIG_NAME:

@@ -1,4 +1,4 @@
-"""What a new user meets on the command line: each mistake ends in seconds with one message that says what to do."""
+"""What a new user meets on the command line: each mistake ends in seconds with one message that names the fix."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_sweep_prints_its_point(tmp_path: Path) -> None:
     assert done.stdout == "stage1: sweep point 1 of 16: GENERAL.seed=7 dropout=constant DATA.stride=1\n"
 
 
-def test_run_names_tell_runs_apart() -> None:
+def test_run_name_distinguishes_runs() -> None:
     overrides = ["+dropout=gate", "MODEL.handec.dropout=0.2", "GENERAL.seed=3", "GENERAL.resume_path=auto"]
     assert name_run("stage1-demo", overrides, 3) == "stage1-demo dropout=gate MODEL.handec.dropout=0.2 seed 3"
     assert name_run("stage1-demo", [], 42) == "stage1-demo seed 42"
