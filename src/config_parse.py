@@ -86,7 +86,8 @@ def check_overrides(arguments: list[str]) -> None:
 
 def _has_own_files(arguments: list[str]) -> bool:
     """Whether Hydra is also given a folder of the user's configurations, whose names are not checked here."""
-    return any(argument.startswith(("--config-dir", "-cd", "--config-path", "-cp")) for argument in arguments)
+    options = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
+    return any(argument.startswith(options) for argument in arguments)
 
 
 def _raise_if_any(problems: Iterable[str]) -> None:

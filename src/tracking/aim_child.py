@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoint.run_folder import try_lock
-from src.tracking.aim_state import acknowledge, acknowledged, has_discarded_rows, read_state, size
-from src.tracking.tracker import FALLBACK, HEADER, IMAGES, JOURNALS, METRICS, read_rows
+from src.tracking.aim_state import acknowledge, acknowledged, read_state
+from src.tracking.tracker import FALLBACK, HEADER, IMAGES, JOURNALS, METRICS, file_size, read_rows
 
 PROBE_TIMEOUT = 3.0  # s for a server's first answer
 SERVER_STALL = 20.0  # s without progress after which a server counts as failed
@@ -69,7 +69,7 @@ class Feeder(threading.Thread):
         limit: dict[str, int] | None = None
         while True:
             if limit is None and self._ending.is_set():  # a resumed run may already append
-                limit = {name: size(self._run_folder / name) for name in JOURNALS}
+                limit = {name: file_size(self._run_folder / name) for name in JOURNALS}
             arrived = self._feed_rows(run, offset, limit or {})
             self.beat = time.monotonic()
             if arrived != offset:
@@ -95,7 +95,7 @@ class Feeder(threading.Thread):
             known = {}
         run = self._aim_run(aim, repo, known.get("run_hash"))
         offset = acknowledged(self._run_folder, known)
-        if has_discarded_rows(known, self._header["cuts"]):
+        if known and len(self._header["cuts"]) > known["cuts_seen"]:  # AIM may hold rows that a resume has discarded
             _empty(run)
             run.close()
             run, offset = self._aim_run(aim, repo, known["run_hash"]), dict.fromkeys(JOURNALS, 0)

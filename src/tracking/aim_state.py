@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src.checkpoint.run_folder import write_text_atomic
-from src.tracking.tracker import CHILD_STATE, JOURNALS, read_object
+from src.tracking.tracker import CHILD_STATE, JOURNALS, file_size, read_object
 
 
 def read_state(run_folder: Path) -> dict[str, Any]:
@@ -26,20 +26,7 @@ def acknowledge(run_folder: Path, target: str, run_hash: str, offset: dict[str, 
     write_text_atomic(run_folder / CHILD_STATE, json.dumps(state, indent=1))
 
 
-def has_discarded_rows(known: dict[str, Any], cuts: list[dict[str, int]]) -> bool:
-    """Whether AIM may hold rows that a resume has discarded since.
-
-    Args: known: the target's entry, or empty. cuts: those of `tracker.json`.
-    """
-    return bool(known) and len(cuts) > known["cuts_seen"]
-
-
 def acknowledged(run_folder: Path, known: dict[str, Any]) -> dict[str, int]:
     """Offset to continue each journal from; 0 if the journal is shorter than what AIM has received."""
     offset = {name: known.get("offset", {}).get(name, 0) for name in JOURNALS}
-    return {name: at if at <= size(run_folder / name) else 0 for name, at in offset.items()}
-
-
-def size(path: Path) -> int:
-    """Size of a file in bytes; 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
+    return {name: at if at <= file_size(run_folder / name) else 0 for name, at in offset.items()}

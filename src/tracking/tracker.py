@@ -98,7 +98,7 @@ class Tracker:
         run_name, cuts = before.get("run_name", run_name), before.get("cuts", [])
         if resume is not None:
             end = {name: resume.get(name, 0) for name in JOURNALS}
-            if any(_length(run_folder / name) > at for name, at in end.items()):
+            if any(file_size(run_folder / name) > at for name, at in end.items()):
                 cuts = [*cuts, end]
         header = {
             "run_name": run_name,
@@ -262,13 +262,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _length(path: Path) -> int:
+def file_size(path: Path) -> int:
+    """Bytes; 0 if there is no file."""
     return path.stat().st_size if path.exists() else 0
 
 
 def _cut(path: Path, offset: int) -> None:
     """Truncate a journal to `offset` bytes; the rest moves to `<journal>.discarded-<n>`."""
-    length = _length(path)
+    length = file_size(path)
     if length < offset:
         logger.warning("%s has %d bytes but had %d at the checkpoint: earlier rows are lost", path, length, offset)
     if length <= offset:
