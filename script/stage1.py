@@ -47,33 +47,35 @@ DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 STOP_PATIENCE = 10.0  # s that AIM gets to take the last points of a run that was asked to stop
 
 
+def print_sweep_point() -> None:
+    """In a Hydra sweep, print which point this is: `stage1: sweep point 2 of 20: GENERAL.seed=1 dropout=gate`."""
+    job, arguments = HydraConfig.get(), sys.argv[1:]
+    if job.mode != RunMode.MULTIRUN or os.environ.get("RANK", "0") != "0":
+        return
+    point, total = job.overrides.task, ""
+    if {"-m", "--multirun"} & {*arguments}:  # otherwise a cluster's launcher started this point in a new process
+        texts = [f"{key}={value}" for key, value in (job.sweeper.get("params") or {}).items()]
+        texts += [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(texts)
+        last = {override.get_key_element(): override for override in parsed}  # the command line replaces the config
+        swept = {key: len([*o.sweep_string_iterator()]) for key, o in last.items() if o.is_sweep_override()}
+        point = [text for text in point if text.partition("=")[0] in swept]
+        total = f" of {math.prod(swept.values())}"
+    print(f"stage1: sweep point {job.job.num + 1}{total}: {' '.join(point)}", flush=True)
+
+
 @hydra.main(version_base="1.3", config_path="../config", config_name="stage1-dino_large")
 def main(composed: DictConfig) -> None:
     """Check everything that can be checked, then train."""
     SIGNALS.install()  # again where a launcher calls this function in a process of its own
     adopt_slurm_step()
-    if HydraConfig.get().mode == RunMode.MULTIRUN and os.environ.get("RANK", "0") == "0":
-        print(f"stage1: {sweep_point()}", flush=True)
     try:
+        print_sweep_point()
         cfg = parse_config(composed)
         check_files(cfg)
     except ConfigError as error:
         refuse(error)
     train(cfg, HydraConfig.get().job.config_name, HydraConfig.get().overrides.task)
-
-
-def sweep_point() -> str:
-    """Which point of the sweep this job is: `sweep point 2 of 20: GENERAL.seed=1 dropout=gate`."""
-    job, arguments = HydraConfig.get(), sys.argv[1:]
-    if not {"-m", "--multirun"} & {*arguments}:  # a cluster's launcher starts each point in its own process
-        return f"sweep point {job.job.num + 1}: {' '.join(job.overrides.task)}"
-    texts = [f"{key}={value}" for key, value in (job.sweeper.get("params") or {}).items()]
-    texts += [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(texts)
-    last = {override.get_key_element(): override for override in overrides}  # the command line's replace the config's
-    swept = {key: len([*o.sweep_string_iterator()]) for key, o in last.items() if o.is_sweep_override()}
-    point = [text for text in job.overrides.task if text.partition("=")[0] in swept]
-    return f"sweep point {job.job.num + 1} of {math.prod(swept.values())}: {' '.join(point)}"
 
 
 def train(cfg: Config, config_name: str, overrides: Sequence[str] = ()) -> None:
