@@ -159,7 +159,7 @@ def test_the_network_is_read_from_a_sharded_runs_checkpoint(sharded: Path) -> No
 
 @pytest.mark.parametrize("other", ["TRAIN.compile=true", "TRAIN.mixed_precision=fp16"])
 def test_what_it_does_not_go_with(other: str) -> None:
-    with pytest.raises(ConfigError, match=f"shard_weights=true: cannot be combined with {other}"):
+    with pytest.raises(ConfigError, match=f"shard_weights=true: does not go together with {other}"):
         compose_config("stage1-demo", SHARDED, other)
 
 
