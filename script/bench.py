@@ -16,6 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
+import src.utils.environment  # noqa: F401  (checks that the packages below are installed)
+
+# isort: split
 from script.benchmarks.measurement import figure_table, machine, write_figures
 from src.utils.console import make_console
 

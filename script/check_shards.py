@@ -11,14 +11,18 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
+
+import src.utils.environment  # noqa: F401  (checks that the packages below are installed)
+
+# isort: split
 import cv2
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
 from src.data.check_shards import ShardReport, check_shards, examples, merge
 from src.data.contact_sheet import contact_sheet
@@ -33,7 +37,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("source", nargs="+", help="shards, folders of shards, or patterns: 'a/*', 'a/{000..131}.tar'")
-    parser.add_argument("--root", type=Path, default=Path(), help="relative sources lie below it; default: here")
+    parser.add_argument(
+        "--root", type=Path, help="folder of relative sources; default: here, or HAND_DATA_ROOT if nothing matches here"
+    )
     parser.add_argument("--index_dir", type=Path, help="where indexes are kept, as DATA.index_dir")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
     parser.add_argument("--sheet", type=Path, help="draw patches with joints, before and after augmentation, here")
@@ -45,6 +51,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.sheet is not None and args.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         parser.error(f"--sheet {args.sheet}: the name must end with .png, .jpg or .webp")
     return args
+
+
+def find_shards(args: argparse.Namespace) -> list[Path]:
+    """The shards of the command line, below --root, the working directory or HAND_DATA_ROOT. Raises ValueError."""
+    root, configured = args.root or Path(), os.environ.get("HAND_DATA_ROOT")
+    if args.root is None and configured:
+        with suppress(ValueError):
+            return resolve_source(root, args.source, "SOURCE")
+        root = Path(configured)
+    return resolve_source(root, args.source, "SOURCE")
 
 
 def damage_table(reports: Sequence[ShardReport]) -> Table:
@@ -73,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     console = make_console()
     try:
-        shards = resolve_source(args.root, args.source, "SOURCE")
+        shards = find_shards(args)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return WRONG_ARGUMENTS

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
+import src.utils.environment  # noqa: F401  (checks that required packages are installed)
+
 if TYPE_CHECKING:
     from src.compare.report import Comparison, Options
 

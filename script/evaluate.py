@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
+import src.utils.environment  # noqa: F401  (checks that required packages are installed)
 from src.config import Config, ConfigError
 from src.config_parse import GROUPS, check_overrides
 

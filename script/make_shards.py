@@ -16,9 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
+
+import src.utils.environment  # noqa: F401  (checks that the packages below are installed)
+
+# isort: split
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from src.data.convert.chunk import Request
 from src.data.convert.registry import CONVERTERS, Converter

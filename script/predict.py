@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
+import src.utils.environment  # noqa: F401  (checks that required packages are installed)
 from src.predict.outputs import KINDS, name_outputs
 
 DONE, SKIPPED_SOME, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130

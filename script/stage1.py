@@ -11,21 +11,28 @@ seconds.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import src.utils.environment  # noqa: F401  (checks that the packages below are installed)
+
+# isort: split
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from src.config import Config, ConfigError
-from src.config_parse import check_overrides, parse_config
+from src.config_parse import check_command_line, parse_config
 from src.distributed.exit import is_told, leave, leave_after_peer, several
 from src.distributed.launch import adopt_slurm_step, check_launcher, requeue_slurm_job, start_missing_processes
 from src.distributed.signals import RESUMABLE, StopRequested, StopSignals
@@ -40,20 +47,38 @@ DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 STOP_PATIENCE = 10.0  # s that AIM gets to take the last points of a run that was asked to stop
 
 
+def print_sweep_point() -> None:
+    """In a Hydra sweep, print which point this is: `stage1: sweep point 2 of 20: GENERAL.seed=1 dropout=gate`."""
+    job, arguments = HydraConfig.get(), sys.argv[1:]
+    if job.mode != RunMode.MULTIRUN or os.environ.get("RANK", "0") != "0":
+        return
+    point, total = job.overrides.task, ""
+    if {"-m", "--multirun"} & {*arguments}:  # otherwise a cluster's launcher started this point in a new process
+        texts = [f"{key}={value}" for key, value in (job.sweeper.get("params") or {}).items()]
+        texts += [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(texts)
+        last = {override.get_key_element(): override for override in parsed}  # the command line replaces the config
+        swept = {key: len([*o.sweep_string_iterator()]) for key, o in last.items() if o.is_sweep_override()}
+        point = [text for text in point if text.partition("=")[0] in swept]
+        total = f" of {math.prod(swept.values())}"
+    print(f"stage1: sweep point {job.job.num + 1}{total}: {' '.join(point)}", flush=True)
+
+
 @hydra.main(version_base="1.3", config_path="../config", config_name="stage1-dino_large")
 def main(composed: DictConfig) -> None:
     """Check everything that can be checked, then train."""
     SIGNALS.install()  # again where a launcher calls this function in a process of its own
     adopt_slurm_step()
     try:
+        print_sweep_point()
         cfg = parse_config(composed)
         check_files(cfg)
     except ConfigError as error:
         refuse(error)
-    train(cfg, HydraConfig.get().job.config_name)
+    train(cfg, HydraConfig.get().job.config_name, HydraConfig.get().overrides.task)
 
 
-def train(cfg: Config, config_name: str) -> None:
+def train(cfg: Config, config_name: str, overrides: Sequence[str] = ()) -> None:
     """The training loop."""
     with SIGNALS.held():
         from src.checkpoint.save import CheckpointError
@@ -67,7 +92,7 @@ def train(cfg: Config, config_name: str) -> None:
     run, patience = None, 60.0
     with progress_bar() as progress:
         try:
-            run = build(Run, cfg, config_name, progress, SIGNALS)
+            run = build(Run, cfg, config_name, progress, SIGNALS, overrides)
             SIGNALS.defer()
             run.catch_up()
             for micro_batches in run.micro_batches():
@@ -161,7 +186,7 @@ def refuse(error: ValueError) -> NoReturn:
 if __name__ == "__main__":
     SIGNALS.install()
     try:
-        check_overrides(sys.argv[1:])
+        check_command_line(sys.argv[1:])
         check_launcher(os.environ)
         start_missing_processes()
         main()

@@ -25,6 +25,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
+
+import src.utils.environment  # noqa: F401  (checks that required packages are installed)
+
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT_STEP = 8
 STEP_PER_LIFE = 9  # of the whole run, per kill

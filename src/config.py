@@ -1,12 +1,12 @@
-"""The typed sections GENERAL, TRAIN, DATA, MODEL, LOSS and AIM: types, bounds and the rules that tie keys together.
+"""The configuration schema: sections GENERAL, TRAIN, DATA, MODEL, LOSS and AIM with types, bounds and cross-key rules.
 
-Defaults live in config/*.yaml alone, so no field has one here. src/config_parse.py fills these classes from what Hydra
-composed. Nothing here imports torch or touches the disk: a typing mistake costs no waiting.
+Defaults are in config/*.yaml only, so no field has one here. src/config_parse.py fills these classes from the config
+that Hydra composed. Nothing here imports torch or reads files, so that mistakes are reported immediately.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message says which keys, which values and what to do."""
+    """An unusable configuration; the message lists each wrong key with its value and the fix."""
 
 
 def knob(
@@ -30,7 +30,7 @@ def knob(
 
 @dataclass
 class GeneralConfig:
-    """Length of the run, intervals (in optimizer steps), seeds and where things go."""
+    """Length of the run, intervals (in optimizer steps), seeds and output folder."""
 
     total_step: int = knob(minimum=1)
     log_step: int = knob(minimum=1)
@@ -51,7 +51,11 @@ class GeneralConfig:
 
 @dataclass
 class TrainConfig:
-    """The optimizer and the augmentation of training samples."""
+    """The optimizer and the augmentation of training samples.
+
+    `scale_z_range` and `scale_f_range` are one zoom of the patch under two names: the ranges multiply.
+    `expansion_ratio` (patch side over hand box side) also holds for validation and prediction.
+    """
 
     lr: float = knob(minimum=0)
     backbone_lr: float | None = knob(minimum=0)
@@ -81,7 +85,7 @@ class TrainConfig:
 
 @dataclass
 class TrainSourceConfig:
-    """`source`: a list of patterns, or named sources `{name: {source: [...], weight: w}}`."""
+    """`source`: a list of patterns, or named sources `{name: {source: [...], weight: w}}`; see `named_sources`."""
 
     source: Any = knob()
     eval_sample: int = knob(minimum=0)
@@ -89,7 +93,7 @@ class TrainSourceConfig:
 
 @dataclass
 class ValSourceConfig:
-    """`max_sample` caps the fixed validation sample; null takes every frame."""
+    """`max_sample` limits the fixed validation sample; null uses every frame."""
 
     source: Any = knob()
     max_sample: int | None = knob(minimum=1)
@@ -97,7 +101,7 @@ class ValSourceConfig:
 
 @dataclass
 class DemoConfig:
-    """How many demo samples are rendered on first use, and from which seed."""
+    """The demo data set, rendered on first use."""
 
     train_sample: int = knob(minimum=1)
     val_sample: int = knob(minimum=1)
@@ -108,7 +112,7 @@ class DemoConfig:
 
 @dataclass
 class DataConfig:
-    """Where the shards lie and how they are read."""
+    """Where the shards are and how they are read."""
 
     root: str = knob()
     stride: int = knob(minimum=1)
@@ -121,7 +125,7 @@ class DataConfig:
 
 @dataclass
 class BackboneConfig:
-    """A DINOv2: the folder with its weights, or random weights of the shape given here."""
+    """A DINOv2 backbone: a folder of pre-trained weights, or random weights of the shape given here."""
 
     backbone_str: str = knob()
     random_init: bool = knob()
@@ -134,7 +138,7 @@ class BackboneConfig:
 
 @dataclass
 class HandDecoderConfig:
-    """The transformer decoder; `dropout` is the rate the schedule ends at."""
+    """The transformer decoder; `dropout` is the final rate of the schedule."""
 
     dim: int = knob(minimum=1)
     num_layer: int = knob(minimum=1)
@@ -146,7 +150,7 @@ class HandDecoderConfig:
 
 @dataclass
 class ModelConfig:
-    """The network: patch size and normalisation, backbone, decoder and the hand model behind its output."""
+    """The network: patch size and normalisation, backbone, decoder and hand model."""
 
     img_size: int = knob(minimum=14)
     img_mean: list[float] = knob()
@@ -172,7 +176,7 @@ class LossConfig:
 
 @dataclass
 class AimConfig:
-    """The experiment tracker. `server_url` null keeps a local repository in `repo`."""
+    """The experiment tracker AIM. Without a `server_url` it writes to a local repository in `repo`."""
 
     server_url: str | None = knob()
     repo: str = knob()
@@ -191,9 +195,21 @@ class Config:
     AIM: AimConfig = field(default_factory=AimConfig)
 
 
+def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
+    """{"A": {"b": 1}} -> {"A.b": 1}. Empty mappings, and those at the dotted keys `whole`, count as values."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and key not in whole:
+            flat |= flatten(value, whole, f"{key}.")
+        else:
+            flat[key] = value
+    return flat
+
+
 @dataclass(frozen=True)
 class NamedSource:
-    """Shard patterns that are drawn from together, and how often against the other sources."""
+    """Shard patterns sampled as one source, with the source's sampling weight."""
 
     name: str
     patterns: tuple[str, ...]
@@ -201,10 +217,10 @@ class NamedSource:
 
 
 def named_sources(source: Any) -> list[NamedSource]:
-    """The sources that `DATA.*.source` means.
+    """Parse the value of `DATA.train.source` or `DATA.val.source`. Raises ConfigError.
 
-    A list of patterns is one source, every frame as likely as any other; `{name: {source: [...], weight: w}}` mixes
-    several by weight, whatever their sizes.
+    A list of patterns is one source in which every frame is equally likely. `{name: {source: [...], weight: w}}` mixes
+    several sources by weight, independently of their sizes.
     """
     if isinstance(source, str):
         source = [source]
@@ -218,7 +234,7 @@ def named_sources(source: Any) -> list[NamedSource]:
 def _named_source(name: str, entry: Any) -> NamedSource:
     entry = entry if isinstance(entry, Mapping) else {"source": entry}
     if extra := sorted(set(entry) - {"source", "weight"}):
-        raise ConfigError(f"source {name!r} has the unknown entry {extra[0]!r}; it may hold `source` and `weight`")
+        raise ConfigError(f"source {name!r} has an unknown entry {extra[0]!r}; the entries are `source` and `weight`")
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
         raise ConfigError(f"source {name!r} has weight {weight!r}; it must be a positive number")
@@ -226,7 +242,7 @@ def _named_source(name: str, entry: Any) -> NamedSource:
 
 
 def cross_problems(cfg: Config) -> Iterator[str]:
-    """Rules that tie several keys together."""
+    """Rules that involve several keys: yields a message for each one broken."""
     general, model, decoder = cfg.GENERAL, cfg.MODEL, cfg.MODEL.handec
     if general.warmup_step > general.total_step:
         yield (
@@ -245,22 +261,22 @@ def cross_problems(cfg: Config) -> Iterator[str]:
         )
     if cfg.TRAIN.optimizer == "muon" and (cfg.TRAIN.shard_weights or cfg.TRAIN.mixed_precision == "fp16"):
         other = "shard_weights=true" if cfg.TRAIN.shard_weights else "mixed_precision=fp16"
-        yield f"TRAIN.optimizer=muon: does not work together with TRAIN.{other}; set TRAIN.optimizer=adamw"
+        yield f"TRAIN.optimizer=muon: cannot be combined with TRAIN.{other}; set TRAIN.optimizer=adamw"
     for name in ("img_mean", "img_std"):
         if len(value := getattr(model, name)) != 3:
-            yield f"MODEL.{name}={value}: must hold three numbers (R, G, B)"
-    if model.backbone.hidden_size % model.backbone.num_head:
+            yield f"MODEL.{name}={value}: must be three numbers (R, G, B)"
+    if model.backbone.num_head > 0 and model.backbone.hidden_size % model.backbone.num_head:
         yield (
             f"MODEL.backbone.hidden_size={model.backbone.hidden_size}: "
             f"must be a multiple of MODEL.backbone.num_head={model.backbone.num_head}"
         )
     if decoder.dropout == 0 and general.dropout_schedule != "gate":
         yield (
-            f"GENERAL.dropout_schedule={general.dropout_schedule}: has nothing to ramp to while "
-            f"MODEL.handec.dropout=0; set it, e.g. 0.1"
+            f"GENERAL.dropout_schedule={general.dropout_schedule}: requires MODEL.handec.dropout above 0 "
+            f"to ramp to, e.g. 0.1"
         )
     if cfg.AIM.server_url is not None and not cfg.AIM.server_url.startswith("aim://"):
-        yield f"AIM.server_url={cfg.AIM.server_url}: must look like aim://127.0.0.1:53800; null is a local repository"
+        yield f"AIM.server_url={cfg.AIM.server_url}: must look like aim://127.0.0.1:53800; null: a local repository"
     for key, source in (("DATA.train.source", cfg.DATA.train.source), ("DATA.val.source", cfg.DATA.val.source)):
         try:
             named_sources(source)

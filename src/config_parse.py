@@ -1,88 +1,167 @@
-"""From what Hydra composed to a checked Config, or a ConfigError that names every wrong key, its value and the fix."""
+"""Turn what Hydra composed, or a user typed, into a checked Config, or into a ConfigError that lists every mistake."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import Config, ConfigError, cross_problems
+from src.config import Config, ConfigError, cross_problems, flatten
 
-# `${env:NAME,default}` in a configuration: as in a shell, a variable that is set but empty counts as unset.
+# `${env:NAME,default}` in a configuration: as in a shell's ${NAME:-default}, an empty variable counts as unset.
 OmegaConf.register_new_resolver("env", lambda name, default=None: os.environ.get(name) or default, replace=True)
 
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
+FREE_FORM = ("DATA.train.source", "DATA.val.source")  # a list of patterns or named sources
 GROUPS = ("data", "backbone", "augmentation", "dropout", "launch")
-_OVERRIDE = re.compile(r"^[+~]{0,2}(?!hydra[./])([A-Za-z_][\w.]*)(?:@[\w.]+)?(?:=|$)")
+# our key -> what other training tools call it (lower case, without their prefixes)
+OTHER_NAMES = {
+    "TRAIN.sample_per_device": "batch_size batchsize train_batch_size per_device_train_batch_size micro_batch_size bs",
+    "TRAIN.lr": "learning_rate base_lr max_lr",
+    "TRAIN.weight_decay": "wd",
+    "TRAIN.max_grad": "grad_clip clip_grad max_grad_norm gradient_clip_val grad_clip_norm",
+    "TRAIN.grad_accum_step": "gradient_accumulation_steps accumulate_grad_batches grad_accum_steps accum_steps",
+    "TRAIN.mixed_precision": "precision amp dtype fp16 bf16",
+    "GENERAL.total_step": "max_steps max_step num_steps total_steps steps max_iters iterations"
+    " epochs epoch num_epochs max_epochs num_train_epochs",
+    "GENERAL.warmup_step": "warmup_steps num_warmup_steps warmup_iters warmup_epochs",
+    "GENERAL.log_step": "log_interval logging_steps log_every_n_steps log_freq",
+    "GENERAL.checkpoint_step": "save_steps save_interval eval_steps eval_interval val_interval checkpoint_interval",
+    "GENERAL.num_worker": "num_workers workers dataloader_num_workers",
+    "GENERAL.seed": "random_seed manual_seed",
+    "GENERAL.output_root": "output_dir out_dir save_dir log_dir work_dir exp_dir output",
+    "GENERAL.resume_path": "resume resume_from resume_from_checkpoint ckpt_path",
+    "MODEL.init_from": "pretrained pretrained_path load_from weights checkpoint",
+    "MODEL.img_size": "image_size input_size resolution",
+    "DATA.root": "data_dir data_root data_path dataset_dir",
+}
+_OUR_KEY = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
+_OVERRIDE = re.compile(r"^(?:~|\+{0,2}(?=.*=))(?!hydra[./])([A-Za-z_][\w.]*)(?:@[\w.]+)?(?:=([\w.,-]*$)?|$)")
+_CONFIG_NAME = ("--config-name", "-cn")
 
 
 def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
     """Type and check a composed configuration.
 
     Raises:
-        ConfigError: naming every wrong key with its value and the fix.
+        ConfigError: one line for each wrong key, with its value and the fix.
     """
     plain = OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else dict(composed)
-    problems = [unknown_key_message(key) for key in _flat_keys(plain) if not is_known_key(key)]
-    if problems:
-        raise ConfigError("\n".join(problems))
+    flat = flatten(plain, whole=FREE_FORM)
+    _raise_if_any(unknown_key_message(key) for key in flat if not is_known_key(key))
     typed = OmegaConf.structured(Config)
-    problems = [p for key, value in plain.items() if (p := _merge_section(typed, key, value))]
-    problems += [f"{key} is missing: give it a value, e.g. {key}=..." for key in OmegaConf.missing_keys(typed)] * (
-        not problems
-    )
-    if problems:
-        raise ConfigError("\n".join(problems))
+    problems = list(_fill(typed, flat))
+    if missing := sorted(OmegaConf.missing_keys(typed)):  # no value, or one of the wrong type
+        raise ConfigError("\n".join(problems or (f"{key} is missing: set it, e.g. {key}=..." for key in missing)))
     cfg = OmegaConf.to_object(typed)
-    problems = [*_bound_problems(cfg, ""), *cross_problems(cfg)]
-    if problems:
-        raise ConfigError("\n".join(problems))
+    _raise_if_any([*problems, *cross_problems(cfg)])
     return cfg
 
 
-def check_overrides(arguments: list[str]) -> None:
-    """Refuse command-line overrides of keys that do not exist, naming the nearest one that does.
-
-    Hydra would refuse most of them too, but in words about its own structure.
+def check_command_line(arguments: list[str]) -> None:
+    """Check the arguments of script/stage1.py before Hydra does: overrides, configuration name, options.
 
     Raises:
-        ConfigError: one line per unknown key.
+        ConfigError: one line per problem.
     """
-    keys = [match[1] for argument in arguments if (match := _OVERRIDE.match(argument))]
-    problems = [unknown_key_message(key) for key in keys if not (is_known_key(key) or key in GROUPS)]
-    if problems:
-        raise ConfigError("\n".join(problems))
+    _raise_if_any([*_override_problems(arguments), *_option_problems(arguments)])
 
 
-def _merge_section(typed: DictConfig, key: str, value: Any) -> str | None:
-    """Merge one value tree into the typed config, leaf by leaf so that the message can name the leaf."""
-    if isinstance(value, Mapping) and not _is_free_form(key):
-        if OmegaConf.select(typed, key) is None:
-            OmegaConf.update(typed, key, _optional_section(key))
-        return "\n".join(p for k, v in value.items() if (p := _merge_section(typed, f"{key}.{k}", v))) or None
-    try:
-        OmegaConf.update(typed, key, value, merge=False)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        return f"{key}={value}: {reason}. Expected {_type_name(key)}"
-    return None
+def check_overrides(arguments: list[str]) -> None:
+    """Refuse overrides (KEY=VALUE) of unknown keys and unknown files of a config group, and suggest the nearest.
+
+    Raises:
+        ConfigError: one line per problem.
+    """
+    _raise_if_any(_override_problems(arguments))
 
 
-def _schema(key: str) -> Any:
-    """The type that the schema gives a dotted key; None when it has no such key."""
-    here: Any = Config
+def _has_own_files(arguments: list[str]) -> bool:
+    """Whether Hydra is also given a folder of the user's configurations, whose names are not checked here."""
+    options = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
+    return any(argument.startswith(options) for argument in arguments)
+
+
+def _raise_if_any(problems: Iterable[str]) -> None:
+    if text := "\n".join(problems):
+        raise ConfigError(text)
+
+
+def _override_problems(arguments: list[str]) -> Iterator[str]:
+    for match in filter(None, map(_OVERRIDE.match, arguments)):
+        key, value = match.groups()  # the value only if it is a word or a list of words
+        if key in GROUPS:
+            known = sorted(path.stem for path in (CONFIG_DIR / key).glob("*.yaml"))
+            names = [] if value is None or _has_own_files(arguments) else value.removesuffix(".yaml").split(",")
+            for name in names:
+                if name not in (*known, "null"):
+                    yield f"{key}={name}: there is no config/{key}/{name}.yaml; {_choose(name, known)}"
+        elif not is_known_key(key):
+            yield unknown_key_message(key)
+
+
+def _option_problems(arguments: list[str]) -> Iterator[str]:
+    """Problems of options: an unknown configuration name, or another tool's option."""
+    for number, argument in enumerate(arguments):
+        option, has_value, value = argument.partition("=")
+        if option in _CONFIG_NAME:
+            yield from _config_name_problems(value if has_value else "".join(arguments[number + 1 :][:1]), arguments)
+        elif option.startswith("-") and (key := _meant_key(option.lstrip("-").replace("-", "_"))):
+            yield f"{option}: there is no such option; use {key}=..."
+
+
+def _config_name_problems(name: str, arguments: list[str]) -> Iterator[str]:
+    if _has_own_files(arguments) or (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
+        return
+    known = sorted({path.stem for path in CONFIG_DIR.glob("stage1-*.yaml")} - {"stage1-base"})
+    yield f"--config-name={name}: there is no config/{name}.yaml; {_choose(name, known)}"
+
+
+def _choose(value: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(value, known, n=1)
+    return f"choose one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _fill(typed: DictConfig, flat: Mapping[str, Any]) -> Iterator[str]:
+    """Fill the typed config with a flat one in the order of the schema; yields a line for each unusable value."""
+    for key in known_keys():
+        hint, bounds = _schema(key)
+        if key not in flat:
+            if OmegaConf.select(typed, key) is None and any(below.startswith(f"{key}.") for below in flat):
+                OmegaConf.update(typed, key, OmegaConf.structured(_dataclass_of(hint)))  # an optional section
+            continue
+        value = flat[key]
+        if isinstance(value, float) and value.is_integer() and hint in (int, int | None):
+            value = int(value)  # 1e5
+        try:
+            OmegaConf.update(typed, key, value, merge=False)
+        except OmegaConfBaseException as error:
+            yield f"{key}={value}: {str(error).splitlines()[0]}. Expected {_type_name(hint)}"
+            continue
+        value = OmegaConf.select(typed, key)
+        items = value if isinstance(value, ListConfig) else [value]
+        yield from (f"{key}={value}: {p}" for item in items if item is not None and (p := _bound_problem(item, bounds)))
+
+
+@cache
+def _schema(key: str) -> tuple[Any, Mapping[str, Any]]:
+    """Type and bounds of a dotted key; None and nothing for an unknown key."""
+    hint, bounds = Config, {}
     for part in key.split("."):
-        here = _dataclass_of(here)
-        hints = get_type_hints(here) if here else {}
-        if part not in hints:
-            return None
-        here = hints[part]
-    return here
+        section = _dataclass_of(hint)
+        specs = {spec.name: spec for spec in fields(section)} if section else {}
+        if part not in specs:
+            return None, {}
+        hint, bounds = get_type_hints(section)[part], specs[part].metadata
+    return hint, bounds
 
 
 def _dataclass_of(hint: Any) -> Any:
@@ -91,27 +170,13 @@ def _dataclass_of(hint: Any) -> Any:
     return next((o for o in options if is_dataclass(o)), None)
 
 
-def _optional_section(key: str) -> Any:
-    return OmegaConf.structured(_dataclass_of(_schema(key)))
-
-
-def _is_free_form(key: str) -> bool:
-    return _schema(key) is Any
-
-
-def _type_name(key: str) -> str:
-    hint = _schema(key)
-    return (
-        hint.__name__
-        if isinstance(hint, type) and not getattr(hint, "__args__", None)
-        else str(hint).replace("NoneType", "null")
-    )
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if type(hint) is type else str(hint).replace("None", "null")
 
 
 def is_known_key(key: str) -> bool:
-    """Whether the schema has this dotted key (keys below a free-form value count as known)."""
-    parts = key.split(".")
-    return any(_is_free_form(".".join(parts[:n])) for n in range(1, len(parts))) or _schema(key) is not None
+    """Whether the schema has this dotted key (any key below a free-form value is known)."""
+    return _schema(key)[0] is not None or key.startswith(tuple(f"{free}." for free in FREE_FORM))
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
@@ -123,38 +188,26 @@ def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def unknown_key_message(key: str) -> str:
-    """What to tell a user who typed a key that does not exist, with the nearest ones that do."""
-    known = [*known_keys(), *GROUPS]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    leaf = key.rsplit(".", 1)[-1]
-    near = near or [k for k in known if k.rsplit(".", 1)[-1].lower() == leaf.lower()][:1]
-    hint = f"did you mean {near[0]}?" if near else "all keys stand in config/stage1-base.yaml"
+    """The error for an unknown key, with the key that the user may have meant."""
+    meant = _meant_key(key)
+    if key.rpartition(".")[2].lower() in _OUR_KEY:
+        hint = f"use {meant}" + ", in optimizer steps" * ("epoch" in key.lower())
+    else:
+        near = [meant] if meant else difflib.get_close_matches(key, [*known_keys(), *GROUPS], n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else "config/stage1-base.yaml lists all keys"
     return f"{key}: there is no such key; {hint}"
 
 
-def _flat_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat_keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _bound_problems(section: Any, prefix: str) -> Iterator[str]:
-    for spec in fields(section):
-        key, value = f"{prefix}{spec.name}", getattr(section, spec.name)
-        if is_dataclass(value):
-            yield from _bound_problems(value, f"{key}.")
-        elif value is not None:
-            for item in value if isinstance(value, list) else [value]:
-                if problem := _bound_problem(item, spec.metadata):
-                    yield f"{key}={value}: {problem}"
+def _meant_key(key: str) -> str | None:
+    """Our key for another tool's option, or for the same name in another section."""
+    leaf = key.rpartition(".")[2].lower()
+    same = [known for known in known_keys() if known.rpartition(".")[2].lower() == leaf]
+    return _OUR_KEY.get(leaf) or next(iter(difflib.get_close_matches(key, same, n=1, cutoff=0.0)), None)
 
 
 def _bound_problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
     if "choices" in bounds and value not in bounds["choices"]:
-        near = difflib.get_close_matches(str(value), bounds["choices"], n=1)
-        return f"choose one of {', '.join(bounds['choices'])}" + (f"; did you mean {near[0]}?" if near else "")
+        return _choose(str(value), bounds["choices"])
     if isinstance(value, float) and value != value:
         return "is not a number"
     if "minimum" in bounds and value < bounds["minimum"]:

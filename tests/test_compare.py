@@ -116,7 +116,23 @@ def test_single_runs_have_no_interval(tmp_path: Path) -> None:
     assert change.percent == pytest.approx(-50.0)
     assert np.isnan(change.low)
     assert np.isnan(change.side.std)
-    assert any("single run" in note and "chance" in note for note in notes(comparison))
+    assert any("needs 3 runs" in note and "chance" in note for note in notes(comparison))
+
+
+def test_two_seeds_have_no_interval(tmp_path: Path) -> None:
+    """Their change is shown, but a 95 % interval of two runs would mean nothing."""
+    for seed in range(3):
+        write_run(tmp_path / f"theirs/{seed}", seed)
+    for seed, factor in enumerate((0.5, 0.6)):
+        write_run(tmp_path / f"ours/{seed}", seed, scaled(factor))
+    comparison = compared(tmp_path, [tmp_path / "ours"], [tmp_path / "theirs"])
+    (grid,) = grids(comparison)
+    assert grid.rows[0] == ("validation, mean", "8.25 ± 1.06", "15.00 ± 0.00", "-45.0", "")
+    assert all(row[-1] == "" for row in grid.rows)
+    assert any("needs 3 runs on each side, and one has 2" in note for note in notes(comparison))
+    write_run(tmp_path / "ours/2", 2, scaled(0.7))
+    (grid,) = grids(compared(tmp_path, [tmp_path / "ours"], [tmp_path / "theirs"]))
+    assert grid.rows[0][-1].startswith("[")
 
 
 def test_unfinished_shorter_and_without_training_frames(tmp_path: Path) -> None:
@@ -307,9 +323,9 @@ def test_help_needs_neither_torch_nor_matplotlib() -> None:
 
 
 def test_changes_of_unequal_numbers(tmp_path: Path) -> None:
-    """Three runs against two: not in pairs, each mean over its own side."""
+    """Three runs against four: not in pairs, each mean over its own side."""
     ours = [read_run(write_run(tmp_path / f"a{s}", s, scaled(1.0 + s)), "mpjpe_cam") for s in range(3)]
-    theirs = [read_run(write_run(tmp_path / f"b{s}", s), "mpjpe_cam") for s in range(2)]
+    theirs = [read_run(write_run(tmp_path / f"b{s}", s), "mpjpe_cam") for s in range(4)]
     change = changes(ours, theirs, Window.common(ours + theirs, 0.5, 0.5), 200, 0)[0]
     assert not change.is_paired
     assert change.percent == pytest.approx(100.0)

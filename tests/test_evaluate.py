@@ -161,7 +161,7 @@ def test_an_output_that_cannot_be_created_fails_early(
     ("arguments", "message"),
     [
         (["DATA.vall.source=[a]"], r"DATA\.vall\.source: there is no such key; did you mean DATA\.val\.source"),
-        (["DATA.val.source=[nix/*]"], r"DATA\.val\.source='nix/\*': it matches no"),
+        (["DATA.val.source=[nix/*]"], r"DATA\.val\.source=\['nix/\*'\]: no \*\.tar file below"),
         (["data=labz"], "choose one of demo, labs"),
         (["backbone=tiny"], "uses the checkpoint's network"),
         (["MODEL.hand_model=nix.pkl"], r"MODEL\.hand_model=nix\.pkl: there is no such file"),

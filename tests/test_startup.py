@@ -1,4 +1,4 @@
-"""Help and a refused configuration come before anything heavy is imported."""
+"""--help and refused configurations import no heavy package; OpenMP threads spin briefly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_nothing_heavy_is_imported(argument: str, code: int) -> None:
     assert not imported & HEAVY
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks GNU's OpenMP, which torch brings on Linux")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs GNU OpenMP, which torch uses on Linux")
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -37,8 +37,8 @@ def test_nothing_heavy_is_imported(argument: str, code: int) -> None:
         ({"OMP_WAIT_POLICY": "PASSIVE"}, "GOMP_SPINCOUNT = '0'"),
     ],
 )
-def test_threads_do_not_spin_for_long(given: dict[str, str], expected: str) -> None:
-    """torch's OpenMP, asked itself: a thread that spins takes the core that it waits for. The user's word is last."""
+def test_openmp_spin_count(given: dict[str, str], expected: str) -> None:
+    """The limit reaches torch's OpenMP, and the user's own setting takes precedence."""
     for package in ("src.config", "tests"):
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
         done = subprocess.run(

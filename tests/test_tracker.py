@@ -1,4 +1,4 @@
-"""The tracker: journals that lose nothing, and AIM fed by a child that never blocks or ends the training."""
+"""The tracker: journals lose no row, and the child process that feeds AIM never blocks or ends the training."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ for run in repo.iter_runs():
         steps, (values,) = metric.data.view("val").numpy()
         key = metric.context.to_dict()["subset"] + "/" + metric.name
         points[key] = [[int(s), repr(float(v))] for s, v in sorted(zip(steps, values))]
-    pictures = []
+    images = []
     for info in run.collect_sequence_info("images", skip_last_value=True)["images"]:
         sequence = run.get_image_sequence(info["name"], Context(info["context"]))
-        pictures.append([info["context"]["subset"], info["name"], [int(s) for s in sequence.values.sparse_list()[0]]])
+        images.append([info["context"]["subset"], info["name"], [int(s) for s in sequence.values.sparse_list()[0]]])
     traces = run.meta_run_tree.get("traces", {}).items()
     last = {run.idx_to_ctx(c).to_dict()["subset"] + "/" + n: [t["last_step"], t.get("max")]
         for c, names in traces for n, t in names.items()}
     found.append(dict(hash=run.hash, last=last, name=run.name, experiment=run.experiment, config=run["config"],
-        points=points, pictures=pictures, active=run.active))
+        points=points, images=images, active=run.active))
 queried = sum(1 for c in repo.query_metrics("metric.name == 'lr'", report_mode=0).iter_runs())
 print(json.dumps(dict(runs=found, queried=queried)))
 """
 
 
 def in_aim(repo: Path, index: bool = False) -> dict:
-    """What a fresh process finds in an AIM repository; `index` does first what an open `aim up` does for a server's."""
+    """The content of an AIM repository, read in a new process; `index`: index it first, as a running `aim up` does."""
     command = [sys.executable, "-c", QUERY, str(repo), "index" if index else ""]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
@@ -73,7 +73,7 @@ def journalled(run: Path) -> dict[str, list]:
 
 
 def tracker_end(run: Path) -> dict[str, int]:
-    """What `Tracker.state` says at the end of the journals."""
+    """The `Tracker.state` at the end of the journals."""
     return {name: (run / name).stat().st_size for name in ("metrics.jsonl", "images.jsonl")}
 
 
@@ -90,13 +90,13 @@ def fill(tracker: Tracker, first: int, last: int) -> None:
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
-    """Log records of the tracker, whatever another test did to the logger above it."""
+def log(caplog, monkeypatch):
+    """Log records of the tracker, independent of changes that other tests made to the parent logger."""
     for name in ("stage1.tracker", "stage1.append_file"):
-        log = logging.getLogger(name)
-        monkeypatch.setattr(log, "handlers", [caplog.handler])
-        caplog.set_level(logging.INFO, log.name)
-        monkeypatch.setattr(log, "propagate", False)
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "handlers", [caplog.handler])
+        caplog.set_level(logging.INFO, logger.name)
+        monkeypatch.setattr(logger, "propagate", False)
     return caplog
 
 
@@ -110,7 +110,7 @@ def silent_server():
 def wait_for(condition, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.1)
 
 
@@ -125,7 +125,7 @@ def test_rows_are_strict_json_with_every_value(tmp_path: Path) -> None:
     tracker.close()
 
 
-def test_a_row_is_cheap(tmp_path: Path) -> None:
+def test_cost_of_a_row(tmp_path: Path) -> None:
     tracker = start(tmp_path, tmp_path, use_aim=False)
     begin = time.process_time()
     fill(tracker, 0, 2000)
@@ -143,7 +143,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_resume_cuts_what_came_after_the_checkpoint_and_keeps_it_beside(tmp_path: Path) -> None:
+def test_resume_moves_later_rows_to_a_discarded_file(tmp_path: Path) -> None:
     tracker = start(tmp_path, tmp_path, use_aim=False)
     fill(tracker, 0, 5)
     state = tracker.state()
@@ -152,7 +152,7 @@ def test_resume_cuts_what_came_after_the_checkpoint_and_keeps_it_beside(tmp_path
     whole = (tmp_path / "metrics.jsonl").read_text()
     for number in (1, 2):
         with open(tmp_path / "metrics.jsonl", "a") as file:
-            file.write('{"step": 99')  # a line that the killed run did not finish
+            file.write('{"step": 99')  # incomplete last line of a killed run
         tracker = start(tmp_path, tmp_path, use_aim=False, resume=state)
         fill(tracker, 5, 9)
         tracker.close()
@@ -161,7 +161,7 @@ def test_resume_cuts_what_came_after_the_checkpoint_and_keeps_it_beside(tmp_path
         assert tail == whole[state["metrics.jsonl"] :] + '{"step": 99'
 
 
-def test_files_that_a_crash_of_the_machine_left_empty_stop_nothing(tmp_path: Path, said) -> None:
+def test_empty_state_files_after_a_machine_crash(tmp_path: Path, log) -> None:
     for name in ("tracker.json", "aim_state.json"):
         (tmp_path / name).write_text("")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -169,25 +169,25 @@ def test_files_that_a_crash_of_the_machine_left_empty_stop_nothing(tmp_path: Pat
     tracker.log(2, "train", {"a": 1.0})
     tracker.close()
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
-    assert "tracker.json does not parse" in said.text
+    assert "tracker.json does not parse" in log.text
     assert read_state(tmp_path) == {}
 
 
-def test_wrong_address_is_explained(tmp_path: Path) -> None:
+def test_invalid_server_url(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"AIM\.server_url"):
         start(tmp_path, tmp_path, server_url="10.0.0.1:53800")
 
 
-def test_without_aim_the_journal_is_kept_and_said(tmp_path: Path, monkeypatch, said) -> None:
+def test_without_aim_the_journal_is_kept_with_a_warning(tmp_path: Path, monkeypatch, log) -> None:
     monkeypatch.setattr("src.tracking.tracker.importlib.util.find_spec", lambda name: None)
     tracker = start(tmp_path, tmp_path)
     fill(tracker, 0, 3)
     tracker.close()
     assert len(rows(tmp_path)) == 4
-    assert said.text.count("AIM is not installed") == 1
+    assert log.text.count("AIM is not installed") == 1
 
 
-def test_disk_that_is_full_delays_rows_and_loses_none(tmp_path: Path, monkeypatch, said) -> None:
+def test_full_disk_delays_rows_and_loses_none(tmp_path: Path, monkeypatch, log) -> None:
     tracker = start(tmp_path, tmp_path, use_aim=False)
     write = os.write
     monkeypatch.setattr("os.write", lambda fd, data: write(fd, data[:9]) if len(data) > 150 else _no_space())
@@ -197,14 +197,14 @@ def test_disk_that_is_full_delays_rows_and_loses_none(tmp_path: Path, monkeypatc
     tracker.close()
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4, 5]
     assert (tmp_path / "metrics.jsonl").stat().st_size == size
-    assert said.text.count("cannot be written") == 1
+    assert log.text.count("cannot be written") == 1
 
 
 def _no_space() -> int:
     raise OSError(28, "No space left on device")
 
 
-def test_local_repository_gets_everything_and_a_resume_takes_back_what_it_threw_away(tmp_path: Path, said) -> None:
+def test_local_repository_matches_the_journal_after_resumes(tmp_path: Path, log) -> None:
     pytest.importorskip("aim")
     run, repo = tmp_path / "run", tmp_path / "repo"
     tracker = start(run, repo)
@@ -212,14 +212,14 @@ def test_local_repository_gets_everything_and_a_resume_takes_back_what_it_threw_
     tracker.image(20, "val", "overlay", np.full((32, 48, 3), 200, np.uint8))
     state = tracker.state()
     fill(tracker, 20, 30)
-    tracker.log(35, "train", {"lr": 9.0, "only_in_the_first_life": 1.0})
+    tracker.log(35, "train", {"lr": 9.0, "only_before_the_resume": 1.0})
     tracker.image(30, "val", "overlay", np.full((32, 48, 3), 9, np.uint8))
     tracker.close()
     hash_before = in_aim(repo)["runs"][0]["hash"]
     tracker = start(run, repo, resume=state)
-    fill(tracker, 20, 34)  # logs other steps: neither 30 of "val" nor 35 of "train" comes again
+    fill(tracker, 20, 34)  # other steps: neither 30 of "val" nor 35 of "train" is logged again
     tracker.close()
-    tracker = start(run, repo, resume=tracker_end(run))  # nothing was thrown away this time
+    tracker = start(run, repo, resume=tracker_end(run))  # nothing is discarded this time
     fill(tracker, 34, 40)
     tracker.log(41, "val", {"mpjpe_cam": float("nan")})
     tracker.close()
@@ -227,13 +227,13 @@ def test_local_repository_gets_everything_and_a_resume_takes_back_what_it_threw_
     (in_run,) = found["runs"]
     assert in_run["hash"] == hash_before
     assert in_run["points"] == journalled(run)
-    assert in_run["pictures"] == [["val", "overlay", [20]]]
-    assert in_run["last"]["val/mpjpe_cam"][0] == 41, "what AIM's run table shows"
+    assert in_run["images"] == [["val", "overlay", [20]]]
+    assert in_run["last"]["val/mpjpe_cam"][0] == 41, "shown in AIM's run table"
     assert in_run["last"]["train/lr"] == [39, max(r["lr"] for r in rows(run) if r["subset"] == "train")]
     assert (in_run["name"], in_run["experiment"], in_run["active"]) == ("run", "test", False)
     assert in_run["config"] == {"LOSS": {"lambda": [3.0, None]}}
     assert found["queried"] == 1
-    assert "WARNING" not in said.text
+    assert "WARNING" not in log.text
 
 
 TRAIN_AND_HANG = """
@@ -262,7 +262,7 @@ def test_sigkill_of_the_trainer_loses_nothing(tmp_path: Path) -> None:
         return any(s["offset"]["metrics.jsonl"] == (run / "metrics.jsonl").stat().st_size for s in state.values())
 
     wait_for(is_finished, 30)
-    assert sync(run).returncode == 0  # waits for the child, and has nothing to add
+    assert sync(run).returncode == 0  # waits for the child; nothing remains to be sent
     (in_run,) = in_aim(repo)["runs"]
     assert in_run["points"] == journalled(run)
 
@@ -272,7 +272,7 @@ def sync(run: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_silent_server_costs_five_seconds_at_most_and_sync_brings_the_rest(tmp_path: Path, said, silent_server) -> None:
+def test_silent_server_costs_at_most_five_seconds_and_sync_completes_aim(tmp_path: Path, log, silent_server) -> None:
     pytest.importorskip("aim")
     run, repo = tmp_path / "run", tmp_path / "repo"
     begin = time.monotonic()
@@ -281,7 +281,7 @@ def test_silent_server_costs_five_seconds_at_most_and_sync_brings_the_rest(tmp_p
     fill(tracker, 0, 50)
     tracker.close()
     assert time.monotonic() - begin < 30
-    assert said.text.count("sync_aim.py") == 1
+    assert log.text.count("sync_aim.py") == 1
     (in_run,) = in_aim(run / "aim")["runs"]  # the fallback
     assert in_run["points"] == journalled(run)
     assert sync(run).returncode == 1  # still silent
@@ -292,7 +292,7 @@ def test_silent_server_costs_five_seconds_at_most_and_sync_brings_the_rest(tmp_p
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
-def test_runs_make_one_new_repository_together(tmp_path: Path, count: int) -> None:
+def test_concurrent_runs_create_one_repository(tmp_path: Path, count: int) -> None:
     pytest.importorskip("aim")
     trackers = [start(tmp_path / f"run{i}", tmp_path / "repo", start_timeout=0) for i in range(count)]
     for tracker in trackers:
@@ -311,7 +311,7 @@ def free_port() -> int:
 
 
 def serve(repo: Path, port: int) -> subprocess.Popen:
-    """A real `aim server` on loopback, ready when this returns."""
+    """Start a real `aim server` on loopback and wait until it answers."""
     repo.mkdir(exist_ok=True)
     program = Path(sys.executable).with_name("aim")
     command = [program, "server", "--host", "127.0.0.1", "--port", str(port), "--repo", str(repo), "-y"]

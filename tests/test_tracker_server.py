@@ -1,4 +1,4 @@
-"""The tracker beside a real `aim server`, and AIM repositories whose disk is full. Slow: each starts real servers."""
+"""The tracker with a real `aim server`, and AIM repositories on a full disk. Slow: starts real servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers import ROOT
 from tests.test_disk_faults import NAMESPACE, disk  # noqa: F401  (a fixture)
-from tests.test_tracker import fill, free_port, in_aim, journalled, said, serve, start, sync, tracker_end  # noqa: F401
+from tests.test_tracker import fill, free_port, in_aim, journalled, log, serve, start, sync, tracker_end  # noqa: F401
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("aim")
@@ -23,7 +23,7 @@ pytest.importorskip("aim")
 
 @pytest.fixture
 def server() -> Iterator[Callable[[Path, int], subprocess.Popen]]:
-    """`serve`, and an end for whatever it started."""
+    """`serve`, with every server killed at the end."""
     started = []
 
     def begin(repo: Path, port: int) -> subprocess.Popen:
@@ -41,7 +41,7 @@ def kill(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def test_server_killed_midway_and_brought_back(tmp_path: Path, said, server) -> None:  # noqa: F811
+def test_server_killed_midway_and_brought_back(tmp_path: Path, log, server) -> None:  # noqa: F811
     run, repo, port = tmp_path / "run", tmp_path / "served", free_port()
     process = server(repo, port)
     tracker = start(run, tmp_path / "repo", server_url=f"aim://127.0.0.1:{port}", start_timeout=15)
@@ -50,10 +50,10 @@ def test_server_killed_midway_and_brought_back(tmp_path: Path, said, server) -> 
     kill(process)
     begin = time.monotonic()
     fill(tracker, 100, 300)
-    assert time.monotonic() - begin < 1  # the loop feels nothing
+    assert time.monotonic() - begin < 1  # the loop is not blocked
     tracker.close()
     assert time.monotonic() - begin < 62
-    assert said.text.count("sync_aim.py") == 1
+    assert log.text.count("sync_aim.py") == 1
     server(repo, port)
     for _ in range(2):
         assert sync(run).returncode == 0
@@ -61,7 +61,7 @@ def test_server_killed_midway_and_brought_back(tmp_path: Path, said, server) -> 
     assert in_run["points"] == journalled(run)
 
 
-def test_resume_over_a_server_continues_its_run_and_takes_back_what_it_threw_away(tmp_path: Path, said, server) -> None:  # noqa: F811
+def test_resume_over_a_server_continues_its_run_and_removes_discarded_rows(tmp_path: Path, log, server) -> None:  # noqa: F811
     run, repo, port = tmp_path / "run", tmp_path / "served", free_port()
     process = server(repo, port)
     keywords = {"server_url": f"aim://127.0.0.1:{port}", "start_timeout": 15}
@@ -69,7 +69,7 @@ def test_resume_over_a_server_continues_its_run_and_takes_back_what_it_threw_awa
     fill(tracker, 0, 10)
     state = tracker.state()
     fill(tracker, 10, 25)
-    tracker.log(31, "train", {"lr": 9.0, "only_in_the_first_life": 1.0})
+    tracker.log(31, "train", {"lr": 9.0, "only_before_the_resume": 1.0})
     tracker.close()
     tracker = start(run, repo, resume=state, **keywords)
     fill(tracker, 10, 20)
@@ -80,7 +80,7 @@ def test_resume_over_a_server_continues_its_run_and_takes_back_what_it_threw_awa
     kill(process)
     (in_run,) = in_aim(repo, index=True)["runs"]
     assert in_run["points"] == journalled(run)
-    assert "WARNING" not in said.text
+    assert "WARNING" not in log.text
 
 
 ON_A_SMALL_DISK = """
@@ -131,7 +131,7 @@ print(json.dumps(dict(slowest=slowest, closing=closing, synced=codes, same=found
 
 @pytest.mark.parametrize(("kind", "size"), [("local", "8m"), ("local", "1m"), ("served", "8m")])
 def test_repository_whose_disk_is_full(tmp_path: Path, disk: Path, kind: str, size: str) -> None:  # noqa: F811
-    """The loop feels nothing; once there is room, sync_aim.py brings all. 1 MB is too little to make a repository."""
+    """The loop is not blocked; with space again, sync_aim.py sends everything. 1 MB is too little for a repository."""
     port = str(free_port() if kind == "served" else 0)
     words = [sys.executable, "-c", FILL, str(tmp_path / "run"), str(disk), port]
     words = [*NAMESPACE, "bash", "-c", ON_A_SMALL_DISK, "_", size, str(disk), *words]

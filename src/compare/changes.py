@@ -19,6 +19,8 @@ import numpy as np
 
 from src.compare.runs import EVAL_LOSS, LOSS, Run
 
+MIN_RUNS = 3  # on each side: an interval over one or two runs is meaningless
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -154,8 +156,8 @@ def _match(side: Sequence[Run], against: Sequence[Run]) -> tuple[list[Run], list
 def _draw(
     num: int, num_against: int, is_paired: bool, num_draw: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which runs [D, R] each draw takes on either side; None where a side has a single run."""
-    if min(num, num_against) < 2:
+    """Which runs [D, R] each draw takes on either side; None if a side has fewer than MIN_RUNS."""
+    if min(num, num_against) < MIN_RUNS:
         return None
     rng = np.random.default_rng(seed)
     ours = rng.integers(0, num, (num_draw, num))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from src.compare.changes import Change, Side, Window, changes, without
+from src.compare.changes import MIN_RUNS, Change, Side, Window, changes, without
 from src.compare.runs import METRIC_ORDER, SEED, ComparisonError, Curve, Run, differences
 from src.utils.table import Grid
 
@@ -121,10 +121,10 @@ def _interval_notes(comparison: Comparison) -> list[str]:
     for name, rows in comparison.changes().items():
         pair = f"{name} and {comparison.baseline}"
         sizes = [len(comparison.side[n]) for n in (name, comparison.baseline)]
-        if min(sizes) < 2:
+        if min(sizes) < MIN_RUNS:
             said.append(
-                f"{pair}: a side has a single run, so nothing is known of the spread over seeds and no interval is "
-                "given. A change of this size may be chance; train more seeds."
+                f"{pair}: no interval: it needs {MIN_RUNS} runs on each side, and one has {min(sizes)}. A change of "
+                "this size may be chance; train more seeds."
             )
         elif rows:
             how = "in pairs of equal seed" if rows[0].is_paired else "on each side by itself, as the seeds do not match"

@@ -46,9 +46,10 @@ def check_files_exist(cfg: Config) -> None:
     problems, hand = [], cfg.MODEL.hand_model
     if hand != "standin" and not Path(hand).is_file():
         problems.append(f"MODEL.hand_model={hand}: there is no such file; say where MANO_RIGHT.pkl lies")
-    for named in named_sources(cfg.DATA.val.source) if cfg.DATA.demo is None else ():
+    if cfg.DATA.demo is None:
+        patterns = [pattern for named in named_sources(cfg.DATA.val.source) for pattern in named.patterns]
         try:
-            resolve_source(cfg.DATA.root, list(named.patterns), key="DATA.val.source")
+            resolve_source(cfg.DATA.root, patterns, key="DATA.val.source")
         except ValueError as error:
             problems.append(str(error))
     if problems:

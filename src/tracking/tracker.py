@@ -1,15 +1,15 @@
-"""The tracker of rank 0: metrics and pictures go to journals in the run folder; a child process takes them to AIM.
+"""Rank 0's tracker: metrics and images go to journals in the run folder; a child process copies them to AIM.
 
-    metrics.jsonl   one object a line: `step`, `subset`, then metric names as keys; the subsets are "train" (a training
-                    step), "val" (validation) and "train_eval" (training frames measured as validation frames are)
-    images.jsonl    one object a line: `step`, `subset`, `name`, `file` (relative to the run folder)
-    tracker.json    what the child has to know: run name, experiment, config, target, where a resume cut the journals
-    aim_state.json  the child's: per target the AIM run and the journal offsets that have arrived
-    aim.log         what the child and AIM have to say
+    metrics.jsonl   one JSON object per line: `step`, `subset`, then metric names. Subsets: "train" (a training step),
+                    "val" (validation), "train_eval" (training frames evaluated like validation frames)
+    images.jsonl    one JSON object per line: `step`, `subset`, `name`, `file` (relative to the run folder)
+    tracker.json    for the child: run name, experiment, config, target, and where resumes have cut the journals
+    aim_state.json  written by the child: for each target the AIM run and the journal offsets that have arrived
+    aim.log         output of the child and of AIM
 
-The journals are the truth and AIM is a copy of them. A line is one `write` (no buffer, so a killed trainer loses
-nothing), and the trainer never imports aim, whose client may block for ever. A value that is not finite is written as
-the string "nan", "inf" or "-inf": every line is strict JSON, and `float(value)` reads any metric back.
+The journals are authoritative; AIM holds a copy. Each row is written with a single unbuffered `write`, so a killed
+trainer loses nothing, and the trainer never imports aim, whose client can block forever. Non-finite values are written
+as the strings "nan", "inf" and "-inf": each line is strict JSON, and `float(value)` reads any metric back.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,21 +40,30 @@ logger = logging.getLogger("stage1.tracker")  # below the logger of src/utils/co
 METRICS, IMAGES = "metrics.jsonl", "images.jsonl"
 JOURNALS = (METRICS, IMAGES)
 HEADER, CHILD_STATE, CHILD_LOG = "tracker.json", "aim_state.json", "aim.log"
-FALLBACK = "aim"  # folder of the local repository inside the run folder, where the server fails
+FALLBACK = "aim"  # local repository in the run folder, used when the server fails
 _ROOT = Path(__file__).resolve().parents[2]
+# overrides that do not describe the run: not part of its name
+_UNNAMED = ("AIM.", "GENERAL.seed=", "GENERAL.resume_path=", "GENERAL.output_root=", "GENERAL.description=", "launch=")
+
+
+def name_run(config_name: str, overrides: Sequence[str], seed: int) -> str:
+    """The run's name in AIM, by config, command-line overrides and seed: `stage1-demo TRAIN.lr=1e-3 seed 3`."""
+    shown = [text for override in overrides if not (text := override.lstrip("+")).startswith(_UNNAMED)]
+    return " ".join([config_name, *shown, f"seed {seed}"])
 
 
 class Tracker:
     """Journals of one run and the child that feeds AIM. `Tracker.open` on rank 0, `Tracker.disabled` elsewhere."""
 
-    def __init__(self, run_folder: Path | None, child: _Child | None) -> None:
+    def __init__(self, run_folder: Path | None, child: _Child | None, run_name: str = "") -> None:
+        self.run_name = run_name  # in AIM
         self._run_folder = run_folder
         self._child = child
         self._journal = {} if run_folder is None else {name: AppendFile(run_folder / name) for name in JOURNALS}
 
     @classmethod
     def disabled(cls) -> Tracker:
-        """A tracker that takes everything and keeps nothing: for every rank but 0."""
+        """A tracker that discards everything, for ranks other than 0."""
         return cls(None, None)
 
     @classmethod
@@ -73,19 +83,22 @@ class Tracker:
     ) -> Tracker:
         """Open or continue the journals of `run_folder` and start the child.
 
+        run_name: the name in AIM of a new run; a run folder keeps its first one.
         server_url: `aim://host:port`, or None for the local repository in the folder `repo`.
-        resume: `Tracker.state()` of the checkpoint that the run goes on from. Lines written after it are moved to
-            `<journal>.discarded-<n>`, so that the resumed run writes them once; its AIM run is continued.
-        start_timeout: seconds to wait for the child's first word; training goes on without it.
-        Raises ValueError when `server_url` is not an AIM address.
+        resume: `Tracker.state()` from the checkpoint that the run resumes from. Rows written after it are moved to
+            `<journal>.discarded-<n>` and written again by the resumed run, which continues its AIM run.
+        start_timeout: seconds to wait for the child's first message; training starts without it.
+
+        Raises ValueError if `server_url` is not an AIM address.
         """
         if server_url is not None and not server_url.startswith("aim://"):
             raise ValueError(f"AIM.server_url must look like aim://127.0.0.1:53800 or be null, not {server_url!r}")
         run_folder = Path(run_folder).resolve()
-        cuts = read_object(run_folder / HEADER).get("cuts", [])
+        before = read_object(run_folder / HEADER)
+        run_name, cuts = before.get("run_name", run_name), before.get("cuts", [])
         if resume is not None:
             end = {name: resume.get(name, 0) for name in JOURNALS}
-            if any(_length(run_folder / name) > at for name, at in end.items()):
+            if any(file_size(run_folder / name) > at for name, at in end.items()):
                 cuts = [*cuts, end]
         header = {
             "run_name": run_name,
@@ -96,7 +109,7 @@ class Tracker:
             "cuts": cuts,
         }
         write_text_atomic(run_folder / HEADER, json.dumps(header, indent=1, default=str))
-        if resume is not None:  # after the header: a crash in between is made good by the next resume
+        if resume is not None:  # after the header: after a crash in between, the next resume cuts
             for name, at in end.items():
                 _cut(run_folder / name, at)
         child = None
@@ -105,11 +118,11 @@ class Tracker:
             logger.warning("AIM is not installed (Python %s): metrics are kept in %s alone", version, METRICS)
         elif use_aim:
             child = _Child(run_folder)
-            child.listen(start_timeout)
-        return cls(run_folder, child)
+            child.poll(start_timeout)
+        return cls(run_folder, child, run_name)
 
     def log(self, step: int, subset: str, metrics: dict[str, float]) -> None:
-        """Append one row; about 7 us. `subset` is one of those named above; values are Python or numpy numbers."""
+        """Append one row (about 7 us). `subset` is one of those above; values are Python or numpy numbers."""
         if self._run_folder is None:
             return
         row: dict[str, Any] = {"step": step, "subset": subset}
@@ -119,7 +132,7 @@ class Tracker:
         self._append(METRICS, row)
 
     def image(self, step: int, subset: str, name: str, image: np.ndarray) -> None:
-        """Write `image` [H, W, 3] uint8 RGB as a JPEG below `images/` and append its row."""
+        """Write `image` [H, W, 3] uint8 RGB as a JPEG to `images/` and append its row."""
         if self._run_folder is None:
             return
         file = Path("images") / f"{subset}_{name}_{step:07d}.jpg"
@@ -128,23 +141,23 @@ class Tracker:
             (self._run_folder / "images").mkdir(exist_ok=True)
             (self._run_folder / file).write_bytes(encoded.tobytes())
         except OSError as error:
-            logger.warning("picture %s could not be written: %s", file, error)
+            logger.warning("image %s could not be written: %s", file, error)
             return
         self._append(IMAGES, {"step": step, "subset": subset, "name": name, "file": str(file)})
 
     @property
     def is_behind(self) -> bool:
-        """Whether AIM has failed, so that `script/sync_aim.py` has something to bring."""
+        """Whether AIM has failed and `script/sync_aim.py` is needed to complete it."""
         return self._child is not None and self._child.warned
 
     def state(self) -> dict[str, int]:
-        """Length of each journal in bytes: what a checkpoint must hold for `resume`."""
+        """Length of each journal in bytes, saved in checkpoints for `resume`."""
         for journal in self._journal.values():
             journal.flush()
         return {name: journal.size for name, journal in self._journal.items()}
 
     def close(self, timeout: float = 60.0) -> None:
-        """Let the child empty the journals into AIM for at most `timeout` seconds, then end it. Safe to call twice."""
+        """Wait up to `timeout` seconds for the child to send the rest to AIM, then end it. Safe to call twice."""
         for journal in self._journal.values():
             journal.close()
         child, self._child, self._run_folder = self._child, None, None
@@ -154,17 +167,17 @@ class Tracker:
     def _append(self, journal: str, row: dict[str, Any]) -> None:
         self._journal[journal].append(json.dumps(row).encode() + b"\n")
         if self._child is not None:
-            self._child.listen(0.0)
+            self._child.poll(0.0)
 
 
 class _Child:
-    """The process that carries the journals to AIM: started, listened to without blocking, ended in bounded time."""
+    """The process that copies the journals to AIM: polled without blocking, ended in bounded time."""
 
     def __init__(self, run_folder: Path) -> None:
         self._run_folder = run_folder
         self._text = b""
         self.warned = False
-        self._closed = False  # the child's last word was that everything has arrived
+        self._closed = False  # the child has reported that everything arrived
         command = [sys.executable, "-m", "src.tracking.aim_child", str(run_folder), "--parent", str(os.getpid())]
         with open(run_folder / CHILD_LOG, "ab") as log:
             self._process = subprocess.Popen(
@@ -173,11 +186,11 @@ class _Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the trainer
+                start_new_session=True,  # Ctrl-C is meant for the trainer
             )
 
-    def listen(self, timeout: float) -> bool:
-        """Log what the child says, waiting at most `timeout` seconds for a first word. False when it has ended."""
+    def poll(self, timeout: float) -> bool:
+        """Log the child's messages, waiting at most `timeout` seconds for the first. False once it has ended."""
         if self._process.stdout.closed:
             return False
         if not select.select([self._process.stdout], [], [], timeout)[0]:
@@ -190,10 +203,10 @@ class _Child:
             return False
         *lines, self._text = (self._text + data).split(b"\n")
         for line in lines:
-            self._hear(json.loads(line))
+            self._handle(json.loads(line))
         return True
 
-    def _hear(self, message: dict[str, str]) -> None:
+    def _handle(self, message: dict[str, str]) -> None:
         if message["event"] == "tracking":
             logger.info("AIM: tracking to %s as run %s", message["target"], message["run_hash"])
         elif message["event"] == "failed":
@@ -202,29 +215,29 @@ class _Child:
             self._closed = True
 
     def _warn(self, reason: str) -> None:
-        """Say once that AIM is behind and which command brings the rest."""
+        """Warn once that AIM is incomplete, with the command that completes it."""
         if not self.warned:
             command = f"python script/sync_aim.py {shlex.quote(str(self._run_folder))}"
-            logger.warning("%s. %s keeps everything; bring it into AIM later with: %s", reason, METRICS, command)
+            logger.warning("%s. %s is complete; copy it to AIM later with: %s", reason, METRICS, command)
         self.warned = True
 
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        with suppress(OSError):  # it may have ended already
-            self._process.stdin.write(b"end\n")  # closing is not enough: forked data workers hold the pipe too
+        with suppress(OSError):  # the child may have ended already
+            self._process.stdin.write(b"end\n")  # closing is not enough: forked data workers have the pipe open, too
             self._process.stdin.close()
-        while self.listen(max(0.0, deadline - time.monotonic())) and time.monotonic() < deadline:
+        while self.poll(max(0.0, deadline - time.monotonic())) and time.monotonic() < deadline:
             pass
         try:
             self._process.wait(max(0.5, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self._process.kill()  # it ignores softer signals, which are meant for the trainer
+            self._process.kill()  # it ignores weaker signals, which are meant for the trainer
             self._process.wait()
-            self._warn(f"AIM did not take everything within {timeout:.0f} s")
+            self._warn(f"AIM did not receive everything within {timeout:.0f} s")
 
 
 def read_rows(path: Path, offset: int, limit: int | None = None, count: int = 256) -> tuple[list[dict], int]:
-    """At most `count` whole lines of a journal from byte `offset` (up to byte `limit`), and the offset after them."""
+    """Up to `count` complete lines of a journal from byte `offset` (to byte `limit`), and the offset after them."""
     rows = []
     if path.exists():
         with open(path, "rb") as file:
@@ -238,26 +251,27 @@ def read_rows(path: Path, offset: int, limit: int | None = None, count: int = 25
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none, or a crash of the machine has left none that parses."""
+    """The JSON object in a file; empty if there is no file, or if a machine crash left one that does not parse."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        logger.warning("%s does not parse (%s): going on without it", path, error)
+        logger.warning("%s does not parse (%s): ignored", path, error)
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _length(path: Path) -> int:
+def file_size(path: Path) -> int:
+    """Bytes; 0 if there is no file."""
     return path.stat().st_size if path.exists() else 0
 
 
 def _cut(path: Path, offset: int) -> None:
-    """Cut a journal at `offset`, keeping what followed beside it."""
-    length = _length(path)
+    """Truncate a journal to `offset` bytes; the rest moves to `<journal>.discarded-<n>`."""
+    length = file_size(path)
     if length < offset:
-        logger.warning("%s has %d bytes where the checkpoint remembers %d: earlier rows are gone", path, length, offset)
+        logger.warning("%s has %d bytes but had %d at the checkpoint: earlier rows are lost", path, length, offset)
     if length <= offset:
         return
     with open(path, "rb+") as file:

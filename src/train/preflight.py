@@ -74,11 +74,11 @@ def _source_problems(cfg: Config) -> Iterator[str]:
     if cfg.DATA.demo is not None:
         return  # made on first use
     for key, source in (("DATA.train.source", cfg.DATA.train.source), ("DATA.val.source", cfg.DATA.val.source)):
-        for named in named_sources(source):
-            try:
-                resolve_source(cfg.DATA.root, list(named.patterns), key=key)
-            except ValueError as error:
-                yield str(error)
+        patterns = [pattern for named in named_sources(source) for pattern in named.patterns]
+        try:
+            resolve_source(cfg.DATA.root, patterns, key=key)
+        except ValueError as error:
+            yield str(error)
 
 
 def _resume_problems(cfg: Config) -> Iterator[str]:

@@ -41,9 +41,11 @@ def closing_table(folder: Path, seconds: float, since_step: int = 0) -> Table:
     return table
 
 
-def where_to_look(folder: Path, aim: AimConfig, is_behind: bool) -> str:
-    """The run folder and the command that opens its curves. `is_behind`: `Tracker.is_behind`."""
+def where_to_look(folder: Path, aim: AimConfig, run_name: str, is_behind: bool) -> str:
+    """The run folder, the command that opens its curves, and its name in AIM. `is_behind`: `Tracker.is_behind`."""
     curves = _curves_elsewhere(folder, aim) if is_behind else _curves(aim)
+    if importlib.util.find_spec("aim") is not None:
+        curves += f"\nin AIM      experiment {aim.experiment}, run {run_name}"
     return f"run folder  {folder}\ncurves      {curves}"
 
 

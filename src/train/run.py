@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from src.distributed.processes import HostTalk, build_accelerator, main_process_
 from src.distributed.signals import StopRequested, StopSignals
 from src.hand.load import load_hand
 from src.model.net import PoseNet
-from src.tracking.tracker import Tracker
+from src.tracking.tracker import Tracker, name_run
 from src.train import components as parts
 from src.train import sharding
 from src.train.optimizer import build_optimizer
@@ -48,7 +48,14 @@ from src.utils.vis import overlay_sheet
 class Run:
     """Builds the parts, or takes them over from the checkpoint that `GENERAL.resume_path` names."""
 
-    def __init__(self, cfg: Config, config_name: str, progress: Progress, signals: StopSignals | None = None) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        config_name: str,
+        progress: Progress,
+        signals: StopSignals | None = None,
+        overrides: Sequence[str] = (),
+    ) -> None:
         self.cfg, self.progress, self.signals = cfg, progress, signals or StopSignals()
         if cfg.TRAIN.shard_weights:
             sharding.check_processes()
@@ -69,7 +76,7 @@ class Run:
         self.train_loader, self.val_loader, self.train_eval_loader = self._build_loaders(hand.name)
         self.mean_hand = mean_hand(self.train_loader.dataset, hand)
         self.folder = self._claim_folder(config_name, origin.checkpoint if origin.in_place else None)
-        self.tracker = self._open_tracker(origin.in_place)
+        self.tracker = self._open_tracker(origin.in_place, name_run(config_name, overrides, cfg.GENERAL.seed))
         self.watch = StepWatch(self.folder, self.trainer, self.train_loader.dataset, self.state)
         self.saved_at = self.state.step  # the newest step that a checkpoint was begun at, or that this run started from
         self.writer = CheckpointWriter(self.state.step if origin.in_place else None)
@@ -222,7 +229,8 @@ class Run:
         if self.is_main:
             seconds = time.perf_counter() - self.started
             console.print(closing_table(self.folder, seconds, self.begun_at))
-            console.print(where_to_look(self.folder, self.cfg.AIM, self.tracker.is_behind), soft_wrap=True)
+            closing = where_to_look(self.folder, self.cfg.AIM, self.tracker.run_name, self.tracker.is_behind)
+            console.print(closing, soft_wrap=True)
 
     def close(self, patience: float = 60.0, in_order: bool = True) -> None:
         """Let the writer and the tracker finish, the latter for at most `patience` seconds, and the processes part.
@@ -287,12 +295,12 @@ class Run:
             logger.info(f"run folder: {folder}")
         return folder
 
-    def _open_tracker(self, goes_on: bool) -> Tracker:
+    def _open_tracker(self, goes_on: bool, run_name: str) -> Tracker:
         if not self.is_main:
             return Tracker.disabled()
         return Tracker.open(
             self.folder,
-            run_name=self.folder.name,
+            run_name=run_name,
             config=asdict(self.cfg),
             server_url=self.cfg.AIM.server_url,
             repo=self.cfg.AIM.repo,

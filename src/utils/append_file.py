@@ -1,4 +1,4 @@
-"""A file that is only appended to, and that a full or read-only disk cannot turn into an exception."""
+"""An append-only file that survives a full or read-only disk without an exception."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ logger = logging.getLogger("stage1.append_file")  # below the logger of src/util
 
 
 class AppendFile:
-    """Appends bytes with one unbuffered `write` each: what was appended outlives a killed process.
+    """Appends bytes with one unbuffered `write` each, so that they survive if the process is killed.
 
-    What the disk does not take waits in memory, in order, and is tried again with the next append; one warning says so.
+    What the disk refuses waits in memory, in order, and is retried with the next append; there is one warning.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or create `path`. Raises OSError where that is not possible."""
+        """Open or create `path`. Raises OSError."""
         self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._written = os.fstat(self._file).st_size
@@ -25,16 +25,16 @@ class AppendFile:
 
     @property
     def size(self) -> int:
-        """Length in bytes, with what still waits."""
+        """Length in bytes, including what waits in memory."""
         return self._written + len(self._waiting)
 
     def append(self, data: bytes) -> None:
-        """Write `data` after what waits already."""
+        """Write `data` after what waits in memory."""
         self._waiting += data
         self.flush()
 
     def flush(self) -> None:
-        """Try again to write what waits."""
+        """Retry writing what waits in memory."""
         try:
             while self._waiting:
                 count = os.write(self._file, self._waiting)
@@ -43,14 +43,14 @@ class AppendFile:
         except OSError as error:
             first, self._warned = not self._warned, True  # the warning itself may be appended here
             if first:
-                logger.warning("%s cannot be written (%s): its lines wait in memory; make room", self._path, error)
+                logger.warning("%s cannot be written (%s): lines wait in memory; free disk space", self._path, error)
 
     def close(self) -> None:
-        """A last try; a warning says how much is lost. Safe to call twice."""
+        """Retry once more and close; a warning reports what is lost. Safe to call twice."""
         if self._file < 0:
             return
         self.flush()
         if self._waiting:
-            logger.warning("%d bytes of %s are lost: the disk never took them", len(self._waiting), self._path)
+            logger.warning("%d bytes of %s are lost: they could not be written", len(self._waiting), self._path)
         os.close(self._file)
         self._file = -1

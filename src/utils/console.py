@@ -1,4 +1,4 @@
-"""What a person sees: plain lines in log.txt and on the console, and a progress bar where the console is a terminal."""
+"""Console output: log lines (also in log.txt), and progress bars if the console is a terminal."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from src.utils.text import printable
 
 T = TypeVar("T")
 
-PLAIN_WIDTH = 120  # columns of what is no terminal, a pipe or a job's log; COLUMNS may say otherwise
+PLAIN_WIDTH = 120  # columns of output that is not a terminal (pipe, job log); COLUMNS overrides it
 
 
 def make_console(markup: bool = False) -> Console:
-    """A console on stdout; without markup and emoji, since a folder may be called [x] or :x:."""
+    """A console on stdout, without markup and emoji by default: a folder may be named [x] or :x:."""
     made = Console(highlight=False, markup=markup, emoji=False)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = PLAIN_WIDTH
@@ -34,7 +34,7 @@ logger = logging.getLogger("stage1")
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints through rich, so that a line scrolls above a live progress bar instead of tearing it."""
+    """Prints through rich, so that lines appear above a live progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not getattr(record, "is_said", False):
@@ -42,7 +42,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _FileHandler(logging.Handler):
-    """Appends lines to a file; a disk that refuses is told once and costs no line as long as the process lives."""
+    """Appends lines to a file; if the disk is full they wait in memory, with one warning."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -52,18 +52,18 @@ class _FileHandler(logging.Handler):
         self._file.append(printable(self.format(record)).encode() + b"\n")
 
 
-class _Beginning(MemoryHandler):
-    """Keeps what is said before there is a run folder."""
+class _StartBuffer(MemoryHandler):
+    """Buffers log records until there is a run folder."""
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks and writes, before Accelerate has been asked."""
+    """Whether this is rank 0, from the environment: usable before Accelerate is initialised."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def set_up_logging() -> None:
-    """Lines of the main process go to the console as they are; the others speak up from warnings on."""
-    logger.handlers[:] = [_ConsoleHandler(), _Beginning(capacity=1000, flushLevel=logging.CRITICAL + 1)]
+    """Log to the console: everything from the main process, warnings and errors from the others."""
+    logger.handlers[:] = [_ConsoleHandler(), _StartBuffer(capacity=1000, flushLevel=logging.CRITICAL + 1)]
     logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     logger.propagate = False
 
@@ -74,9 +74,9 @@ def log_said(line: str) -> None:
 
 
 def add_log_file(path: Path) -> None:
-    """Every line also goes to this file, appended: those said since `set_up_logging`, and all to come."""
+    """Also append every line to this file, including those since `set_up_logging`."""
     file = _FileHandler(path)
-    for handler in [h for h in logger.handlers if isinstance(h, _Beginning)]:
+    for handler in [h for h in logger.handlers if isinstance(h, _StartBuffer)]:
         logger.removeHandler(handler)
         handler.setTarget(file)
         handler.close()
@@ -85,7 +85,7 @@ def add_log_file(path: Path) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A rich progress display, for the main process on a terminal; silent anywhere else."""
+    """A rich progress display; disabled outside of the main process or without a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -100,14 +100,14 @@ def progress_bar() -> Iterator[Progress]:
 
 @contextmanager
 def task_bar(progress: Progress, description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that reports `(done, total)`; it shows up with the first report and leaves at the end."""
+    """A bar for work that reports `(done, total)`; it appears with the first report and disappears at the end."""
     task = progress.add_task(description, total=None, visible=False)
     yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
     progress.remove_task(task)
 
 
 def track(progress: Progress, items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Pass items through under a bar of their own, which leaves with the last one."""
+    """Iterate over items with a progress bar, which disappears at the end."""
     task = progress.add_task(description, total=total)
     try:
         for item in items:

@@ -1,8 +1,8 @@
-"""Text that others wrote, made fit to be shown."""
+"""Text from outside, made printable."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """`text` in characters that can be encoded: names in a tar may hold any bytes (as surrogates), JSON half a pair."""
+    """`text` with unencodable characters escaped: names in a tar can be any bytes (surrogates), JSON half a pair."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""From the patterns a user writes to the tar shards on the disk. Imports next to nothing: config checks use it."""
+"""Resolves the user's patterns to tar shards on disk. Imports little, because config checks use it."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ _SCHEME = re.compile(r"^(pipe|[A-Za-z][A-Za-z0-9+.\-]*(?=://)):")
 
 
 def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "DATA.train.source") -> list[Path]:
-    """The tar shards that the patterns mean, sorted, each once.
+    """The tar shards that match the patterns, sorted, without duplicates.
 
-    A pattern is a path below `root` or an absolute one, with `*`, `?`, `[...]`, `**` and `{a,b}` / `{000..131}`.
-    A folder stands for the `*.tar` files in it; files with another ending are passed over.
+    A pattern is a path below `root` or an absolute path, with `*`, `?`, `[...]`, `**` and `{a,b}` / `{000..131}`.
+    A folder means the `*.tar` files in it; files with other extensions are ignored.
 
     Raises:
-        ValueError: a pattern starts a program or names a scheme, or matches no shard; the message names `key`.
+        ValueError: a pattern that would start a program or contains a URL scheme, or patterns that match no shard: the
+            message names `key` and all of them.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
-        raise ValueError(f"{key}=[]: names no shard; give at least one pattern, e.g. ['DexYCB/s1/train/*']")
+        raise ValueError(f"{key}=[]: is empty; give at least one pattern, e.g. ['DexYCB/s1/train/*']")
     shards: set[Path] = set()
+    missing = []
     for pattern in patterns:
-        shards.update(_resolve_pattern(Path(root).expanduser(), pattern, key))
+        found = {piece: _match(Path(root).expanduser() / Path(piece).expanduser()) for piece in _expand(pattern, key)}
+        shards.update(*found.values())
+        if empty := [piece for piece, matches in found.items() if not matches]:
+            missing.append(pattern if len(found) == 1 else f"{pattern}: {empty[0]}")
+    if missing:
+        raise ValueError(
+            f"{key}={missing}: no *.tar file below DATA.root={str(root)!r} matches; correct the patterns, or set "
+            "DATA.root (check_shards.py: --root; both default to HAND_DATA_ROOT) to the folder with the shards"
+        )
     return sorted(shards)
 
 
-def _resolve_pattern(root: Path, pattern: str, key: str) -> set[Path]:
+def _expand(pattern: str, key: str) -> list[str]:
+    """`pattern` with its braces expanded. Raises ValueError for anything but a path."""
     if scheme := _SCHEME.match(pattern):
         raise ValueError(
-            f"{key}={pattern!r}: {scheme.group(1)}: is refused, shards are read from files only; "
+            f"{key}={pattern!r}: {scheme.group(1)}: is not supported, shards are read from files only; "
             "copy or mount the shards and give their path"
         )
     try:
-        pieces = list(braceexpand(pattern))
+        return list(braceexpand(pattern))
     except UnbalancedBracesError as error:
-        raise ValueError(f"{key}={pattern!r}: the braces do not close ({error}); write e.g. {{000..131}}") from None
-    shards: set[Path] = set()
-    for piece in pieces:
-        found = _match(root / Path(piece).expanduser())
-        if not found:
-            what = f"{piece!r} of it" if len(pieces) > 1 else "it"
-            raise ValueError(
-                f"{key}={pattern!r}: {what} matches no *.tar file below DATA.root={str(root)!r}; correct the pattern, "
-                "or set DATA.root (check_shards.py: --root; default of both HAND_DATA_ROOT) to the shards' folder"
-            )
-        shards |= found
-    return shards
+        raise ValueError(f"{key}={pattern!r}: unbalanced braces ({error}); write e.g. {{000..131}}") from None
 
 
 def _match(path: Path) -> set[Path]:
-    """The shards that one pattern without braces means."""
+    """The shards that match one pattern without braces."""
     found: set[Path] = set()
     for name in glob.iglob(str(path), recursive=True):
         match = Path(name)
