@@ -17,6 +17,7 @@ Frames and conventions
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,16 +78,16 @@ class Batch:
     def __len__(self) -> int:
         return self.patch.shape[0]
 
-    def _map(self, func: Any) -> Batch:
-        """A new Batch with `func` applied to every tensor."""
+    def map(self, func: Callable[[Any], Any]) -> Batch:
+        """A new Batch with `func` applied to every tensor (or numpy array)."""
         new = {f.name: func(v) for f in fields(self) if hasattr(v := getattr(self, f.name), "dtype")}
         return replace(self, **new)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        return self._map(lambda t: t.pin_memory())
+        return self.map(lambda t: t.pin_memory())
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory until `stream` has read it, though another stream filled it."""

@@ -210,14 +210,14 @@ def test_a_shard_that_the_disk_refuses_is_named(tmp_path: Path, monkeypatch: pyt
 
 def test_values_that_make_the_geometry_fail_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None are known that pass the checks, so one frame's turning fails by decree."""
-    turned_hands = crop._turned_hands
+    mano_labels = crop._mano_labels
 
     def refuse(samples: Sequence[Sample], view: PatchView) -> dict[str, np.ndarray]:
         if any(sample.key == "00009/0" for sample in samples):
             raise np.linalg.LinAlgError("Singular matrix")
-        return turned_hands(samples, view)
+        return mano_labels(samples, view)
 
-    monkeypatch.setattr(crop, "_turned_hands", refuse)
+    monkeypatch.setattr(crop, "_mano_labels", refuse)
     write_shard(tmp_path / "train" / "0.tar", [native_sample(n) for n in range(10)])
     loader = build_train_loader(data_config(tmp_path, max_bad_fraction=0.5), "mano", num_batch=5)
     keys = [key for batch in loader for key in batch.key]

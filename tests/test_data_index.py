@@ -119,10 +119,10 @@ def test_bit_rot_after_indexing_is_replaced_and_counted(shard: Path) -> None:
     first, again = (dataset_of(shard).__getitems__(range(NUM)) for _ in range(2))
     assert sorted({bad.reason for bad in first.bad}) == ["crc_image", "crc_note"]
     assert {bad.key for bad in first.bad} == {"00004/0", "00006/0"}
-    assert [row.key for row in first.rows] == [row.key for row in again.rows]
-    assert all((a.patch == b.patch).all() for a, b in zip(first.rows, again.rows))
-    assert not {"00004/0", "00006/0"} & {row.key for row in first.rows}
-    kept = [(a.key, b.key) for a, b in zip(healthy.rows, first.rows) if a.key not in ("00004/0", "00006/0")]
+    assert first.batch.key == again.batch.key
+    assert (first.batch.patch == again.batch.patch).all()
+    assert not {"00004/0", "00006/0"} & set(first.batch.key)
+    kept = [(a, b) for a, b in zip(healthy.batch.key, first.batch.key) if a not in ("00004/0", "00006/0")]
     assert all(a == b for a, b in kept)
     assert len(kept) == NUM - 2
 
@@ -131,11 +131,11 @@ def test_validation_leaves_out_what_it_cannot_read(shard: Path) -> None:
     (index,) = open_indexes([shard])
     plan = validation_plan([index], 1, 42, None)
     dataset = HandDataset([[index]], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
-    assert sorted(row.key for row in dataset.__getitems__(range(NUM)).rows) == [f"{n:05d}/0" for n in range(NUM)]
+    assert sorted(dataset.__getitems__(range(NUM)).batch.key) == [f"{n:05d}/0" for n in range(NUM)]
     shard.unlink()
     dataset = HandDataset([[index]], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
     fetched = dataset.__getitems__(range(2))
-    assert [row.position for row in fetched.rows] == [-1, -1]
+    assert fetched.batch.position.tolist() == [-1, -1]
     assert [bad.reason for bad in fetched.bad] == ["unreadable"] * 2
 
 
@@ -214,6 +214,6 @@ def test_a_shard_that_is_written_anew_while_it_is_read(shard: Path, tmp_path: Pa
     assert {(bad.reason, bad.shard) for bad in first.bad} == {("stale_index", str(shard))}
     assert len({bad.position for bad in first.bad}) == NUM
     assert all(bad.key for bad in first.bad)
-    assert [row.key for row in first.rows] == [row.key for row in again.rows]
-    assert all(int(row.key[:5]) >= 100 for row in first.rows)
+    assert first.batch.key == again.batch.key
+    assert all(int(key[:5]) >= 100 for key in first.batch.key)
     assert first.bad == again.bad

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
+from src.batch import Batch
 from src.data.augment import NUM_UNIFORM, draw_augmentation, identity_augmentation
-from src.data.crop import PatchSample, crop_sample
+from src.data.crop import crop_samples
 from src.data.dataset import HandDataset
 from src.data.order.plan import FixedPlan, Place
 from src.data.rng import uniforms
@@ -66,11 +67,10 @@ def contact_sheet(
     for number, place in enumerate(places):
         strong = draw_augmentation(uniforms("sheet", number, num=NUM_UNIFORM), STRONG)
         try:
-            sample = dataset.read(place)
-            plain, moved = (crop_sample(sample, a, side, expansion_ratio) for a in (identity_augmentation(), strong))
+            batch = crop_samples([dataset.read(place)] * 2, [identity_augmentation(), strong], side, expansion_ratio)
         except Exception:
             continue  # counted where the loader reads it
-        columns.append((_with_2d(plain), _with_2d(moved), _with_3d(moved)))
+        columns.append((_with_2d(batch, 0), _with_2d(batch, 1), _with_3d(batch, 1)))
     if not columns:
         return None
     rows = []
@@ -81,23 +81,24 @@ def contact_sheet(
     return tile(rows, min(num_column, len(columns)))
 
 
-def _picture(row: PatchSample) -> np.ndarray:
-    return np.ascontiguousarray(row.patch.transpose(1, 2, 0))
+def _patch(batch: Batch, row: int) -> np.ndarray:
+    return np.ascontiguousarray(batch.patch[row].transpose(1, 2, 0))
 
 
-def _with_2d(row: PatchSample) -> np.ndarray:
-    """The patch with its 2D joints, named by side and data set."""
-    image = draw_skeleton(_picture(row), row.joint_patch, row.joint_2d_valid)
-    return _label(image, f"{'right' if row.is_right else 'left, mirrored'} {row.source}")
+def _with_2d(batch: Batch, row: int) -> np.ndarray:
+    """The patch with its 2D joints, labelled with side and data set."""
+    image = draw_skeleton(_patch(batch, row), batch.joint_patch[row], batch.joint_2d_valid[row])
+    return _label(image, f"{'right' if batch.is_right[row] else 'left, mirrored'} {batch.source[row]}")
 
 
-def _with_3d(row: PatchSample) -> np.ndarray:
-    """The patch with its 3D joints as the patch camera sees them, where they and the camera are known."""
-    if not (row.has_intr and row.joint_3d_valid.any()):
-        return _label(_picture(row), "no 3D in a known camera")
-    depth = np.maximum(row.joint_cam[:, 2:], 1.0)
-    joint = row.joint_cam[:, :2] / depth * row.patch_focal + row.patch_princpt
-    return _label(draw_skeleton(_picture(row), joint, row.joint_3d_valid), "3D")
+def _with_3d(batch: Batch, row: int) -> np.ndarray:
+    """The patch with its 3D joints projected by the patch camera, where joints and camera are known."""
+    joint_cam, valid = batch.joint_cam[row], batch.joint_3d_valid[row]
+    if not (batch.has_intr[row] and valid.any()):
+        return _label(_patch(batch, row), "no 3D in a known camera")
+    depth = np.maximum(joint_cam[:, 2:], 1.0)
+    joint = joint_cam[:, :2] / depth * batch.patch_focal[row] + batch.patch_princpt[row]
+    return _label(draw_skeleton(_patch(batch, row), joint, valid), "3D")
 
 
 def _label(image: np.ndarray, text: str) -> np.ndarray:

@@ -14,7 +14,6 @@ from itertools import count
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -31,36 +30,8 @@ Progress = Callable[[int, int], None]
 
 
 def collate(fetched: Fetched) -> tuple[Batch, list[BadFrame]]:
-    """Stack the rows of a batch into tensors; what was bad travels beside them."""
-    rows = fetched.rows
-
-    def stack(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.array([getattr(row, name) for row in rows]))
-
-    def flag(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype)
-
-    batch = Batch(
-        key=[row.key for row in rows],
-        source=[row.source for row in rows],
-        position=flag("position", torch.int64),
-        is_right=flag("is_right", torch.bool),
-        patch=stack("patch") if fetched.patches is None else torch.from_numpy(fetched.patches),
-        patch_focal=stack("patch_focal"),
-        patch_princpt=stack("patch_princpt"),
-        cam_rot=stack("cam_rot"),
-        image_to_patch=stack("image_to_patch"),
-        joint_patch=stack("joint_patch"),
-        joint_2d_valid=stack("joint_2d_valid"),
-        joint_cam=stack("joint_cam"),
-        joint_3d_valid=stack("joint_3d_valid"),
-        mano_pose=stack("mano_pose"),
-        mano_shape=stack("mano_shape"),
-        has_mano=flag("has_mano", torch.float32),
-        flat_hand_mean=flag("flat_hand_mean", torch.bool),
-        has_intr=flag("has_intr", torch.float32),
-    )
-    return batch, fetched.bad
+    """The batch as tensors that share the arrays' memory, and the frames that could not be used."""
+    return fetched.batch.map(torch.from_numpy), fetched.bad
 
 
 class TrainBatchSampler:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from src.data.augment import identity_augmentation
-from src.data.crop import PatchSample, turn_samples
+from src.data.crop import patch_labels
 from src.data.dataset import HandDataset
 from src.data.sample import annotated_sample
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 from src.geometry.camera import project, unproject
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays
@@ -74,18 +74,18 @@ def mean_hand(dataset: HandDataset, hand: HandArrays, max_sample: int = 2000) ->
 
 def training_labels(dataset: HandDataset, max_sample: int) -> HandLabels:
     """Labels of the first positions of `dataset`, cropped as in validation. Images are neither read nor decoded."""
-    rows: list[PatchSample] = []
-    patch = [np.empty((3, dataset.img_size, dataset.img_size), np.uint8)]
+    found = []
     for position in range(min(max_sample, len(dataset))):
         try:
             clip, number = dataset.annotation(dataset.plan.locate(position))
-            # The image's size would give a camera where none is known: there only root-relative labels are used.
+            # The image size only matters for a guessed camera, and there only root-relative labels are used.
             size = (int(max(clip.hand_bbox[number, 2], 0)) + 1, int(max(clip.hand_bbox[number, 3], 0)) + 1)
             sample = annotated_sample(clip, number, size, "", dataset.hand_model)
-            rows += turn_samples([sample], [identity_augmentation()], patch, dataset.expansion_ratio, [position])[0]
+            labels, _ = patch_labels([sample], [identity_augmentation()], dataset.img_size, dataset.expansion_ratio)
+            found.append(labels)
         except (SampleError, OSError, ValueError, ArithmeticError):
             continue  # reported when training reads it
-    return HandLabels(**{f.name: np.array([getattr(row, f.name) for row in rows]) for f in fields(HandLabels)})
+    return HandLabels(**{f.name: np.array([labels[f.name][0] for labels in found]) for f in fields(HandLabels)})
 
 
 def mean_of(labels: HandLabels, hand: HandArrays, img_size: int) -> MeanHand:

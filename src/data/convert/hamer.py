@@ -32,7 +32,7 @@ from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
 from src.data.convert.pickle_parse import parse_pickle
 from src.data.image import image_info
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 from src.data.shards.tar import Damage, TarWalk, split_name
 from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 

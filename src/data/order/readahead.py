@@ -47,7 +47,7 @@ class ReadAhead:
         """Bytes of two groups of every source."""
         return sum(2 * source.group_size for source in self.plan.sources)
 
-    def go_on(self, positions: Sequence[int]) -> None:
+    def advance(self, positions: Sequence[int]) -> None:
         """To be called with the positions that are read next."""
         if not self.is_on:
             return

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from src.data.dataset import HandDataset
-from src.data.order import plan
-from src.data.order import readahead as ahead
+from src.data.order import plan, readahead
 from src.data.order.plan import MixedPlan, SourcePlan
 from src.data.order.readahead import ReadAhead, pieces
 from src.data.shards.build_index import open_indexes
@@ -42,7 +41,7 @@ def test_blocks_are_announced_before_their_turn(indexes: list[ShardIndex], start
     reader._work = lambda: None  # nobody takes requests away, so that they can be looked at
     done = 0
     for position in range(start, start + 2 * source.num_frame, 8):
-        reader.go_on(range(position, position + 8))
+        reader.advance(range(position, position + 8))
         asked = list(reader.todo)
         known = {frame for _, begin, end in asked for frame in range(begin, end)}
         epoch = position // source.num_frame
@@ -70,27 +69,27 @@ def test_what_is_announced_are_the_bytes_of_the_samples(
     (source,) = mixed(indexes).sources
     assert pieces(source, 34, 51) == [(0, 34, 39), (1, 0, 10)]
     for shard, first, last in pieces(source, 34, 51):
-        ahead.announce(indexes[shard], 1, first, last)
+        readahead.announce(indexes[shard], 1, first, last)
     spans = [[(int(s["offset"]), int(s["offset"] + s["size"])) for s in index.tables().sample] for index in indexes]
     assert [call[1:] for call in calls] == [(spans[0][34][0], spans[0][39][1]), (spans[1][0][0], spans[1][10][1])]
     assert [Path(call[0]).name for call in calls] == ["0.tar", "1.tar"]
     indexes[2].shard.unlink()
-    ahead.announce(indexes[2], 1, 0, 1)  # reading it will tell
+    readahead.announce(indexes[2], 1, 0, 1)  # reading it will tell
 
 
 def test_reading_ahead_changes_nothing(indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch) -> None:
     def keys() -> list[str]:
         dataset = HandDataset([indexes], mixed(indexes), stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
-        rows = [row.key for begin in range(0, 96, 8) for row in dataset.__getitems__(range(begin, begin + 8)).rows]
-        assert dataset.ahead is not None
-        assert dataset.ahead.is_on == is_on
-        if dataset.ahead._thread:
-            dataset.ahead._thread.join()
-        assert not dataset.ahead.todo
-        return rows
+        found = [key for at in range(0, 96, 8) for key in dataset.__getitems__(range(at, at + 8)).batch.key]
+        assert dataset.readahead is not None
+        assert dataset.readahead.is_on == is_on
+        if dataset.readahead._thread:
+            dataset.readahead._thread.join()
+        assert not dataset.readahead.todo
+        return found
 
     is_on = True
     with_it = keys()
-    monkeypatch.setattr(ahead, "available_memory", lambda: 1000.0)
+    monkeypatch.setattr(readahead, "available_memory", lambda: 1000.0)
     is_on = False
     assert keys() == with_it
