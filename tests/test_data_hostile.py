@@ -21,7 +21,7 @@ from src.data.loader import build_train_loader
 from src.data.shards.build_index import build_index, open_indexes
 from src.data.shards.index import FRAME, index_path, load_index
 from src.data.shards.reader import ShardReader
-from src.data.shards.tar import BLOCK, TarWalk, padded
+from src.data.shards.tar import BLOCK, TarReader, padded
 from src.geometry.patch import PatchView
 from src.utils.console import add_log_file, log_said, logger, set_up_logging
 from tests.data_shards import (
@@ -138,7 +138,7 @@ def test_a_size_beside_the_header_is_that_of_index_and_reader(tmp_path: Path) ->
     """A pax record may state the size; the header's own is then 0 or, above 8 GiB, cannot say it."""
     shard = write_shard(tmp_path / "a.tar", [native_sample(n) for n in range(2)])
     archive = b""
-    for member in TarWalk(shard.open("rb"), shard.stat().st_size):
+    for member in TarReader(shard.open("rb"), shard.stat().st_size):
         data = member.data.ljust(padded(len(member.data)), b"\0")
         archive += pax(pax_record(b"size", b"%d" % len(member.data))) + header(member.name.encode(), b"0") + data
     shard.write_bytes(archive + bytes(2 * BLOCK))
@@ -202,7 +202,7 @@ def test_a_shard_that_the_disk_refuses_is_named(tmp_path: Path, monkeypatch: pyt
     def refuse(*_: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(TarWalk, "_read", refuse)
+    monkeypatch.setattr(TarReader, "_read", refuse)
     with pytest.raises(OSError, match=f"Input/output error: '{shard}'") as caught:
         open_indexes([shard])
     assert caught.value.errno == errno.EIO

@@ -15,7 +15,7 @@ from src.data.order.plan import MixedPlan, SourcePlan, validation_plan
 from src.data.shards.build_index import build_index, open_indexes
 from src.data.shards.index import cache_dir, index_path, load_index
 from src.data.shards.reader import ShardReader
-from src.data.shards.tar import BLOCK, TarWalk
+from src.data.shards.tar import BLOCK, TarReader
 from tests.data_shards import native_sample, write_shard
 
 NUM = 8
@@ -57,7 +57,7 @@ def test_truncated_shards_give_what_is_left(shard: Path, where, lost: int) -> No
 
 def test_truncation_between_two_members_is_noticed(shard: Path) -> None:
     with shard.open("rb") as file:
-        ends = [member.end for member in TarWalk(file, shard.stat().st_size)]
+        ends = [member.end for member in TarReader(file, shard.stat().st_size)]
     per_sample = len(ends) // NUM
     os.truncate(shard, ends[5 * per_sample + per_sample - 2])  # all members of sample 5 but one, optional for itself
     assert keys(shard) == [f"{n:05d}" for n in range(5)]
