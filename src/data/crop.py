@@ -1,7 +1,7 @@
 """From Samples to the rows of a Batch: one homography moves image, 2D, 3D and MANO root together.
 
-src/geometry/patch.py defines the camera of a patch; src/data/augment.py draws its roll, tilt, zoom and shift. Labels are
-computed for all samples of a batch at once (`patch_labels`), images are cropped one by one (`fill_patch`).
+src/geometry/patch.py defines the camera of a patch, src/data/augment.py draws its roll, tilt, zoom and shift. Labels
+are computed for all samples of a batch at once (`patch_labels`), images are cropped one by one (`fill_patch`).
 Shape legend: N samples, J = 21 joints, S patch side. Computed in float64, stored as float32.
 """
 
@@ -187,7 +187,7 @@ def _joint_labels(samples: Sequence[Sample], view: PatchView) -> dict[str, np.nd
 
 
 def _mano_labels(samples: Sequence[Sample], view: PatchView) -> dict[str, np.ndarray]:
-    """MANO pose [N, 48] (axis-angle, root in the patch camera) and shape [N, 10] with their flag; unknown ones are 0."""
+    """MANO pose [N, 48] (axis-angle, root in the patch camera), shape [N, 10] and their flag; unknown ones are 0."""
     has_mano = _stack(samples, "has_mano")[:, None]
     pose = _stack(samples, "mano_pose").reshape(len(samples), -1, 3) * _mirror(samples, MIRROR_AXIS)
     pose, known = pose.reshape(len(samples), -1), np.flatnonzero(has_mano)

@@ -1,6 +1,6 @@
 """From positions of the data order to a batch: reads, checks, decodes, crops and augments the frames.
 
-Runs in worker processes and does not need torch: batches hold numpy arrays. Shards are opened on first use and read with
+Runs in worker processes and needs no torch: batches hold numpy arrays. Shards are opened on first use and read with
 `pread`, so a dataset may be copied into any number of processes.
 
 A batch is filled in stages: read and check all frames, compute all labels at once, then decode and crop one image after

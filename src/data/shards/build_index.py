@@ -136,7 +136,7 @@ def _image_region(members: list[Member]) -> tuple[int, int]:
 
 
 def build_index(shard: Path) -> ShardIndex:
-    """Read a shard from end to end. Corrupt samples are counted in the result; only an unreadable file raises (OSError)."""
+    """Read a shard from end to end and count its corrupt samples. Raises OSError if the file cannot be read."""
     stat = shard.stat()
     try:
         with shard.open("rb", buffering=1 << 22) as file:
