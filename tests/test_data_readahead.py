@@ -42,7 +42,7 @@ def test_blocks_are_announced_before_their_turn(indexes: list[ShardIndex], start
     done = 0
     for position in range(start, start + 2 * source.num_frame, 8):
         reader.advance(range(position, position + 8))
-        asked = list(reader.todo)
+        asked = list(reader.queue)
         known = {frame for _, begin, end in asked for frame in range(begin, end)}
         epoch = position // source.num_frame
         batch = [source.epoch(p // source.num_frame).frame(p % source.num_frame) for p in range(position, position + 7)]
@@ -69,12 +69,12 @@ def test_what_is_announced_are_the_bytes_of_the_samples(
     (source,) = mixed(indexes).sources
     assert pieces(source, 34, 51) == [(0, 34, 39), (1, 0, 10)]
     for shard, first, last in pieces(source, 34, 51):
-        readahead.announce(indexes[shard], 1, first, last)
+        readahead.prefetch(indexes[shard], 1, first, last)
     spans = [[(int(s["offset"]), int(s["offset"] + s["size"])) for s in index.tables().sample] for index in indexes]
     assert [call[1:] for call in calls] == [(spans[0][34][0], spans[0][39][1]), (spans[1][0][0], spans[1][10][1])]
     assert [Path(call[0]).name for call in calls] == ["0.tar", "1.tar"]
     indexes[2].shard.unlink()
-    readahead.announce(indexes[2], 1, 0, 1)  # reading it will tell
+    readahead.prefetch(indexes[2], 1, 0, 1)  # reading it will tell
 
 
 def test_reading_ahead_changes_nothing(indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_reading_ahead_changes_nothing(indexes: list[ShardIndex], monkeypatch: p
         assert dataset.readahead.is_on == is_on
         if dataset.readahead._thread:
             dataset.readahead._thread.join()
-        assert not dataset.readahead.todo
+        assert not dataset.readahead.queue
         return found
 
     is_on = True

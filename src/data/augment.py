@@ -85,7 +85,7 @@ def draw_augmentation(u: Sequence[float], cfg: Any) -> Augmentation:
         blur_sigma=cfg.blur_max * max(0.0, signed[12]),
         occluder=_occluder(u[14:20]) if u[13] < cfg.occlusion_prob else None,
     )
-    # scale_z_range and scale_f_range are one zoom, kept as two keys and two draws: drawing once would change every batch.
+    # scale_z_range and scale_f_range are one zoom under two keys; a single draw would change every augmented batch.
     return Augmentation(
         roll=math.radians(cfg.rot_max) * signed[0],
         tilt=(tilt * math.cos(direction), tilt * math.sin(direction)),

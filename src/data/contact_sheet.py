@@ -1,8 +1,8 @@
-"""A contact sheet of what the loader feeds: patches with joints, before and after strong augmentation.
+"""A contact sheet of the loader's output: patches with joints, before and after strong augmentation.
 
-Three rows a hand: the plain crop, an augmented crop, and the augmented crop again with the joints as its patch camera
-projects the 3D joints. All three skeletons must sit on the hand: the second proves that picture and 2D are moved
-together, the third that camera and 3D are moved with them.
+Each hand has three rows: the plain crop, an augmented crop, and the augmented crop with the 3D joints projected by the
+patch camera. All three skeletons must match the hand: the second shows that image and 2D joints are transformed
+together, the third that camera and 3D joints are, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from src.data.rng import uniforms
 from src.data.shards.index import ShardIndex
 from src.utils.vis import draw_skeleton, tile
 
-# Stronger than any recipe in config/augmentation: a mistake in the geometry should be seen at a glance.
+# Stronger than any choice in config/augmentation, so that errors in the geometry are obvious.
 STRONG = SimpleNamespace(
     rot_max=180.0,
     persp_rot_max=35.0,
@@ -40,7 +40,7 @@ _LABEL_RGB = (255, 255, 255)
 
 
 def spread_places(shards: Sequence[ShardIndex], num: int) -> list[Place]:
-    """`num` places at equal distances over all healthy frames of the shards, or all of them where there are fewer."""
+    """`num` evenly spaced places among all healthy frames of the shards, or all of them if there are fewer."""
     ends = np.cumsum([shard.num_frame() for shard in shards])
     total = int(ends[-1]) if len(ends) else 0
     places = []
@@ -53,10 +53,10 @@ def spread_places(shards: Sequence[ShardIndex], num: int) -> list[Place]:
 def contact_sheet(
     shards: Sequence[ShardIndex], num_hand: int = 24, num_column: int = 8, side: int = 224, expansion_ratio: float = 2.0
 ) -> np.ndarray | None:
-    """The sheet as uint8 RGB, `num_column` hands side by side; None where the shards hold no usable frame.
+    """The sheet as uint8 RGB, `num_column` hands side by side; None if the shards have no usable frame.
 
     Args:
-        shards: indexes; the hands are spread evenly over their frames.
+        shards: indexes; the hands are spaced evenly over their frames.
         side: of a patch, px; expansion_ratio: side of the crop over the longer side of the hand's box.
     """
     places = spread_places(shards, num_hand)
@@ -102,7 +102,7 @@ def _with_3d(batch: Batch, row: int) -> np.ndarray:
 
 
 def _label(image: np.ndarray, text: str) -> np.ndarray:
-    text = text.encode("ascii", "replace").decode()  # OpenCV draws no others
+    text = text.encode("ascii", "replace").decode()  # OpenCV cannot draw other characters
     font, origin = cv2.FONT_HERSHEY_SIMPLEX, (4, image.shape[0] - 6)
     cv2.putText(image, text, origin, font, 0.38, (0, 0, 0), 3, cv2.LINE_AA)
     return cv2.putText(image, text, origin, font, 0.38, _LABEL_RGB, 1, cv2.LINE_AA)

@@ -36,7 +36,7 @@ def annotated_sample(clip: Clip, frame: int, size: tuple[int, int], key: str, ha
     if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
         raise SampleError("bad_bbox", f"{box.tolist()} is outside the {width}x{height} image")
     has_intr, has_mano = bool(clip.has_intr[frame]), bool(clip.has_mano[frame]) and clip.hand_model == hand_model
-    is_stated = clip.focal[frame, 0] > 0  # a real camera, or the virtual one for which the set's 3D joints were computed
+    is_stated = clip.focal[frame, 0] > 0  # a real camera, or the virtual one that the set's 3D refers to
     focal, princpt = (clip.focal[frame], clip.princpt[frame]) if is_stated else guess_intrinsics(width, height)
     return Sample(
         key=f"{key}/{frame}",
