@@ -155,5 +155,5 @@ def test_many_windows_are_links(tmp_path: Path) -> None:
     shards.write_big_indexes(tmp_path / "big", shard, 100, 4)
     indexes = open_indexes(shards.shards_of(tmp_path / "big"))
     assert [index.num_frame() for index in indexes] == [25] * 4
-    batch = shards.bench_dataset(indexes).__getitems__(range(4))
-    assert len(batch.rows) == 4
+    fetched = shards.bench_dataset(indexes).__getitems__(range(4))
+    assert len(fetched.batch) == 4

@@ -1,4 +1,4 @@
-"""The crop keeps image, 2D, 3D, MANO root and camera consistent, for both hands and any draw of the augmentation."""
+"""The crop keeps image, 2D, 3D, MANO root and camera consistent, for both hands and any augmentation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def joints_of(hand: ManoLayer, pose: np.ndarray, shape: np.ndarray) -> np.ndarra
 
 
 def make_sample(hand: ManoLayer, seed: int, is_right: bool) -> Sample:
-    """A hand that is consistent by construction: its pose makes its joints, its camera (fx != fy) their image."""
+    """A consistent hand: 3D joints from its pose, 2D joints projected by a camera with fx != fy."""
     rng = np.random.default_rng(seed)
     width, height = int(rng.integers(200, 700)), int(rng.integers(200, 700))
     pose, shape = rng.normal(0, 0.4, 48), rng.normal(0, 1, 10)
@@ -67,7 +67,7 @@ def make_sample(hand: ManoLayer, seed: int, is_right: bool) -> Sample:
     depth = rng.uniform(350, 900)
     wrist = np.append((np.array([width, height]) * rng.uniform(0.2, 0.8, 2) - princpt) / focal * depth, depth)
     joint_cam = joints_of(hand, pose, shape)
-    if not is_right:  # the left hand is the mirror image, and its pose that of the mirrored hand
+    if not is_right:  # mirror both the joints and the pose
         joint_cam, pose = joint_cam * (-1, 1, 1), mirror_pose(pose)
     joint_cam = joint_cam + wrist
     joint_img = joint_cam[:, :2] / joint_cam[:, 2:] * focal + princpt
@@ -99,7 +99,7 @@ def view_of(sample: Sample, augmentation: Augmentation, img_size: int, expansion
 
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), is_right=st.booleans(), augment=st.booleans())
-def test_everything_moves_together(hand: ManoLayer, seed: int, is_right: bool, augment: bool) -> None:
+def test_image_2d_3d_and_mano_stay_consistent(hand: ManoLayer, seed: int, is_right: bool, augment: bool) -> None:
     sample = make_sample(hand, seed, is_right)
     augmentation = (
         draw_augmentation(uniforms("test", seed, num=NUM_UNIFORM), KNOBS) if augment else identity_augmentation()
@@ -107,7 +107,7 @@ def test_everything_moves_together(hand: ManoLayer, seed: int, is_right: bool, a
     view = view_of(sample, augmentation, 64, 2.0)
     row = crop(sample, augmentation, 64, 2.0)
     projected = row.joint_cam[:, :2] / row.joint_cam[:, 2:] * row.patch_focal + row.patch_princpt
-    inside = np.abs(row.joint_patch).max(axis=-1) < 640  # float32 is not meant for joints far outside of the patch
+    inside = np.abs(row.joint_patch).max(axis=-1) < 640  # float32 is imprecise far outside the patch
     assert np.abs(projected - row.joint_patch)[inside].max(initial=0) < 0.1
     relative = joints_of(hand, row.mano_pose, row.mano_shape)
     assert np.abs(relative - (row.joint_cam - row.joint_cam[0])).max() < 0.1
@@ -121,15 +121,13 @@ def test_everything_moves_together(hand: ManoLayer, seed: int, is_right: bool, a
         assert (row.cam_rot == np.eye(3)).all()
         center = 0.5 * (row.joint_patch.min(axis=0) + row.joint_patch.max(axis=0))
         assert np.allclose(center, 31.5, atol=0.1)
-        aspect = float(
-            np.sqrt(max(sample.focal) / min(sample.focal))
-        )  # pixels of the patch are square, of the source not
+        aspect = float(np.sqrt(max(sample.focal) / min(sample.focal)))  # source pixels are not square
         assert np.ptp(row.joint_patch, axis=0).max() == pytest.approx(32, rel=aspect - 1 + 1e-3)
 
 
 @pytest.mark.parametrize("is_right", [True, False])
 @pytest.mark.parametrize("expansion", [1.2, 6.0])  # enlarged, and shrunk with averaging
-def test_the_picture_moves_with_the_joints(hand: ManoLayer, is_right: bool, expansion: float) -> None:
+def test_pixels_move_with_the_joints(hand: ManoLayer, is_right: bool, expansion: float) -> None:
     for seed in range(8):
         sample = make_sample(hand, seed, is_right)
         yy, xx = np.mgrid[: sample.image.shape[0], : sample.image.shape[1]]
@@ -150,7 +148,7 @@ def test_the_picture_moves_with_the_joints(hand: ManoLayer, is_right: bool, expa
         assert np.abs(center - row.joint_patch[5]).max() < 1.0
 
 
-def test_shrinking_averages_instead_of_skipping(hand: ManoLayer) -> None:
+def test_downscaling_averages_pixels(hand: ManoLayer) -> None:
     sample = make_sample(hand, 1, True)
     checker = np.indices((800, 800)).sum(axis=0) % 2 * 255
     sample = dataclasses.replace(
@@ -203,14 +201,14 @@ def test_augmentation_is_a_function_of_its_stream() -> None:
     assert changed.roll == draw_augmentation(uniforms("augment", 1, 2, num=NUM_UNIFORM), KNOBS).roll
 
 
-def test_knobs_at_zero_leave_the_pixels_alone() -> None:
+def test_knobs_at_zero_change_no_pixel() -> None:
     patch = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     off = draw_augmentation(uniforms("augment", 5, num=NUM_UNIFORM), OFF)
     assert (off.roll, off.tilt, off.zoom, off.shift) == (0.0, (0.0, 0.0), 1.0, (0.0, 0.0))
     assert augment_pixels(patch, off.pixel) is patch
 
 
-def test_pixel_augmentation_does_what_it_says() -> None:
+def test_each_pixel_augmentation_has_its_effect() -> None:
     patch = np.full((64, 64, 3), (200, 100, 50), np.uint8)
     keep = patch.copy()
     grey = augment_pixels(patch, PixelAugmentation(saturation=0.0))
@@ -229,20 +227,20 @@ def test_pixel_augmentation_does_what_it_says() -> None:
     assert (patch == keep).all()
 
 
-def test_a_turn_that_leaves_the_scene_is_not_carried_out(hand: ManoLayer) -> None:
+def test_a_tilt_that_leaves_the_scene_is_dropped(hand: ManoLayer) -> None:
     sample = make_sample(hand, 3, True)
     view = view_of(sample, Augmentation(roll=0.3, tilt=(1.4, 0.0)), 64, 2.0)
     assert view.cam_rot[2, 2] == 1.0
     assert cv2.Rodrigues(view.cam_rot)[0][2, 0] == pytest.approx(0.3)
 
 
-def test_a_batch_is_cut_as_its_samples_are_one_by_one(hand: ManoLayer) -> None:
-    """To the last bit, whoever the neighbours are: a dropped turn, no turn at all, a hand without parameters."""
+def test_cropping_a_batch_equals_cropping_its_samples_one_by_one(hand: ManoLayer) -> None:
+    """Equal to the bit, also next to a dropped tilt, the identity and a hand without MANO parameters."""
     samples = [make_sample(hand, seed, bool(seed % 2)) for seed in range(12)]
-    pictures = [np.random.default_rng(i).integers(0, 256, s.image.shape, np.uint8) for i, s in enumerate(samples)]
+    images = [np.random.default_rng(i).integers(0, 256, s.image.shape, np.uint8) for i, s in enumerate(samples)]
     samples = [
-        dataclasses.replace(sample, image=picture, has_mano=i != 7)
-        for i, (sample, picture) in enumerate(zip(samples, pictures))
+        dataclasses.replace(sample, image=image, has_mano=i != 7)
+        for i, (sample, image) in enumerate(zip(samples, images))
     ]
     draws = [draw_augmentation(uniforms("batch", i, num=NUM_UNIFORM), KNOBS) for i in range(12)]
     draws[2], draws[5] = Augmentation(roll=0.3, tilt=(1.4, 0.0)), identity_augmentation()

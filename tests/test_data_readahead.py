@@ -1,4 +1,4 @@
-"""Blocks are announced to the system before their frames are read, each once, and nothing depends on it."""
+"""Blocks are requested before their frames are read, each once, and the data does not depend on it."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ def mixed(indexes: list[ShardIndex], stride: int = 1) -> MixedPlan:
 
 
 @pytest.mark.parametrize("start", [0, 75, 460])
-def test_blocks_are_announced_before_their_turn(indexes: list[ShardIndex], start: int) -> None:
+def test_blocks_are_requested_before_they_are_read(indexes: list[ShardIndex], start: int) -> None:
     order = mixed(indexes)
     (source,) = order.sources
     assert source.epoch(0).block == 17
     assert len(source.epoch(0).group_end) == 3
     reader = ReadAhead(order, [indexes])
-    reader._work = lambda: None  # nobody takes requests away, so that they can be looked at
+    reader._work = lambda: None  # keep the requests in the queue
     done = 0
     for position in range(start, start + 2 * source.num_frame, 8):
         reader.advance(range(position, position + 8))
-        asked = list(reader.queue)
-        known = {frame for _, begin, end in asked for frame in range(begin, end)}
+        requested = list(reader.queue)
+        known = {frame for _, begin, end in requested for frame in range(begin, end)}
         epoch = position // source.num_frame
         batch = [source.epoch(p // source.num_frame).frame(p % source.num_frame) for p in range(position, position + 7)]
         assert set(batch) <= known
-        if position == start:  # the group at hand, from the archive's begin to its end, and a first block of the next
+        if position == start:  # the current group in order, and a first block of the next
             group, at, size = source.epoch(epoch).find(position % source.num_frame)
             num_block = len(source.epoch(epoch).blocks(group))
-            assert [begin for _, begin, _ in asked[:num_block]] == sorted(begin for _, begin, _ in asked[:num_block])
-            assert len(asked) <= num_block + 1 + round((at + 8) / size * num_block)
-        done = len(asked)
-    assert done <= 12 * 4 + 1  # three epochs and a bit, and no block of them twice
+            assert [begin for _, begin, _ in requested[:num_block]] == sorted(
+                begin for _, begin, _ in requested[:num_block]
+            )
+            assert len(requested) <= num_block + 1 + round((at + 8) / size * num_block)
+        done = len(requested)
+    assert done <= 12 * 4 + 1  # three epochs and a bit, and no block twice
 
 
-def test_what_is_announced_are_the_bytes_of_the_samples(
-    indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_cover_the_bytes_of_the_samples(indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int, int]] = []
 
     def advise(file: int, offset: int, size: int, advice: int) -> None:
@@ -74,10 +74,10 @@ def test_what_is_announced_are_the_bytes_of_the_samples(
     assert [call[1:] for call in calls] == [(spans[0][34][0], spans[0][39][1]), (spans[1][0][0], spans[1][10][1])]
     assert [Path(call[0]).name for call in calls] == ["0.tar", "1.tar"]
     indexes[2].shard.unlink()
-    readahead.prefetch(indexes[2], 1, 0, 1)  # reading it will tell
+    readahead.prefetch(indexes[2], 1, 0, 1)  # no error: the read will raise it
 
 
-def test_reading_ahead_changes_nothing(indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_ahead_changes_no_data(indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch) -> None:
     def keys() -> list[str]:
         dataset = HandDataset([indexes], mixed(indexes), stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
         found = [key for at in range(0, 96, 8) for key in dataset.__getitems__(range(at, at + 8)).batch.key]

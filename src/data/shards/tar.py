@@ -107,7 +107,7 @@ def _pax_fields(data: bytes) -> dict[str, str]:
 
 
 def _extension(flag: int, data: bytes) -> dict[str, str]:
-    """"path" and "size" that a long-name or pax header sets for the next member; empty if it does not parse."""
+    """The "path" and "size" that a long-name or pax header sets for the next member; empty if it does not parse."""
     if flag in b"L":
         return {"path": _text(data)}
     try:
