@@ -138,7 +138,7 @@ def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, 
 
 
 def _extent(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """[T, 4] tight box of the valid joints, for a sample without boxes; NaN where no joint is valid."""
+    """[T, 4] tight box of the valid joints, for a sample that states none; NaN where no joint is valid."""
     known = valid[..., None] > 0
     low = np.where(known, joint_img, np.inf).min(axis=1)
     high = np.where(known, joint_img, -np.inf).max(axis=1)

@@ -1,4 +1,4 @@
-"""Resolves the user's patterns to tar shards on disk. Imports little, because config checks use it."""
+"""From the patterns a user writes to the tar shards on the disk. Imports next to nothing: config checks use it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ _SCHEME = re.compile(r"^(pipe|[A-Za-z][A-Za-z0-9+.\-]*(?=://)):")
 
 
 def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "DATA.train.source") -> list[Path]:
-    """The tar shards that match the patterns, sorted, without duplicates.
+    """The tar shards that the patterns mean, sorted, each once.
 
-    A pattern is a path below `root` or an absolute path, with `*`, `?`, `[...]`, `**` and `{a,b}` / `{000..131}`.
-    A folder means the `*.tar` files in it; files with other extensions are ignored.
+    A pattern is a path below `root` or an absolute one, with `*`, `?`, `[...]`, `**` and `{a,b}` / `{000..131}`.
+    A folder stands for the `*.tar` files in it; files with another ending are passed over.
 
     Raises:
-        ValueError: a pattern that would start a program, contains a URL scheme, or matches no shard; the message names
-            `key`.
+        ValueError: a pattern starts a program or names a scheme, or matches no shard; the message names `key`.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
-        raise ValueError(f"{key}=[]: is empty; give at least one pattern, e.g. ['DexYCB/s1/train/*']")
+        raise ValueError(f"{key}=[]: names no shard; give at least one pattern, e.g. ['DexYCB/s1/train/*']")
     shards: set[Path] = set()
     for pattern in patterns:
         shards.update(_resolve_pattern(Path(root).expanduser(), pattern, key))
@@ -40,7 +39,7 @@ def _resolve_pattern(root: Path, pattern: str, key: str) -> set[Path]:
     try:
         pieces = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
-        raise ValueError(f"{key}={pattern!r}: unbalanced braces ({error}); write e.g. {{000..131}}") from None
+        raise ValueError(f"{key}={pattern!r}: the braces do not close ({error}); write e.g. {{000..131}}") from None
     shards: set[Path] = set()
     for piece in pieces:
         found = _match(root / Path(piece).expanduser())
@@ -55,7 +54,7 @@ def _resolve_pattern(root: Path, pattern: str, key: str) -> set[Path]:
 
 
 def _match(path: Path) -> set[Path]:
-    """The shards that match one pattern without braces."""
+    """The shards that one pattern without braces means."""
     found: set[Path] = set()
     for name in glob.iglob(str(path), recursive=True):
         match = Path(name)
