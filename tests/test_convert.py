@@ -24,7 +24,7 @@ from src.data.convert.job import run
 from src.data.convert.mano_check import apply_convention, find_convention, left_shape_map
 from src.data.convert.pickle_parse import parse_pickle
 from src.data.image import image_info
-from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import SampleError
 from src.data.shards.writer import HandRecord
 from src.hand.mano import ManoLayer
 from src.hand.mano_file import load_pose_components

@@ -18,7 +18,7 @@ from src.data.convert.dexycb import read_labels
 from src.data.convert.interhand import TO_OPENPOSE
 from src.data.loader import build_val_loader
 from src.data.shards.build_index import build_index
-from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import SampleError
 from tests import convert_sets
 from tests.convert_sets import Truth, fk, layer, put, write_mano
 from tests.data_shards import data_config

@@ -1,4 +1,4 @@
-"""The image-independent baseline: its predictions, its metrics and its column in the final table."""
+"""The image-independent baseline: what it answers, that it is measured as a network is, and its column in the table."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_mean_rotation_is_a_rotation() -> None:
     assert torch.linalg.det(mean_rotation(half_turns)).item() == pytest.approx(1.0)
 
 
-def test_predictions_are_the_means(hand: HandArrays) -> None:
+def test_answers_are_the_means(hand: HandArrays) -> None:
     batch = random_batch(30, SIDE)
     mean = mean_of(labels_of(batch), hand, SIDE)
     joint = (batch.joint_cam - batch.joint_cam[:, :1]).double()
@@ -67,8 +67,8 @@ def test_predictions_are_the_means(hand: HandArrays) -> None:
     assert mean.patch_width == pytest.approx(batch.joint_cam[:, 0, 2].mean().item() / 2, rel=1e-6), "focal is 2 S"
 
 
-def test_unknown_labels_do_not_count(hand: HandArrays) -> None:
-    """Labels with flag 0 may be any finite number."""
+def test_hidden_labels_do_not_count(hand: HandArrays) -> None:
+    """What has its flag at 0 may hold anything finite."""
     batch = random_batch(8, SIDE)
     batch.joint_3d_valid[4:, 3], batch.joint_3d_valid[6:, 0] = 0, 0
     batch.has_mano[5:], batch.has_intr[3:] = 0, 0
@@ -80,7 +80,7 @@ def test_unknown_labels_do_not_count(hand: HandArrays) -> None:
 
 
 def test_the_wrist_follows_the_camera() -> None:
-    """With one position in the patch and one width for all, the wrist is exact for any zoom and principal point."""
+    """One place in the patch and one width for all: the wrist is exact in a camera of any zoom and principal point."""
     mean = MeanHand(wrist_offset=np.array([0.1, -0.2]), patch_width=200.0)
     focal, princpt = np.array([[100.0, 100.0], [400.0, 400.0]]), np.array([[27.5, 27.5], [-60.0, 90.0]])
     root = mean.root_cam(focal, princpt, SIDE)
@@ -90,18 +90,18 @@ def test_the_wrist_follows_the_camera() -> None:
     assert MeanHand().root_cam(focal, princpt, SIDE) is None
 
 
-def test_metrics_equal_those_of_a_network_with_these_predictions(hand: HandArrays) -> None:
-    """The same numbers and counts as `evaluate_batch` gives for a network with these predictions."""
+def test_measured_as_a_network_is(hand: HandArrays) -> None:
+    """The same numbers as `evaluate_batch` gives a network with these answers, flag for flag."""
     batch = random_batch(9, SIDE, seed=1)
     mean = mean_of(labels_of(random_batch(30, SIDE)), hand, SIDE)
     batch.joint_3d_valid[2, 0], batch.joint_3d_valid[3, 5:], batch.has_mano[4], batch.has_intr[5] = 0, 0, 0, 0
     vert = vertices(hand, batch)
     root = torch.from_numpy(mean.root_cam(batch.patch_focal.double().numpy(), batch.patch_princpt.numpy(), SIDE))
-    prediction = SimpleNamespace(
+    answer = SimpleNamespace(
         joint_cam=root[:, None] + torch.from_numpy(mean.joint_rel),
         vert_cam=root[:, None] + torch.from_numpy(mean.vert_rel - mean.joint_rel[0]),
     )
-    expected, found = evaluate_batch(prediction, batch, vert), constant_metrics(mean, batch, vert)
+    expected, found = evaluate_batch(answer, batch, vert), constant_metrics(mean, batch, vert)
     assert found.keys() == {f"{name}_mean_hand" for name in NAMES}
     posed = np.repeat(mean.joint_posed[None], len(batch), axis=0)
     expected["mpjpe_pa"] = procrustes_error(posed, batch.joint_cam.double().numpy(), batch.joint_3d_valid.numpy())
@@ -119,15 +119,16 @@ def test_metrics_equal_those_of_a_network_with_these_predictions(hand: HandArray
         (("joint_3d_valid", "has_mano"), set(NAMES)),
     ],
 )
-def test_predictions_without_training_labels_are_absent(hand: HandArrays, missing: tuple, absent: set) -> None:
+def test_what_the_training_set_cannot_answer_is_absent(hand: HandArrays, missing: tuple, absent: set) -> None:
     train, val = random_batch(5, SIDE), random_batch(5, SIDE, seed=1)
     train = replace(train, **{name: torch.zeros_like(getattr(train, name)) for name in missing})
     found = constant_metrics(mean_of(labels_of(train), hand, SIDE), val, vertices(hand, val))
     assert found.keys() == {f"{name}_mean_hand" for name in {*NAMES} - absent}
 
 
-def test_labels_from_shards_equal_those_of_cropped_batches(tmp_path: Path, hand: HandArrays) -> None:
-    """Also for left hands, for any number of threads and for the dataset of a resumed run."""
+def test_from_shards_as_from_crops(tmp_path: Path, hand: HandArrays) -> None:
+    """Labels alone give what the cropped samples of the same frames give, left hands among them; also in another order
+    of work: threads, and a resumed run's dataset."""
     make_demo_shards(tmp_path, {"train": 24, "val": 2}, seed=0, img_size=64, num_process=1)
     places = (f"DATA.root={tmp_path}", "DATA.demo=null", "DATA.val.source=[train/*]", "augmentation=full")
     cfg = small_config(*places, "DATA.train.source=[train/*]")

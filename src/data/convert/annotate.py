@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from src.data.image import image_info
-from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import SampleError
 from src.hand.skeleton import MANO_TO_OPENPOSE
 
 MM_PER_M = 1000.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.data.shards.errors import reason_of
+from src.data.shards.safe_parse import reason_of
 from src.data.shards.writer import HandRecord
 
 

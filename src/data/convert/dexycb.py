@@ -50,8 +50,7 @@ from src.data.convert.annotate import (
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.dexycb_split import SETUPS, choose_sequences
 from src.data.convert.job import run
-from src.data.shards.errors import SampleError
-from src.data.shards.safe_parse import parse_npy
+from src.data.shards.safe_parse import SampleError, parse_npy
 from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 from src.hand.mano_file import load_pose_components
 

@@ -38,7 +38,7 @@ from src.data.convert.annotate import (
 )
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import SampleError
 from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 
 SPLITS = ("training", "evaluation")

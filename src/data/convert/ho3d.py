@@ -42,7 +42,7 @@ from src.data.convert.annotate import (
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
 from src.data.convert.pickle_parse import parse_pickle
-from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import SampleError
 from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 
 SPLITS = ("train", "evaluation")

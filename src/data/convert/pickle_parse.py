@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import SampleError
 
 _OPCODES = {op.code.encode("latin-1"): op for op in pickletools.opcodes}
 _LITERALS = frozenset(
