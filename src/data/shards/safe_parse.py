@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from src.data.shards.errors import SampleError
+from src.data.shards.errors import SampleError, reason_of  # noqa: F401  (the converters import reason_of from here)
 
 _NPY_MAGIC = b"\x93NUMPY"
 _HEADER_LIMIT = 1 << 16
