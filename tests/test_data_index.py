@@ -139,6 +139,21 @@ def test_validation_pads_rows_of_unreadable_frames(shard: Path) -> None:
     assert [bad.reason for bad in fetched.bad] == ["unreadable"] * 2
 
 
+def test_validation_pads_a_row_whose_image_does_not_decode(tmp_path: Path) -> None:
+    """Its labels are filled before the image is decoded, and must not remain."""
+    png = native_sample(2)["png"]
+    bad = {**native_sample(2), "png": png[:60] + bytes(len(png) - 60)}
+    (index,) = open_indexes([write_shard(tmp_path / "a.tar", [native_sample(0), native_sample(1), bad])])
+    plan = validation_plan([index], 1, 42, None)
+    dataset = HandDataset([[index]], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
+    fetched = dataset.__getitems__([0, 1, 2, -1])
+    assert [(bad.key, bad.reason) for bad in fetched.bad] == [("00002/0", "undecodable_image")]
+    assert sorted(fetched.batch.key) == ["", "", "00000/0", "00001/0"]
+    failed = fetched.batch.key.index("")
+    for name, value in vars(fetched.batch).items():
+        assert np.array_equal(value[failed], value[3]), name
+
+
 def test_too_many_corrupt_samples_stop_the_run(shard: Path) -> None:
     os.truncate(shard, spans(shard)[6][0])
     index = build_index(shard)
