@@ -1,4 +1,4 @@
-"""Small shards made on the fly for the data tests: native and labs' format, consistent hands, every pixel known."""
+"""Small shards for the data tests: native and labs' format, consistent hands, known pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 96, 64
 
 
 def image_of(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """An RGB picture that only this number has."""
+    """An RGB image unique to this number."""
     rng = np.random.default_rng(number)
     small = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -98,7 +98,7 @@ def write_shard(path: Path, samples: list[dict[str, Any]]) -> Path:
 
 
 def write_tar(path: Path, members: dict[str, bytes], tar_format: int = tarfile.USTAR_FORMAT) -> Path:
-    """A tar of raw members, for what webdataset would not write."""
+    """A tar of raw members, for content that webdataset would not write."""
     with tarfile.open(path, "w", format=tar_format) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
@@ -115,7 +115,7 @@ def raw_members(sample: dict[str, Any]) -> dict[str, bytes]:
 
 
 def data_config(root: Path, train: Any = ("train/*",), val: Any = ("val/*",), **knob: Any) -> SimpleNamespace:
-    """The attributes that the data layer reads of a Config."""
+    """The attributes of a Config that the data layer uses."""
     general = {"num_worker": 0, "prefetch_factor": 2, "seed": 3, "val_seed": 42}
     train_section = {
         "sample_per_device": 4,

@@ -198,5 +198,5 @@ def test_big_indexes_share_one_shard(tmp_path: Path) -> None:
     assert all(link.samefile(shard) for link in links)
     indexes = open_indexes(links)
     assert [index.num_frame() for index in indexes] == [25] * 4
-    batch = shards.bench_dataset(indexes).__getitems__(range(4))
-    assert len(batch.rows) == 4
+    fetched = shards.bench_dataset(indexes).__getitems__(range(4))
+    assert len(fetched.batch) == 4

@@ -1,4 +1,4 @@
-"""script/check_shards.py finds every kind of damage by reason, shard and key, and draws what the loader feeds."""
+"""script/check_shards.py reports every kind of corruption by reason, shard and key, and draws the loader's output."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def nan_in(sample: dict[str, Any], name: str, value: float) -> dict[str, Any]:
 
 
 class Thing:
-    """Any object: what a pickle may hold and we never build."""
+    """An object that a pickle may contain but that must never be built."""
 
 
 def broken_samples() -> dict[str, dict[str, Any]]:
-    """Reason -> a sample that is bad for it."""
+    """Reason -> a sample that is bad for that reason."""
     sample = native_sample(1)
-    picture = sample["png"]
+    image = sample["png"]
     return {
         "wrong_shape": {**sample, "joint_img.npy": sample["joint_img.npy"][:, :20]},
         "wrong_dtype": {**sample, "joint_cam.npy": sample["joint_cam.npy"].astype(np.complex64)},
@@ -45,16 +45,16 @@ def broken_samples() -> dict[str, dict[str, Any]]:
         "bad_intrinsics": {**sample, "focal.npy": np.array([[-1.0, 5]])},
         "missing_member": {name: value for name, value in sample.items() if name != "png"},
         "bad_json": {**sample, "json": [1]},
-        "undecodable_image": {**sample, "png": picture[:60] + bytes(len(picture) - 60)},
+        "undecodable_image": {**sample, "png": image[:60] + bytes(len(image) - 60)},
         "unsafe_pickle": {**lab_sample(1, 1, 1), "img_bytes.pickle": pickle.dumps([Thing()])},
         "bad_pickle": {**lab_sample(1, 1, 1), "img_bytes.pickle": pickle.dumps([b"x" * 500])[:-30]},
     }
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of shards, one for each kind of damage, and `healthy.tar`."""
-    root = tmp_path_factory.mktemp("damaged")
+def corrupt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one shard for each kind of corruption, and `healthy.tar`."""
+    root = tmp_path_factory.mktemp("corrupt")
     healthy = [native_sample(n) for n in range(4)]
     write_shard(root / "healthy.tar", healthy)
     for reason, sample in broken_samples().items():
@@ -79,39 +79,39 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def report_of(damaged: Path, name: str, decode: bool = False) -> ShardReport:
-    return check_shard(damaged / f"{name}.tar", decode=decode)
+def report_of(corrupt: Path, name: str, decode: bool = False) -> ShardReport:
+    return check_shard(corrupt / f"{name}.tar", decode=decode)
 
 
 @pytest.mark.parametrize("reason", [*(r for r in broken_samples() if r != "undecodable_image"), "object_array"])
-def test_a_bad_sample_is_named(damaged: Path, reason: str) -> None:
-    report = report_of(damaged, reason)
+def test_bad_samples_are_reported(corrupt: Path, reason: str) -> None:
+    report = report_of(corrupt, reason)
     assert report.bad_count == {reason: 1}
     assert report.bad[0].key.startswith(f"bad_{reason}")
     assert report.num_frame == (0 if reason == "object_array" else 1)
-    assert examples([report], reason) == [f"{report.bad[0].key} in {damaged / reason}.tar"]
+    assert examples([report], reason) == [f"{report.bad[0].key} in {corrupt / reason}.tar"]
 
 
-def test_pictures_are_decoded_when_asked(damaged: Path) -> None:
-    assert not report_of(damaged, "undecodable_image").bad_count
-    report = report_of(damaged, "undecodable_image", decode=True)
+def test_images_are_decoded_on_request(corrupt: Path) -> None:
+    assert not report_of(corrupt, "undecodable_image").bad_count
+    report = report_of(corrupt, "undecodable_image", decode=True)
     assert (report.bad_count, report.num_frame) == ({"undecodable_image": 1}, 1)
     assert report.bad[0].key == "bad_undecodable_image/0"
 
 
-def test_damage_to_the_archive_is_named(damaged: Path) -> None:
-    assert report_of(damaged, "truncated").bad_count["truncated"] == 1
-    assert report_of(damaged, "truncated").num_frame == 3
-    assert report_of(damaged, "zeroed").bad_count == {"zeroed": 1}
-    assert report_of(damaged, "empty_shard").bad_count == {"empty_shard": 1}
-    rot = report_of(damaged, "crc_image")
+def test_corrupt_archives_are_reported(corrupt: Path) -> None:
+    assert report_of(corrupt, "truncated").bad_count["truncated"] == 1
+    assert report_of(corrupt, "truncated").num_frame == 3
+    assert report_of(corrupt, "zeroed").bad_count == {"zeroed": 1}
+    assert report_of(corrupt, "empty_shard").bad_count == {"empty_shard": 1}
+    rot = report_of(corrupt, "crc_image")
     assert (rot.bad_count, rot.bad[0].key, rot.num_frame) == ({"crc_image": 1}, "00002/0", 3)
-    gone = check_shard(damaged / "gone.tar")
+    gone = check_shard(corrupt / "gone.tar")
     assert gone.bad_count == {"unreadable": 1}
-    assert not report_of(damaged, "healthy", decode=True).bad_count
+    assert not report_of(corrupt, "healthy", decode=True).bad_count
 
 
-def test_an_index_of_other_bytes_is_noticed(tmp_path: Path) -> None:
+def test_a_stale_index_is_detected(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.tar", [native_sample(0)])
     open_indexes([shard])
     assert not check_shard(shard).has_stale_index
@@ -120,8 +120,8 @@ def test_an_index_of_other_bytes_is_noticed(tmp_path: Path) -> None:
     assert (report.has_stale_index, report.num_frame, report.bad_count) == (True, 2, {})
 
 
-def test_the_number_of_processes_changes_nothing(damaged: Path) -> None:
-    shards = sorted(damaged.glob("*.tar"))
+def test_the_number_of_processes_does_not_matter(corrupt: Path) -> None:
+    shards = sorted(corrupt.glob("*.tar"))
     seen: list[tuple[int, int]] = []
     one = check_shards(shards, decode=True, progress=lambda done, total: seen.append((done, total)))
     two = check_shards(shards, decode=True, num_process=2)
@@ -137,28 +137,28 @@ def check(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False)
 
 
-def test_the_script_says_it_with_its_exit_code(damaged: Path, tmp_path: Path) -> None:
+def test_output_and_exit_code_of_the_script(corrupt: Path, tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
-    good = check("healthy.tar", "--root", damaged, "--sheet", sheet, "--num_hand", 3)
+    good = check("healthy.tar", "--root", corrupt, "--sheet", sheet, "--num_hand", 3)
     assert good.returncode == 0, good.stderr
     assert "4 healthy frames, 0 damaged" in good.stdout
     assert cv2.imread(str(sheet)).shape == (3 * 224, 3 * 224, 3)
-    bad = check(damaged, "--decode")
+    bad = check(corrupt, "--decode")
     assert bad.returncode == 1
     for reason in ("not_finite", "unsafe_pickle", "undecodable_image", "crc_image"):
         assert reason in bad.stdout
-    assert f"bad_unsafe_pickle in {damaged / 'unsafe_pickle.tar'}" in bad.stdout
+    assert f"bad_unsafe_pickle in {corrupt / 'unsafe_pickle.tar'}" in bad.stdout
     for wrong in (["pipe:touch x"], ["nothing/*"], ["healthy.tar", "--num_hand", 0], ["a.tar", "--sheet", "a.txt"], []):
-        refused = check(*wrong, *(["--root", damaged] if wrong else []))
+        refused = check(*wrong, *(["--root", corrupt] if wrong else []))
         assert refused.returncode == 2
         assert refused.stderr
         assert "Traceback" not in refused.stderr
 
 
-def test_paths_are_printed_as_they_are(
+def test_paths_are_printed_unchanged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """rich would leave out `[x]`, which it takes for markup, and draw `:x:`, which it takes for an emoji."""
+    """rich would interpret `[x]` as markup and `:x:` as an emoji."""
     monkeypatch.setenv("COLUMNS", "300")
     folder = tmp_path / "[x]:x:"
     shard = write_shard(folder / "a.tar", [native_sample(0), nan_in(native_sample(1), "joint_cam.npy", np.nan)])
@@ -166,10 +166,10 @@ def test_paths_are_printed_as_they_are(
     os.utime(shard, (0, 0))
     sheet = folder / "a.png"
     check_main([glob.escape(str(folder)), "--num_process", "1", "--num_hand", "1", "--sheet", str(sheet)])
-    told = capsys.readouterr().out
-    assert f"00001/0 in {shard}" in told
-    assert f"made anew: {shard}\n" in told
-    assert f"contact sheet: {sheet}\n" in told
+    out = capsys.readouterr().out
+    assert f"00001/0 in {shard}" in out
+    assert f"made anew: {shard}\n" in out
+    assert f"contact sheet: {sheet}\n" in out
     demo = ["demo", "--output", str(folder), "--train_sample", "1", "--val_sample", "1", "--num_process", "1"]
     assert make_main(demo) == 0
     assert f"2 rendered hands in {folder} (" in capsys.readouterr().out

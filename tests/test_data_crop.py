@@ -1,4 +1,4 @@
-"""The crop keeps image, 2D, 3D, MANO root and camera consistent, for both hands and any draw of the augmentation."""
+"""The crop keeps image, 2D, 3D, MANO root and camera consistent, for both hands and any augmentation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from src.data.augment import (
     draw_augmentation,
     identity_augmentation,
 )
-from src.data.crop import crop_sample, crop_samples, padding_patch, view_of_sample
+from src.data.crop import crop_samples, empty_batch, pad_rows, patch_labels
 from src.data.rng import uniforms
-from src.geometry.patch import mirror_pose, warp_image
+from src.geometry.patch import PatchView, mirror_pose, warp_image
 from src.geometry.rotation import axis_angle_to_matrix
 from src.hand.mano import ManoLayer
 from src.hand.standin.build import build_standin_hand
@@ -57,7 +57,7 @@ def joints_of(hand: ManoLayer, pose: np.ndarray, shape: np.ndarray) -> np.ndarra
 
 
 def make_sample(hand: ManoLayer, seed: int, is_right: bool) -> Sample:
-    """A hand that is consistent by construction: its pose makes its joints, its camera (fx != fy) their image."""
+    """A consistent hand: 3D joints from its pose, 2D joints projected by a camera with fx != fy."""
     rng = np.random.default_rng(seed)
     width, height = int(rng.integers(200, 700)), int(rng.integers(200, 700))
     pose, shape = rng.normal(0, 0.4, 48), rng.normal(0, 1, 10)
@@ -67,7 +67,7 @@ def make_sample(hand: ManoLayer, seed: int, is_right: bool) -> Sample:
     depth = rng.uniform(350, 900)
     wrist = np.append((np.array([width, height]) * rng.uniform(0.2, 0.8, 2) - princpt) / focal * depth, depth)
     joint_cam = joints_of(hand, pose, shape)
-    if not is_right:  # the left hand is the mirror image, and its pose that of the mirrored hand
+    if not is_right:  # mirror both the joints and the pose
         joint_cam, pose = joint_cam * (-1, 1, 1), mirror_pose(pose)
     joint_cam = joint_cam + wrist
     joint_img = joint_cam[:, :2] / joint_cam[:, 2:] * focal + princpt
@@ -86,17 +86,28 @@ def make_sample(hand: ManoLayer, seed: int, is_right: bool) -> Sample:
     )
 
 
+def crop(sample: Sample, augmentation: Augmentation, img_size: int, expansion_ratio: float) -> SimpleNamespace:
+    """One sample cropped: the fields of a Batch without the leading B."""
+    batch = crop_samples([sample], [augmentation], img_size, expansion_ratio)
+    return SimpleNamespace(**{name: value[0] for name, value in vars(batch).items()})
+
+
+def view_of(sample: Sample, augmentation: Augmentation, img_size: int, expansion_ratio: float) -> PatchView:
+    """The patch camera of a sample."""
+    return patch_labels([sample], [augmentation], img_size, expansion_ratio)[1][0]
+
+
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), is_right=st.booleans(), augment=st.booleans())
-def test_everything_moves_together(hand: ManoLayer, seed: int, is_right: bool, augment: bool) -> None:
+def test_image_2d_3d_and_mano_stay_consistent(hand: ManoLayer, seed: int, is_right: bool, augment: bool) -> None:
     sample = make_sample(hand, seed, is_right)
     augmentation = (
         draw_augmentation(uniforms("test", seed, num=NUM_UNIFORM), KNOBS) if augment else identity_augmentation()
     )
-    view = view_of_sample(sample, augmentation, 64, 2.0)
-    row = crop_sample(sample, augmentation, 64, 2.0)
+    view = view_of(sample, augmentation, 64, 2.0)
+    row = crop(sample, augmentation, 64, 2.0)
     projected = row.joint_cam[:, :2] / row.joint_cam[:, 2:] * row.patch_focal + row.patch_princpt
-    inside = np.abs(row.joint_patch).max(axis=-1) < 640  # float32 is not meant for joints far outside of the patch
+    inside = np.abs(row.joint_patch).max(axis=-1) < 640  # float32 is imprecise far outside the patch
     assert np.abs(projected - row.joint_patch)[inside].max(initial=0) < 0.1
     relative = joints_of(hand, row.mano_pose, row.mano_shape)
     assert np.abs(relative - (row.joint_cam - row.joint_cam[0])).max() < 0.1
@@ -110,15 +121,13 @@ def test_everything_moves_together(hand: ManoLayer, seed: int, is_right: bool, a
         assert (row.cam_rot == np.eye(3)).all()
         center = 0.5 * (row.joint_patch.min(axis=0) + row.joint_patch.max(axis=0))
         assert np.allclose(center, 31.5, atol=0.1)
-        aspect = float(
-            np.sqrt(max(sample.focal) / min(sample.focal))
-        )  # pixels of the patch are square, of the source not
+        aspect = float(np.sqrt(max(sample.focal) / min(sample.focal)))  # source pixels are not square
         assert np.ptp(row.joint_patch, axis=0).max() == pytest.approx(32, rel=aspect - 1 + 1e-3)
 
 
 @pytest.mark.parametrize("is_right", [True, False])
 @pytest.mark.parametrize("expansion", [1.2, 6.0])  # enlarged, and shrunk with averaging
-def test_the_picture_moves_with_the_joints(hand: ManoLayer, is_right: bool, expansion: float) -> None:
+def test_pixels_move_with_the_joints(hand: ManoLayer, is_right: bool, expansion: float) -> None:
     for seed in range(8):
         sample = make_sample(hand, seed, is_right)
         yy, xx = np.mgrid[: sample.image.shape[0], : sample.image.shape[1]]
@@ -128,8 +137,8 @@ def test_the_picture_moves_with_the_joints(hand: ManoLayer, is_right: bool, expa
         geometry = dataclasses.replace(
             draw_augmentation(uniforms("test", seed, num=NUM_UNIFORM), KNOBS), pixel=PixelAugmentation()
         )
-        view = view_of_sample(sample, geometry, 128, expansion)
-        row = crop_sample(sample, geometry, 128, expansion)
+        view = view_of(sample, geometry, 128, expansion)
+        row = crop(sample, geometry, 128, expansion)
         if not ((row.joint_patch[5] > 25) & (row.joint_patch[5] < 103)).all():
             continue
         inside = warp_image(np.full_like(sample.image, 255), view, 128)[..., 2] > 250  # the border is grey
@@ -139,7 +148,7 @@ def test_the_picture_moves_with_the_joints(hand: ManoLayer, is_right: bool, expa
         assert np.abs(center - row.joint_patch[5]).max() < 1.0
 
 
-def test_shrinking_averages_instead_of_skipping(hand: ManoLayer) -> None:
+def test_downscaling_averages_pixels(hand: ManoLayer) -> None:
     sample = make_sample(hand, 1, True)
     checker = np.indices((800, 800)).sum(axis=0) % 2 * 255
     sample = dataclasses.replace(
@@ -147,7 +156,7 @@ def test_shrinking_averages_instead_of_skipping(hand: ManoLayer) -> None:
         image=np.repeat(checker[..., None], 3, axis=2).astype(np.uint8),
         hand_bbox=np.array([200, 200, 600, 600], np.float32),
     )
-    patch = crop_sample(sample, identity_augmentation(), 50, 1.5).patch
+    patch = crop(sample, identity_augmentation(), 50, 1.5).patch
     assert patch[:, 5:-5, 5:-5].std() < 8
     assert patch[:, 5:-5, 5:-5].mean() == pytest.approx(127.5, abs=3)
 
@@ -159,10 +168,23 @@ def test_unknown_values_stay_zero(hand: ManoLayer) -> None:
         joint_2d_valid=np.zeros(21, np.float32),
         joint_3d_valid=np.zeros(21, np.float32),
     )
-    row = crop_sample(sample, draw_augmentation(uniforms("test", 2, num=NUM_UNIFORM), KNOBS), 32, 2.0)
+    row = crop(sample, draw_augmentation(uniforms("test", 2, num=NUM_UNIFORM), KNOBS), 32, 2.0)
     for name in ("joint_patch", "joint_cam", "mano_pose", "mano_shape", "joint_2d_valid", "joint_3d_valid"):
         assert not getattr(row, name).any()
-    assert all(np.isfinite(v).all() for v in vars(padding_patch(32)).values() if isinstance(v, np.ndarray))
+
+
+def test_padding_rows_are_finite_and_have_no_labels() -> None:
+    batch = empty_batch(3, 32)
+    for value in vars(batch).values():
+        if isinstance(value, np.ndarray):
+            value.fill(np.nan if value.dtype == np.float32 else 1)
+    pad_rows(batch, [0, 2])
+    padding = {name: value[[0, 2]] for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
+    assert all(np.isfinite(value).all() for value in padding.values())
+    assert (padding["position"] == -1).all()
+    for name in ("joint_2d_valid", "joint_3d_valid", "has_mano", "has_intr"):
+        assert not padding[name].any()
+    assert np.isnan(batch.joint_cam[1]).all()  # other rows are untouched
 
 
 def test_augmentation_is_a_function_of_its_stream() -> None:
@@ -179,14 +201,14 @@ def test_augmentation_is_a_function_of_its_stream() -> None:
     assert changed.roll == draw_augmentation(uniforms("augment", 1, 2, num=NUM_UNIFORM), KNOBS).roll
 
 
-def test_knobs_at_zero_leave_the_pixels_alone() -> None:
+def test_knobs_at_zero_change_no_pixel() -> None:
     patch = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     off = draw_augmentation(uniforms("augment", 5, num=NUM_UNIFORM), OFF)
     assert (off.roll, off.tilt, off.zoom, off.shift) == (0.0, (0.0, 0.0), 1.0, (0.0, 0.0))
     assert augment_pixels(patch, off.pixel) is patch
 
 
-def test_pixel_augmentation_does_what_it_says() -> None:
+def test_each_pixel_augmentation_has_its_effect() -> None:
     patch = np.full((64, 64, 3), (200, 100, 50), np.uint8)
     keep = patch.copy()
     grey = augment_pixels(patch, PixelAugmentation(saturation=0.0))
@@ -205,25 +227,24 @@ def test_pixel_augmentation_does_what_it_says() -> None:
     assert (patch == keep).all()
 
 
-def test_a_turn_that_leaves_the_scene_is_not_carried_out(hand: ManoLayer) -> None:
+def test_a_tilt_that_leaves_the_scene_is_dropped(hand: ManoLayer) -> None:
     sample = make_sample(hand, 3, True)
-    view = view_of_sample(sample, Augmentation(roll=0.3, tilt=(1.4, 0.0)), 64, 2.0)
+    view = view_of(sample, Augmentation(roll=0.3, tilt=(1.4, 0.0)), 64, 2.0)
     assert view.cam_rot[2, 2] == 1.0
     assert cv2.Rodrigues(view.cam_rot)[0][2, 0] == pytest.approx(0.3)
 
 
-def test_a_batch_is_cut_as_its_samples_are_one_by_one(hand: ManoLayer) -> None:
-    """To the last bit, whoever the neighbours are: a dropped turn, no turn at all, a hand without parameters."""
+def test_cropping_a_batch_equals_cropping_its_samples_one_by_one(hand: ManoLayer) -> None:
+    """Equal to the bit, also next to a dropped tilt, the identity and a hand without MANO parameters."""
     samples = [make_sample(hand, seed, bool(seed % 2)) for seed in range(12)]
-    pictures = [np.random.default_rng(i).integers(0, 256, s.image.shape, np.uint8) for i, s in enumerate(samples)]
+    images = [np.random.default_rng(i).integers(0, 256, s.image.shape, np.uint8) for i, s in enumerate(samples)]
     samples = [
-        dataclasses.replace(sample, image=picture, has_mano=i != 7)
-        for i, (sample, picture) in enumerate(zip(samples, pictures))
+        dataclasses.replace(sample, image=image, has_mano=i != 7)
+        for i, (sample, image) in enumerate(zip(samples, images))
     ]
     draws = [draw_augmentation(uniforms("batch", i, num=NUM_UNIFORM), KNOBS) for i in range(12)]
     draws[2], draws[5] = Augmentation(roll=0.3, tilt=(1.4, 0.0)), identity_augmentation()
-    together = crop_samples(samples, draws, 48, 2.0, list(range(12)))
-    for i, row in enumerate(together):
-        alone = crop_sample(samples[i], draws[i], 48, 2.0, i)
-        for name, value in vars(row).items():
-            assert np.array_equal(value, getattr(alone, name)), (i, name)
+    together = crop_samples(samples, draws, 48, 2.0)
+    for i in range(12):
+        for name, value in vars(crop(samples[i], draws[i], 48, 2.0)).items():
+            assert name == "position" or np.array_equal(getattr(together, name)[i], value), (i, name)

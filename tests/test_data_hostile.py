@@ -1,4 +1,4 @@
-"""Bytes that somebody made on purpose, or that rotted badly: each costs its sample, not the shard nor the run."""
+"""Malicious or badly corrupted bytes cost their sample, but neither the shard nor the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from src.data.loader import build_train_loader
 from src.data.shards.build_index import build_index, open_indexes
 from src.data.shards.index import FRAME, index_path, load_index
 from src.data.shards.reader import ShardReader
-from src.data.shards.tar import BLOCK, TarWalk, padded
+from src.data.shards.tar import BLOCK, TarReader, padded
 from src.geometry.patch import PatchView
 from src.utils.console import add_log_file, log_said, logger, set_up_logging
 from tests.data_shards import (
@@ -37,13 +37,13 @@ from tests.data_shards import (
 
 
 def npy(shape: str, data: bytes = b"") -> bytes:
-    """An array file that claims this shape."""
+    """A .npy file that claims this shape."""
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape}), }}\n".encode()
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
 
 
 def beside_healthy(path: Path, sample: dict[str, Any], **members: bytes) -> Path:
-    """A shard of two healthy samples and between them `bad`, some members of which are replaced."""
+    """A shard with a sample `bad`, some of its members replaced, between two healthy ones."""
     first, bad, last = (raw_members(s) for s in (native_sample(0), {**sample, "__key__": "bad"}, native_sample(2)))
     return write_tar(path, {**first, **bad, **{f"bad.{name}": data for name, data in members.items()}, **last})
 
@@ -58,7 +58,7 @@ def beside_healthy(path: Path, sample: dict[str, Any], **members: bytes) -> Path
         npy("-1, -42", bytes(168)),
     ],
 )
-def test_shapes_that_no_array_can_have(tmp_path: Path, array: bytes) -> None:
+def test_impossible_array_shapes(tmp_path: Path, array: bytes) -> None:
     index = build_index(beside_healthy(tmp_path / "a.tar", native_sample(1), **{"joint_img.npy": array}))
     assert (index.bad_count, index.num_frame()) == ({"bad_npy": 1}, 2)
 
@@ -70,7 +70,7 @@ BYTES = b"B" + len(IMAGE).to_bytes(4, "little") + IMAGE  # opcode BINBYTES
 @pytest.mark.parametrize(
     "ops", [BYTES + b"(" + BYTES + b"e", BYTES + BYTES + b"a", b"(" + BYTES + b"a", b"]h\x07a", b"e"]
 )
-def test_pickles_that_append_to_what_is_no_list(tmp_path: Path, ops: bytes) -> None:
+def test_pickles_that_append_to_something_that_is_not_a_list(tmp_path: Path, ops: bytes) -> None:
     pickled = b"\x80\x03" + ops + b"."
     index = build_index(beside_healthy(tmp_path / "a.tar", lab_sample(1, 1, 1), **{"img_bytes.pickle": pickled}))
     assert (index.bad_count, index.num_frame()) == ({"bad_pickle": 1}, 2)
@@ -87,20 +87,20 @@ def test_pickles_that_append_to_what_is_no_list(tmp_path: Path, ops: bytes) -> N
         {"has_mano": [10**400, 1]},
     ],
 )
-def test_words_and_numbers_of_another_kind(tmp_path: Path, extra: dict[str, Any]) -> None:
+def test_json_values_of_the_wrong_type(tmp_path: Path, extra: dict[str, Any]) -> None:
     meta = json.dumps(native_sample(1)["json"] | extra).encode()
     index = build_index(beside_healthy(tmp_path / "a.tar", native_sample(1), json=meta))
     assert (index.bad_count, index.num_frame()) == ({"bad_value": 1}, 2)
 
 
-def test_a_frame_number_that_python_refuses_to_read(tmp_path: Path) -> None:
+def test_a_frame_number_with_too_many_digits_for_python(tmp_path: Path) -> None:
     members = raw_members(native_sample(1))
     members[f"00001.{'1' * 4301}.png"] = members.pop("00001.png")
     assert build_index(write_tar(tmp_path / "a.tar", members, tarfile.GNU_FORMAT)).bad_count == {"bad_value": 1}
 
 
 def header(name: bytes, size: bytes, flag: bytes = b"0") -> bytes:
-    """A tar header whose checksum is right, whatever its size field says."""
+    """A tar header with a valid checksum and any size field."""
     block = bytearray(BLOCK)
     block[: len(name)], block[124 : 124 + len(size)], block[156:157], block[257:263] = name, size, flag, b"ustar\0"
     block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32)
@@ -112,7 +112,7 @@ def pax_record(key: bytes, value: bytes) -> bytes:
 
 
 def pax(record: bytes) -> bytes:
-    """A pax header with one record, which speaks of the member that follows."""
+    """A pax header with one record for the next member."""
     return header(b"pax", b"%011o" % len(record), b"x") + record.ljust(BLOCK, b"\0")
 
 
@@ -126,7 +126,7 @@ def pax(record: bytes) -> bytes:
         pax(pax_record(b"size", b"-2048")) + header(b"a.png", b"00000000004") + bytes(BLOCK),
     ],
 )
-def test_sizes_below_zero_neither_end_the_walk_nor_turn_it_back(tmp_path: Path, front: bytes) -> None:
+def test_negative_sizes_neither_stop_the_reader_nor_move_it_back(tmp_path: Path, front: bytes) -> None:
     shard = write_shard(tmp_path / "a.tar", [native_sample(0), native_sample(1)])
     shard.write_bytes(front + shard.read_bytes())
     index = build_index(shard)
@@ -134,11 +134,11 @@ def test_sizes_below_zero_neither_end_the_walk_nor_turn_it_back(tmp_path: Path, 
     assert index.bad_count["bad_header"] == 1
 
 
-def test_a_size_beside_the_header_is_that_of_index_and_reader(tmp_path: Path) -> None:
-    """A pax record may state the size; the header's own is then 0 or, above 8 GiB, cannot say it."""
+def test_index_and_reader_use_the_size_of_a_pax_record(tmp_path: Path) -> None:
+    """A pax record may state the size; the header's own field is then 0, or too small for more than 8 GiB."""
     shard = write_shard(tmp_path / "a.tar", [native_sample(n) for n in range(2)])
     archive = b""
-    for member in TarWalk(shard.open("rb"), shard.stat().st_size):
+    for member in TarReader(shard.open("rb"), shard.stat().st_size):
         data = member.data.ljust(padded(len(member.data)), b"\0")
         archive += pax(pax_record(b"size", b"%d" % len(member.data))) + header(member.name.encode(), b"0") + data
     shard.write_bytes(archive + bytes(2 * BLOCK))
@@ -153,7 +153,7 @@ def test_a_size_beside_the_header_is_that_of_index_and_reader(tmp_path: Path) ->
 
 @pytest.fixture
 def log_file(tmp_path: Path) -> Iterator[Path]:
-    """The log.txt of a run that has just been set up; afterwards logging is as it was."""
+    """The log.txt of a new run; the logging configuration is restored afterwards."""
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
     set_up_logging()
     add_log_file(tmp_path / "log.txt")
@@ -162,27 +162,25 @@ def log_file(tmp_path: Path) -> Iterator[Path]:
     logger.setLevel(level)
 
 
-def test_what_another_process_has_said_goes_to_the_file_alone(
-    log_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lines_of_other_processes_go_to_the_log_file_only(log_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger.warning("mine")
     log_said("another's")
     assert log_file.read_text(encoding="utf-8") == "mine\nanother's\n"
     assert capsys.readouterr().out == "mine\n"
 
 
-def test_a_name_of_any_bytes_is_told(tmp_path: Path, log_file: Path) -> None:
+def test_names_of_any_bytes_are_logged(tmp_path: Path, log_file: Path) -> None:
     logger.warning("bad frame: \udcff/0")
     assert "bad frame: \\udcff/0" in log_file.read_text(encoding="utf-8")
     shard = write_shard(tmp_path / "a.tar", [native_sample(0, data_source="\ud800")])
     indexes = open_indexes([shard])
     assert ShardReader(indexes[0], stride=1).read(0)[1].source == "\\ud800"
-    assert contact_sheet(indexes, num_hand=1, side=32) is not None  # OpenCV crashes on half a pair
+    assert contact_sheet(indexes, num_hand=1, side=32) is not None  # OpenCV crashes on a lone surrogate
 
 
 @pytest.mark.parametrize("byte", ["header", "sample", "frame"])
-def test_an_index_with_a_flipped_bit_is_made_anew(tmp_path: Path, byte: str) -> None:
-    """One in the frame's number would silently join a picture with the annotations of another frame."""
+def test_an_index_with_a_flipped_bit_is_rebuilt(tmp_path: Path, byte: str) -> None:
+    """A flipped bit in the frame number would silently pair an image with the annotations of another frame."""
     shard = write_shard(tmp_path / "a.tar", [native_sample(n, 3) for n in range(4)])
     (index,) = open_indexes([shard])
     expected = index.tables().frame.copy()
@@ -196,35 +194,35 @@ def test_an_index_with_a_flipped_bit_is_made_anew(tmp_path: Path, byte: str) -> 
     assert load_index(shard, path) is not None
 
 
-def test_a_shard_that_the_disk_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_names_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = write_shard(tmp_path / "a.tar", [native_sample(0)])
 
     def refuse(*_: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(TarWalk, "_read", refuse)
+    monkeypatch.setattr(TarReader, "_read", refuse)
     with pytest.raises(OSError, match=f"Input/output error: '{shard}'") as caught:
         open_indexes([shard])
     assert caught.value.errno == errno.EIO
 
 
 def test_values_that_make_the_geometry_fail_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None are known that pass the checks, so one frame's turning fails by decree."""
-    turned_hands = crop._turned_hands
+    """No such values are known to pass the checks, so the test makes the geometry fail for one frame."""
+    mano_labels = crop._mano_labels
 
     def refuse(samples: Sequence[Sample], view: PatchView) -> dict[str, np.ndarray]:
         if any(sample.key == "00009/0" for sample in samples):
             raise np.linalg.LinAlgError("Singular matrix")
-        return turned_hands(samples, view)
+        return mano_labels(samples, view)
 
-    monkeypatch.setattr(crop, "_turned_hands", refuse)
+    monkeypatch.setattr(crop, "_mano_labels", refuse)
     write_shard(tmp_path / "train" / "0.tar", [native_sample(n) for n in range(10)])
     loader = build_train_loader(data_config(tmp_path, max_bad_fraction=0.5), "mano", num_batch=5)
     keys = [key for batch in loader for key in batch.key]
     assert len(keys) == 20
-    assert set(keys) == {f"{n:05d}/0" for n in range(9)}  # the others of its batches are there
+    assert set(keys) == {f"{n:05d}/0" for n in range(9)}  # the other frames of its batches are present
     assert loader.health.counts() == {"unforeseen": len(loader.health.read_example)}
-    assert all(told.startswith("unforeseen: 00009/0 in ") for told in loader.health.read_example)
+    assert all(line.startswith("unforeseen: 00009/0 in ") for line in loader.health.read_example)
     assert contact_sheet(open_indexes([tmp_path / "train" / "0.tar"]), num_hand=10, num_column=9, side=32) is not None
 
 

@@ -1,4 +1,4 @@
-"""Damage in a shard is found, counted and survived; an index is stored, shared and made anew when its shard changes."""
+"""Corruption in a shard is found and counted without losing other samples; indexes are stored and rebuilt on change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from src.data.order.plan import MixedPlan, SourcePlan, validation_plan
 from src.data.shards.build_index import build_index, open_indexes
 from src.data.shards.index import cache_dir, index_path, load_index
 from src.data.shards.reader import ShardReader
-from src.data.shards.tar import BLOCK, TarWalk
+from src.data.shards.tar import BLOCK, TarReader
 from tests.data_shards import native_sample, write_shard
 
 NUM = 8
@@ -40,13 +40,13 @@ def keys(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("where", "lost"),
     [
-        (lambda begin, end: begin, 0),  # between two samples: every sample before is whole
+        (lambda begin, end: begin, 0),  # between two samples: every sample before is complete
         (lambda begin, end: begin + 100, 0),  # in the first header
         (lambda begin, end: begin + BLOCK + 10, 1),  # in data
         (lambda begin, end: end - BLOCK - 7, 1),  # in the last member
     ],
 )
-def test_truncated_shards_give_what_is_left(shard: Path, where, lost: int) -> None:
+def test_samples_before_a_truncation_are_kept(shard: Path, where, lost: int) -> None:
     begin, end = spans(shard)[5]
     os.truncate(shard, where(begin, end))
     assert keys(shard) == [f"{n:05d}" for n in range(5)]
@@ -55,17 +55,17 @@ def test_truncated_shards_give_what_is_left(shard: Path, where, lost: int) -> No
     assert sum(bad.values()) >= 1
 
 
-def test_truncation_between_two_members_is_noticed(shard: Path) -> None:
+def test_truncation_between_two_members_is_detected(shard: Path) -> None:
     with shard.open("rb") as file:
-        ends = [member.end for member in TarWalk(file, shard.stat().st_size)]
+        ends = [member.end for member in TarReader(file, shard.stat().st_size)]
     per_sample = len(ends) // NUM
-    os.truncate(shard, ends[5 * per_sample + per_sample - 2])  # all members of sample 5 but one, optional for itself
+    os.truncate(shard, ends[5 * per_sample + per_sample - 2])  # cuts one member of sample 5, which would be optional
     assert keys(shard) == [f"{n:05d}" for n in range(5)]
     assert build_index(shard).bad_count == {"incomplete": 1, "no_end_of_archive": 1}
 
 
 @pytest.mark.parametrize("fill", [b"\0", b"\xa5"])
-def test_the_walk_goes_on_behind_damage(shard: Path, fill: bytes) -> None:
+def test_reading_continues_after_a_corrupt_region(shard: Path, fill: bytes) -> None:
     all_spans = spans(shard)
     begin, end = all_spans[2][0] + 3 * BLOCK, all_spans[3][0] + 2 * BLOCK
     data = bytearray(shard.read_bytes())
@@ -78,13 +78,13 @@ def test_the_walk_goes_on_behind_damage(shard: Path, fill: bytes) -> None:
 
 
 @pytest.mark.parametrize("how", ["zero", "garbage", "cut"])
-def test_damage_that_begins_in_the_last_member_of_a_sample(shard: Path, how: str) -> None:
-    """The member keeps its length, so only the broken header behind it tells that its data are not its own."""
+def test_corruption_that_starts_in_the_last_member_of_a_sample(shard: Path, how: str) -> None:
+    """The member keeps its length, so only the invalid header after it shows that its data is corrupt."""
     end = spans(shard)[2][1]
     data = bytearray(shard.read_bytes())
     rest = data[end : end + BLOCK]  # the next header
-    damage = {"zero": bytes(2 * BLOCK), "garbage": b"\xa5" * (2 * BLOCK), "cut": rest}[how]
-    data[end - BLOCK : end + BLOCK] = damage
+    corrupt = {"zero": bytes(2 * BLOCK), "garbage": b"\xa5" * (2 * BLOCK), "cut": rest}[how]
+    data[end - BLOCK : end + BLOCK] = corrupt
     shard.write_bytes(data)
     assert keys(shard) == [f"{n:05d}" for n in (0, 1, 4, 5, 6, 7)]
     bad = build_index(shard).bad_count
@@ -92,7 +92,7 @@ def test_damage_that_begins_in_the_last_member_of_a_sample(shard: Path, how: str
     assert bad["zeroed" if how == "zero" else "bad_header"] == 1
 
 
-def test_empty_shards_and_files_that_are_none(tmp_path: Path) -> None:
+def test_empty_shards_and_files_that_are_not_shards(tmp_path: Path) -> None:
     (tmp_path / "empty.tar").touch()
     (tmp_path / "text.tar").write_bytes(b"no archive" * 400)
     write_shard(tmp_path / "none.tar", [])
@@ -108,7 +108,7 @@ def dataset_of(path: Path) -> HandDataset:
     return HandDataset([[index]], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
 
 
-def test_bit_rot_after_indexing_is_replaced_and_counted(shard: Path) -> None:
+def test_frames_corrupted_after_indexing_are_replaced_and_counted(shard: Path) -> None:
     healthy = dataset_of(shard).__getitems__(range(NUM))
     stat = shard.stat()
     data = bytearray(shard.read_bytes())
@@ -119,27 +119,42 @@ def test_bit_rot_after_indexing_is_replaced_and_counted(shard: Path) -> None:
     first, again = (dataset_of(shard).__getitems__(range(NUM)) for _ in range(2))
     assert sorted({bad.reason for bad in first.bad}) == ["crc_image", "crc_note"]
     assert {bad.key for bad in first.bad} == {"00004/0", "00006/0"}
-    assert [row.key for row in first.rows] == [row.key for row in again.rows]
-    assert all((a.patch == b.patch).all() for a, b in zip(first.rows, again.rows))
-    assert not {"00004/0", "00006/0"} & {row.key for row in first.rows}
-    kept = [(a.key, b.key) for a, b in zip(healthy.rows, first.rows) if a.key not in ("00004/0", "00006/0")]
+    assert first.batch.key == again.batch.key
+    assert (first.batch.patch == again.batch.patch).all()
+    assert not {"00004/0", "00006/0"} & set(first.batch.key)
+    kept = [(a, b) for a, b in zip(healthy.batch.key, first.batch.key) if a not in ("00004/0", "00006/0")]
     assert all(a == b for a, b in kept)
     assert len(kept) == NUM - 2
 
 
-def test_validation_leaves_out_what_it_cannot_read(shard: Path) -> None:
+def test_validation_pads_rows_of_unreadable_frames(shard: Path) -> None:
     (index,) = open_indexes([shard])
     plan = validation_plan([index], 1, 42, None)
     dataset = HandDataset([[index]], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
-    assert sorted(row.key for row in dataset.__getitems__(range(NUM)).rows) == [f"{n:05d}/0" for n in range(NUM)]
+    assert sorted(dataset.__getitems__(range(NUM)).batch.key) == [f"{n:05d}/0" for n in range(NUM)]
     shard.unlink()
     dataset = HandDataset([[index]], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
     fetched = dataset.__getitems__(range(2))
-    assert [row.position for row in fetched.rows] == [-1, -1]
+    assert fetched.batch.position.tolist() == [-1, -1]
     assert [bad.reason for bad in fetched.bad] == ["unreadable"] * 2
 
 
-def test_too_much_damage_stops_the_run(shard: Path) -> None:
+def test_validation_pads_a_row_whose_image_does_not_decode(tmp_path: Path) -> None:
+    """Its labels are filled before the image is decoded, and must not remain."""
+    png = native_sample(2)["png"]
+    bad = {**native_sample(2), "png": png[:60] + bytes(len(png) - 60)}
+    (index,) = open_indexes([write_shard(tmp_path / "a.tar", [native_sample(0), native_sample(1), bad])])
+    plan = validation_plan([index], 1, 42, None)
+    dataset = HandDataset([[index]], plan, stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
+    fetched = dataset.__getitems__([0, 1, 2, -1])
+    assert [(bad.key, bad.reason) for bad in fetched.bad] == [("00002/0", "undecodable_image")]
+    assert sorted(fetched.batch.key) == ["", "", "00000/0", "00001/0"]
+    failed = fetched.batch.key.index("")
+    for name, value in vars(fetched.batch).items():
+        assert np.array_equal(value[failed], value[3]), name
+
+
+def test_too_many_corrupt_samples_stop_the_run(shard: Path) -> None:
     os.truncate(shard, spans(shard)[6][0])
     index = build_index(shard)
     DataHealth([[index]], 0.5).check()
@@ -148,7 +163,7 @@ def test_too_much_damage_stops_the_run(shard: Path) -> None:
     assert "DATA.max_bad_fraction=0.01" in str(caught.value)
 
 
-def test_an_index_is_made_anew_when_its_shard_changes(shard: Path) -> None:
+def test_an_index_is_rebuilt_when_its_shard_changes(shard: Path) -> None:
     (first,) = open_indexes([shard])
     stored = index_path(shard)
     before = stored.stat().st_mtime_ns
@@ -164,7 +179,7 @@ def test_an_index_is_made_anew_when_its_shard_changes(shard: Path) -> None:
     assert open_indexes([shard])[0].num_frame() == 3
 
 
-def test_builders_may_race_and_a_read_only_folder_is_no_obstacle(
+def test_builders_may_race_and_folders_may_be_read_only(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
@@ -172,7 +187,7 @@ def test_builders_may_race_and_a_read_only_folder_is_no_obstacle(
     assert {index.num_frame() for index in indexes} == {NUM}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "a.tar.index"]
     index_path(shard).unlink()
-    index_path(shard).mkdir()  # stands in for a folder that cannot be written: root may write anywhere
+    index_path(shard).mkdir()  # simulates a read-only folder, since root can write anywhere
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (index,) = open_indexes([shard])
     assert index.stored is not None
@@ -182,7 +197,7 @@ def test_builders_may_race_and_a_read_only_folder_is_no_obstacle(
     assert own.stored[0].parent == tmp_path / "own"
 
 
-def test_stride_counts_frames_of_a_clip(tmp_path: Path) -> None:
+def test_stride_selects_frames_of_each_clip(tmp_path: Path) -> None:
     index = build_index(write_shard(tmp_path / "a.tar", [native_sample(n, t) for n, t in enumerate((5, 3, 1, 6))]))
     for stride in (1, 2, 4):
         rows = index.tables().rows(stride)
@@ -200,7 +215,7 @@ def test_indexes_are_built_by_several_processes(tmp_path: Path) -> None:
     assert all(np.array_equal(i.tables().frame, build_index(s).tables().frame) for i, s in zip(indexes, shards))
 
 
-def test_a_shard_that_is_written_anew_while_it_is_read(shard: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_rewritten_while_being_read(shard: Path, tmp_path: Path) -> None:
     other = write_shard(tmp_path / "b.tar", [native_sample(100 + number) for number in range(4 * NUM)])
     indexes = open_indexes([shard, other])
     write_shard(shard, [native_sample(50 + number, kind="webp") for number in range(NUM)])
@@ -214,6 +229,6 @@ def test_a_shard_that_is_written_anew_while_it_is_read(shard: Path, tmp_path: Pa
     assert {(bad.reason, bad.shard) for bad in first.bad} == {("stale_index", str(shard))}
     assert len({bad.position for bad in first.bad}) == NUM
     assert all(bad.key for bad in first.bad)
-    assert [row.key for row in first.rows] == [row.key for row in again.rows]
-    assert all(int(row.key[:5]) >= 100 for row in first.rows)
+    assert first.batch.key == again.batch.key
+    assert all(int(key[:5]) >= 100 for key in first.batch.key)
     assert first.bad == again.bad

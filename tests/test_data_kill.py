@@ -1,4 +1,4 @@
-"""Readers are killed with SIGKILL and go on elsewhere in the order, with other workers, as if nothing had happened."""
+"""Readers killed with SIGKILL resume with other worker counts and read exactly what an undisturbed reader reads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batches(root: Path, done: int, num_worker: int, rank: int = 0, world: int = 
 
 
 def line_of(batch: Batch) -> str:
-    """Everything that a reader could notice, on one line."""
+    """A digest of the batch on one line."""
     digest = blake2b(digest_size=16)
     for name in ("patch", "joint_patch", "joint_cam", "mano_pose", "cam_rot", "patch_focal"):
         digest.update(getattr(batch, name).numpy().tobytes())
@@ -50,7 +50,7 @@ def line_of(batch: Batch) -> str:
 
 
 def read(root: Path, log: Path, done: int, num_worker: int) -> None:
-    """The process that is killed: a line a batch, written at once."""
+    """The process that is killed: writes one line per batch and flushes it."""
     with log.open("a", encoding="utf-8") as file:
         for batch in batches(root, done, num_worker):
             file.write(f"{line_of(batch)}\n")
@@ -59,7 +59,7 @@ def read(root: Path, log: Path, done: int, num_worker: int) -> None:
 
 
 def whole_lines(log: Path) -> list[str]:
-    """The lines that were finished; what a kill cut off is taken away from the file."""
+    """The complete lines; a line cut off by a kill is removed from the file."""
     data = log.read_bytes() if log.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
@@ -68,7 +68,7 @@ def whole_lines(log: Path) -> list[str]:
 
 
 def run(root: Path, log: Path, num_worker: int, kill_at: int | None) -> None:
-    """Go on behind the last line; SIGKILL the reader once `kill_at` lines are there, or let it finish."""
+    """Resume after the last line; SIGKILL the reader once there are `kill_at` lines, or let it finish."""
     process = FORK.Process(target=read, args=(root, log, len(whole_lines(log)), num_worker))
     process.start()
     deadline = time.monotonic() + 60
@@ -78,11 +78,11 @@ def run(root: Path, log: Path, num_worker: int, kill_at: int | None) -> None:
         time.sleep(0.002)
     if kill_at is not None:
         os.kill(process.pid, signal.SIGKILL)
-    process.join()  # without a limit: a limited wait would last until the orphaned workers have noticed
+    process.join()  # no timeout: with one, join waits until the orphaned workers have exited
     assert process.exitcode == (0 if kill_at is None else -signal.SIGKILL)
 
 
-def test_killed_readers_leave_no_trace_in_the_order(root: Path, tmp_path: Path) -> None:
+def test_kills_do_not_change_the_order(root: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     for num_worker, kill_at in ((2, 6), (1, 13), (3, 21), (0, 30), (2, None)):
         run(root, log, num_worker, kill_at)
@@ -91,7 +91,7 @@ def test_killed_readers_leave_no_trace_in_the_order(root: Path, tmp_path: Path) 
     assert whole_lines(log) == [line_of(batch) for batch in batches(root, 0, 0)]
 
 
-def test_two_ranks_of_four_read_what_one_of_eight_does(root: Path) -> None:
+def test_two_ranks_with_batch_4_read_the_same_as_one_with_batch_8(root: Path) -> None:
     one = list(batches(root, 0, 0))
     two = [list(batches(root, 0, num_worker, rank, 2)) for rank, num_worker in ((0, 1), (1, 2))]
     assert len(one) == len(two[0]) == len(two[1]) == NUM_BATCH

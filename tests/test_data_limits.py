@@ -1,4 +1,4 @@
-"""Finite numbers that are no hand's are damage; what the limits let pass stays finite all the way to a batch."""
+"""Finite but absurd numbers count as corrupt; numbers within the limits give finite batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_value(sample: dict[str, Any], name: str, value: float, frame: int = 0) 
 
 @pytest.mark.parametrize("value", [3e38, -3e38, 1.01 * VALUE_LIMIT, -1.01 * VALUE_LIMIT])
 @pytest.mark.parametrize("name", REASON)
-def test_numbers_beyond_the_limit_cost_their_frame(tmp_path: Path, name: str, value: float) -> None:
+def test_a_number_beyond_the_limit_makes_its_frame_bad(tmp_path: Path, name: str, value: float) -> None:
     clip = with_value(native_sample(0, 3), name, value, frame=1)
     index = build_index(write_shard(tmp_path / "a.tar", [clip]))
     assert index.bad_count == {REASON[name]: 1}
@@ -46,12 +46,12 @@ def test_numbers_beyond_the_limit_cost_their_frame(tmp_path: Path, name: str, va
 
 @pytest.mark.parametrize("intr_type", ["real", "fixed_virtual"])
 @pytest.mark.parametrize("focal", [1e-30, 0.99 * MIN_FOCAL, -500.0])
-def test_a_focal_length_too_short_for_any_camera(tmp_path: Path, focal: float, intr_type: str) -> None:
+def test_a_focal_length_below_the_limit(tmp_path: Path, focal: float, intr_type: str) -> None:
     sample = with_value(native_sample(0, has_intr=1, intr_type=intr_type), "focal", focal)
     assert build_index(write_shard(tmp_path / "a.tar", [sample])).bad_count == {"bad_intrinsics": 1}
 
 
-def test_what_is_flagged_as_unknown_may_be_anything(tmp_path: Path) -> None:
+def test_values_flagged_as_unknown_may_be_anything(tmp_path: Path) -> None:
     flags = {"joint_2d_valid": (2, 21), "joint_3d_valid": (2, 21), "has_mano": (2,), "has_intr": (2,)}
     sample = lab_sample(0, 2, 2) | {f"{name}.npy": np.zeros(shape, np.float32) for name, shape in flags.items()}
     for name in REASON.keys() - {"hand_bbox"}:
@@ -60,7 +60,7 @@ def test_what_is_flagged_as_unknown_may_be_anything(tmp_path: Path) -> None:
     assert (index.bad_count, index.num_frame()) == ({}, 2)
 
 
-def test_numbers_at_the_limits_make_finite_batches(tmp_path: Path) -> None:
+def test_numbers_at_the_limits_give_finite_batches(tmp_path: Path) -> None:
     far = np.float32(VALUE_LIMIT)
     boxes, focals = ((-far, -far, far, far), (0, 0, 1, 1)), (MIN_FOCAL, 100.0, far)
     samples = []

@@ -1,4 +1,4 @@
-"""The order of training and of validation is a function: of workers, ranks, resumes and packing it knows nothing."""
+"""The order of training and validation does not depend on workers, ranks, resumes or how frames are packed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  #
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two training shards (clips of 1, 3 and 5 frames, both formats) and one of validation."""
+    """Two training shards (clips of 1, 3 and 5 frames, both formats) and a validation shard."""
     root = tmp_path_factory.mktemp("shards")
     write_shard(root / "train" / "0.tar", [native_sample(n, 1 + n % 2 * 4) for n in range(6)])
     write_shard(root / "train" / "1.tar", [lab_sample(n, 3, 1 + n % 2) for n in range(10, 17)])
@@ -61,7 +61,7 @@ def test_order_and_pixels_do_not_depend_on_workers_ranks_or_resumes(root: Path) 
     assert positions == list(range(64))
 
 
-def test_an_epoch_holds_every_frame_once(root: Path) -> None:
+def test_an_epoch_has_every_frame_once(root: Path) -> None:
     num_frame = 3 * 1 + 3 * 5 + 7 * 3
     batches = train(root, num_batch=2 * num_frame, sample_per_device=1)
     keys = [b.key[0] for b in batches]
@@ -72,7 +72,7 @@ def test_an_epoch_holds_every_frame_once(root: Path) -> None:
 
 
 @pytest.mark.parametrize("num_frame", [1, 2, 3, 17, 100, 500, 2000, 12_000, 20_000, 70_000])
-def test_epoch_orders_keep_neighbours_apart_over_their_borders(num_frame: int) -> None:
+def test_neighbours_stay_apart_within_and_across_epochs(num_frame: int) -> None:
     epochs = [EpochOrder(num_frame, seed=1, epoch=e, frame_size=45_000) for e in range(4)]
     orders = np.array([[epoch.frame(i) for i in range(num_frame)] for epoch in epochs])
     assert all(sorted(order) == list(range(num_frame)) for order in orders.tolist())
@@ -88,7 +88,7 @@ def test_epoch_orders_keep_neighbours_apart_over_their_borders(num_frame: int) -
         assert abs(orders[0][: num_frame // 2].mean() / num_frame - 0.5) < 0.03
 
 
-def test_frames_meet_others_in_another_epoch() -> None:
+def test_batches_are_composed_differently_in_each_epoch() -> None:
     partners = []
     for epoch in range(4):
         order = EpochOrder(20_000, seed=2, epoch=epoch)
@@ -98,7 +98,7 @@ def test_frames_meet_others_in_another_epoch() -> None:
     assert max(len(a & b) for i, a in enumerate(partners) for b in partners[:i]) < 160
 
 
-def test_clips_are_spread_over_the_batches(tmp_path: Path) -> None:
+def test_a_batch_has_no_neighbouring_frames(tmp_path: Path) -> None:
     write_shard(tmp_path / "train" / "0.tar", [native_sample(n, 10) for n in range(30)])
     for batch in train(tmp_path, num_batch=60, sample_per_device=8):
         clips: dict[str, list[int]] = {}
@@ -109,7 +109,7 @@ def test_clips_are_spread_over_the_batches(tmp_path: Path) -> None:
             assert np.diff(sorted(frames)).min(initial=2) > 1
 
 
-def test_an_order_of_twenty_million_frames_starts_at_once() -> None:
+def test_an_order_of_twenty_million_frames_starts_immediately() -> None:
     order = EpochOrder(20_000_000, seed=1, epoch=7)
     assert order.block_order.nbytes < 1 << 20
     places = [order.frame(19_999_000 + i) for i in range(1000)]
@@ -181,7 +181,7 @@ def test_validation_is_the_same_for_any_workers_ranks_and_packing(root: Path, tm
 
 
 def test_halves_split_the_samples_by_key(root: Path, tmp_path: Path) -> None:
-    """Together they are everything, a clip is in one of them alone, and packing or seed change nothing."""
+    """The halves partition the samples, never split a clip, and do not depend on packing or seed."""
     samples = [native_sample(n, 1 + n % 2 * 2) for n in range(20, 60)]
     for folder, order in (("one", samples), ("two", samples[::-1])):
         for i in range(0, 40, 8):
@@ -209,19 +209,16 @@ def test_halves_split_the_samples_by_key(root: Path, tmp_path: Path) -> None:
         build_val_loader(data_config(tmp_path), "mano", half=absent)
 
 
-def test_the_validation_loader_can_be_read_again(root: Path) -> None:
+def test_the_validation_loader_can_be_iterated_again(root: Path) -> None:
     loader = build_val_loader(data_config(root, num_worker=1), "mano")
     first, second = list(loader), list(loader)
     assert len(first) == len(loader) == 5
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_damage_is_counted_in_the_main_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_frames_are_counted_in_the_main_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = [native_sample(n) for n in range(9)]
-    bad = {
-        **native_sample(9),
-        "png": native_sample(9)["png"][:60] + bytes(40),
-    }  # a png header, and no picture behind it
+    bad = {**native_sample(9), "png": native_sample(9)["png"][:60] + bytes(40)}  # a png header without an image
     write_shard(tmp_path / "train" / "0.tar", [*good, bad])
     for worker in (0, 2):
         loader = build_train_loader(
@@ -237,19 +234,19 @@ def test_damage_is_counted_in_the_main_process(tmp_path: Path, caplog: pytest.Lo
         assert loader.health.state_dict() == state
         both = merge_states([state, state])
         assert (both["num_read"], both["read"]) == (80, {"undecodable_image": 2 * loader.health.read.total()})
-        told = [record.getMessage() for record in caplog.records if record.name == "stage1.data"]
-        assert len(told) == len(state["example"]) == min(20, loader.health.read.total())
-        assert len(both["example"]) == min(20, 2 * len(told))
-        for line, example in zip(told, state["example"], strict=True):
+        logged = [record.getMessage() for record in caplog.records if record.name == "stage1.data"]
+        assert len(logged) == len(state["example"]) == min(20, loader.health.read.total())
+        assert len(both["example"]) == min(20, 2 * len(logged))
+        for line, example in zip(logged, state["example"], strict=True):
             assert line.endswith(example)
             assert f"00009/0 in {tmp_path / 'train' / '0.tar'}, at position" in example
         caplog.clear()
 
 
 @pytest.mark.parametrize("worker", [0, 2])
-def test_too_much_damage_stops_the_reading_with_a_table(tmp_path: Path, worker: int) -> None:
-    hurt = {**native_sample(9), "png": native_sample(9)["png"][:60] + bytes(40)}
-    write_shard(tmp_path / "train" / "0.tar", [*(native_sample(n) for n in range(9)), hurt])
+def test_too_many_bad_frames_stop_the_run_with_a_table(tmp_path: Path, worker: int) -> None:
+    bad = {**native_sample(9), "png": native_sample(9)["png"][:60] + bytes(40)}
+    write_shard(tmp_path / "train" / "0.tar", [*(native_sample(n) for n in range(9)), bad])
     loader = build_train_loader(data_config(tmp_path, num_worker=worker), "mano", num_batch=100)
     with pytest.raises(BadDataError, match=r"DATA\.max_bad_fraction=0\.01") as caught:
         list(loader)

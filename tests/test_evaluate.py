@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 
@@ -22,10 +23,9 @@ from src.batch import Sample
 from src.config import ConfigError
 from src.data.augment import Augmentation
 from src.data.convert.annotate import MANO_21, OPENGL_TO_OPENCV, plain_key
-from src.data.crop import crop_sample
-from src.data.dataset import Fetched
+from src.data.crop import crop_samples
 from src.data.demo.make import make_demo_shards
-from src.data.loader import build_val_loader, collate
+from src.data.loader import build_val_loader
 from src.evaluate import hand_sheets
 from src.evaluate.bootstrap import Bootstrap, Estimate, Group, summarise
 from src.evaluate.collect import to_source_camera
@@ -317,8 +317,7 @@ def test_predictions_return_to_the_source_camera(is_right: bool) -> None:
         "k/0", "a", np.zeros((120, 160, 3), np.uint8), is_right, np.concatenate((image.min(0), image.max(0))),
         image, one, joint, one, np.zeros(48), np.zeros(10), False, True, focal, princpt, True,
     )  # fmt: skip
-    rows = [crop_sample(sample, Augmentation(roll=0.7, tilt=(0.1, -0.2)), 56, 2.0)]
-    batch, _ = collate(Fetched(rows=rows))
+    batch = crop_samples([sample], [Augmentation(roll=0.7, tilt=(0.1, -0.2))], 56, 2.0).map(torch.from_numpy)
     assert not np.allclose(batch.joint_cam[0].numpy(), joint, atol=5)
     np.testing.assert_allclose(to_source_camera(batch.joint_cam, batch)[0], joint, atol=1e-3)
 

@@ -138,7 +138,7 @@ def test_from_shards_as_from_crops(tmp_path: Path, hand: HandArrays) -> None:
     cfg = small_config(*places, "DATA.train.source=[train/*]")
     dataset = build_train_loader(cfg, "standin").dataset
     mean = mean_hand(dataset, hand)
-    batches = [b._map(lambda t, b=b: t[b.position >= 0]) for b in build_val_loader(cfg, "standin")]
+    batches = [b.map(lambda t, b=b: t[b.position >= 0]) for b in build_val_loader(cfg, "standin")]
     joined = HandLabels(**{f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(HandLabels)})
     assert len(joined.has_mano) == 24
     expected = mean_of(joined, hand, cfg.MODEL.img_size)

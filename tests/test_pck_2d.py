@@ -11,9 +11,7 @@ from rich.console import Console
 
 from src.batch import Batch, Prediction, Sample
 from src.data.augment import Augmentation
-from src.data.crop import crop_sample
-from src.data.dataset import Fetched
-from src.data.loader import collate
+from src.data.crop import crop_samples
 from src.evaluate.bootstrap import Estimate, Group
 from src.evaluate.plot import plot_pck
 from src.evaluate.tables import group_grid_2d, metric_grid
@@ -75,7 +73,7 @@ def test_independent_of_patch_size_augmentation_and_side(
         np.zeros((21, 3)), np.zeros(21), np.zeros(48), np.zeros(10), False, True,
         np.array([500.0, 520.0]), np.array([319.5, 199.5]), True,
     )  # fmt: skip
-    batch, _ = collate(Fetched(rows=[crop_sample(sample, augmentation, img_size, 2.0)]))
+    batch = crop_samples([sample], [augmentation], img_size, 2.0).map(torch.from_numpy)
     homography = batch.image_to_patch[0].double().numpy()
     patch = np.concatenate([moved(SHARES), np.ones((21, 1))], axis=1) @ homography.T
     prediction = prediction_of(batch, torch.tensor(patch[None, :, :2] / patch[None, :, 2:]))

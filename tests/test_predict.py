@@ -16,7 +16,7 @@ from src.batch import Batch, Sample
 from src.checkpoint.save import TrainState, save_checkpoint
 from src.config import Config
 from src.data.augment import identity_augmentation
-from src.data.crop import crop_sample
+from src.data.crop import crop_samples
 from src.geometry.patch import BORDER, MIRROR
 from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
@@ -179,10 +179,10 @@ def test_it_sees_the_patch_of_training(net: PoseNet) -> None:
             *("key", "source", photograph(), is_right, BOX, zero[:, :2], zero[:, 0], zero, zero[:, 0]),
             *(np.zeros(48), np.zeros(10), False, True, FOCAL, PRINCPT, True),
         )
-        row = crop_sample(sample, identity_augmentation(), net.img_size, net.saved.expansion_ratio)
-        inputs = (row.patch, row.patch_focal, row.patch_princpt)
+        cropped = crop_samples([sample], [identity_augmentation()], net.img_size, net.saved.expansion_ratio)
+        batch = cropped.map(torch.from_numpy)
         with torch.no_grad():
-            expected = net.predict_patch(*(torch.from_numpy(value)[None] for value in inputs))
+            expected = net.predict_patch(batch.patch, batch.patch_focal, batch.patch_princpt)
         hands = net.predict([sample.image], [BOX], FOCAL, PRINCPT, is_right=is_right)
         assert np.array_equal(hands.joint_cam * (1 if is_right else MIRROR), expected.joint_cam.numpy())
 

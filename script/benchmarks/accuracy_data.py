@@ -61,7 +61,7 @@ def _batch(tensors: dict[str, torch.Tensor]) -> Batch:
 def rows_of(data: Batch, index: torch.Tensor) -> Batch:
     """The samples `index` [B] of a set."""
     names = ["demo"] * len(index)
-    return replace(data._map(lambda t: t[index.to(t.device)]), key=names, source=names)
+    return replace(data.map(lambda t: t[index.to(t.device)]), key=names, source=names)
 
 
 def baseline_errors(train: Batch, val: Batch, hand: HandArrays) -> dict[str, float]:

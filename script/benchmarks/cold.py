@@ -50,8 +50,8 @@ def _in_order(indexes: list[ShardIndex], read_ahead: bool = True) -> None:
     """Read every sample of an epoch in training order."""
     dataset = bench_dataset(indexes)
     for position in range(len(dataset)):
-        if read_ahead and dataset.ahead and position % _BATCH == 0:
-            dataset.ahead.go_on(range(position, position + _BATCH))
+        if read_ahead and dataset.readahead and position % _BATCH == 0:
+            dataset.readahead.advance(range(position, position + _BATCH))
         dataset.fetch(dataset.plan.locate(position))
 
 

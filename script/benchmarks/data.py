@@ -135,9 +135,9 @@ def _start_figures(folder: Path, source: Path) -> list[Figure]:
     slowest = 0.0
     for position in (0, num_frame // 3, num_frame - 40, 5 * num_frame + 12_345):
         start = time.perf_counter()
-        rows = bench_dataset(indexes).__getitems__(range(position, position + 32))
-        assert len(rows.rows) == 32
-        assert not rows.bad
+        fetched = bench_dataset(indexes).__getitems__(range(position, position + 32))
+        assert len(fetched.batch) == 32
+        assert not fetched.bad
         slowest = max(slowest, time.perf_counter() - start)
     memory, own = worker_memory(indexes)
     note = f"{num_frame:,} windows in {len(shards)} shards"

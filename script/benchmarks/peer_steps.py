@@ -34,9 +34,8 @@ from script.benchmarks.shards import records
 from src.batch import Batch, Sample
 from src.config import Config
 from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation
-from src.data.crop import crop_samples, turn_samples
-from src.data.dataset import Fetched, HandDataset
-from src.data.loader import collate
+from src.data.crop import crop_samples, empty_batch, fill_labels
+from src.data.dataset import HandDataset
 from src.data.rng import uniforms
 from src.data.shards.writer import write_shards
 from src.hand.load import load_hand
@@ -154,7 +153,7 @@ class PeerStep:
         ahead = self.cfg.GENERAL.prefetch_factor if worker else None
         size = self.cfg.TRAIN.sample_per_device
         return iter(
-            DataLoader(self.rows(self.dataset), size, num_workers=worker, prefetch_factor=ahead, collate_fn=list)
+            DataLoader(self.rows(self.dataset), size, num_workers=worker, prefetch_factor=ahead, collate_fn=tuple)
         )
 
     def update(self, loss: torch.Tensor) -> torch.Tensor:
@@ -188,10 +187,10 @@ class _HamerRows(_Rows):
     mean = np.array([123.675, 116.28, 103.53], np.float32)[:, None, None]
     std = np.array([58.395, 57.12, 57.375], np.float32)[:, None, None]
 
-    def __getitems__(self, positions: list[int]) -> list[tuple[np.ndarray, Any]]:
-        size, ratio = self.dataset.img_size, self.dataset.expansion_ratio
-        rows = crop_samples(*self.samples(positions), size, ratio, positions)
-        return [(self._normalised(row.patch, position), row) for row, position in zip(rows, positions)]
+    def __getitems__(self, positions: list[int]) -> tuple[torch.Tensor, Batch]:
+        batch = crop_samples(*self.samples(positions), self.dataset.img_size, self.dataset.expansion_ratio)
+        patches = [self._normalised(patch, position) for patch, position in zip(batch.patch, positions)]
+        return torch.from_numpy(np.stack(patches)), batch.map(torch.from_numpy)
 
     def _normalised(self, patch: np.ndarray, position: int) -> np.ndarray:
         colour = np.random.default_rng(position).uniform(0.8, 1.2, (3, 1, 1)).astype(np.float32)
@@ -203,9 +202,8 @@ class HamerStep(PeerStep):
 
     name, peer, rows = "HaMeR's step", "hamer", _HamerRows
 
-    def step(self, batch: list[tuple[np.ndarray, Any]]) -> None:
-        patch = torch.from_numpy(np.stack([patch for patch, _ in batch])).to(self.device)
-        labels = collate(Fetched(rows=[row for _, row in batch]))[0].to(self.device)
+    def step(self, batch: tuple[torch.Tensor, Batch]) -> None:
+        patch, labels = (part.to(self.device) for part in batch)
         self.net.tokens = lambda _: self.net.backbone(patch)  # the patch came normalised
         loss = self.net.training_loss(labels)
         if torch.isnan(loss):
@@ -217,12 +215,12 @@ class HamerStep(PeerStep):
 class _FrameRows(_Rows):
     """The whole frame as uint8, with the labels and the homography to the patch."""
 
-    def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, Any]]:
+    def __getitems__(self, positions: list[int]) -> tuple[list[torch.Tensor], Batch]:
         samples, augmentations = self.samples(positions)
-        empty = np.empty((len(samples), 3, self.dataset.img_size, self.dataset.img_size), np.uint8)  # cut on the device
-        rows, _ = turn_samples(samples, augmentations, empty, self.dataset.expansion_ratio, positions)
+        batch = empty_batch(len(samples), self.dataset.img_size)  # its patches are cropped on the device
+        fill_labels(batch, range(len(samples)), samples, augmentations, self.dataset.expansion_ratio)
         frames = [torch.from_numpy(sample.image).permute(2, 0, 1).contiguous() for sample in samples]
-        return list(zip(frames, rows))
+        return frames, batch.map(torch.from_numpy)
 
 
 class CsVitStep(PeerStep):
@@ -230,11 +228,11 @@ class CsVitStep(PeerStep):
 
     name, peer, rows = "CS-ViT2's step", "csvit", _FrameRows
 
-    def step(self, batch: list[tuple[torch.Tensor, Any]]) -> None:
-        labels = collate(Fetched(rows=[row for _, row in batch]))[0].to(self.device)
+    def step(self, batch: tuple[list[torch.Tensor], Batch]) -> None:
+        frames, labels = batch[0], batch[1].to(self.device)
         patch = [
             warp_frame(frame.to(self.device).float() / 255, matrix, self.cfg.MODEL.img_size)
-            for (frame, _), matrix in zip(batch, labels.image_to_patch)
+            for frame, matrix in zip(frames, labels.image_to_patch)
         ]
         patch = self.augment(torch.stack(patch))
         loss = self.net.training_loss(replace(labels, patch=patch * 255))

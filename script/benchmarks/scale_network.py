@@ -17,9 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from script.benchmarks.measurement import seconds_of
 from src.batch import Batch
 from src.config import Config
-from src.data.crop import padding_patch
-from src.data.dataset import Fetched
-from src.data.loader import collate
+from src.data.crop import empty_batch, pad_rows
 from src.distributed.processes import take_down_process_group
 from src.hand.mano import ManoLayer
 from src.hand.standin.build import build_standin_hand
@@ -31,7 +29,9 @@ STEP_PER_BLOCK = 4
 
 def grey_batch(num: int, img_size: int) -> Batch:
     """[num] patches without a hand: they cost what pictures cost."""
-    return collate(Fetched(rows=[padding_patch(img_size)] * num))[0]
+    batch = empty_batch(num, img_size)
+    pad_rows(batch, range(num))
+    return batch.map(torch.from_numpy)
 
 
 def step(model: nn.Module, hand: ManoLayer, batch: Batch) -> None:

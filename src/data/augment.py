@@ -1,8 +1,8 @@
-"""Augmentation as a value: what to do to one sample is drawn first (a function of uniform numbers), applied later.
+"""Augmentation as a value: parameters are drawn first, as a function of uniform numbers, and applied later.
 
-The geometric part (`roll`, `tilt`, `zoom`, `shift`) is carried out by src/geometry/patch.py: a turn and zoom of a
+The geometric part (`roll`, `tilt`, `zoom`, `shift`) is applied by src/geometry/patch.py as a rotation and zoom of a
 virtual camera, so image, 2D, 3D and MANO root stay consistent. The photometric part (`PixelAugmentation`) is applied
-here, on the uint8 patch: occluder, then lens (blur), then exposure (colour), then sensor (noise).
+here to the uint8 patch: occluder, then lens (blur), exposure (colour) and sensor (noise).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from src.data.rng import stream
 
-NUM_UNIFORM = 20  # numbers that one draw takes
+NUM_UNIFORM = 20  # random numbers per draw
 _NOISE_SIZE = 3 << 20
 _NOISE_UNIT = 32.0  # standard deviation of the noise table, in its own uint8 steps
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -38,30 +38,30 @@ class Occluder:
 
 @dataclass(frozen=True)
 class PixelAugmentation:
-    """What happens to the pixels of the patch; the defaults do nothing."""
+    """Changes to the pixels of the patch; the defaults change nothing."""
 
     brightness: float = 1.0  # factor
     contrast: float = 1.0  # factor about mid-grey
-    saturation: float = 1.0  # 0 grey, 1 untouched
+    saturation: float = 1.0  # 0: grey, 1: unchanged
     noise_std: float = 0.0  # grey levels
-    noise_offset: float = 0.0  # where in the noise table to begin, 0..1
+    noise_offset: float = 0.0  # where to start in the noise table, 0..1
     blur_sigma: float = 0.0  # patch px
     occluder: Occluder | None = None
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One draw of everything that varies; the defaults are the identity."""
+    """One draw of all augmentation parameters; the defaults are the identity."""
 
-    roll: float = 0.0  # rad, turn of the camera about its principal axis
-    tilt: tuple[float, float] = (0.0, 0.0)  # rad, rotation vector (x, y) of the perspective turn
+    roll: float = 0.0  # rad, rotation of the camera about its principal axis
+    tilt: tuple[float, float] = (0.0, 0.0)  # rad, rotation vector (x, y) of the perspective rotation
     zoom: float = 1.0  # factor on the side of the crop box: above 1 the hand looks smaller
     shift: tuple[float, float] = (0.0, 0.0)  # fraction of the crop box's side
     pixel: PixelAugmentation = PixelAugmentation()
 
 
 def identity_augmentation() -> Augmentation:
-    """What validation uses: the plain crop."""
+    """No augmentation: the plain crop, used in validation."""
     return Augmentation()
 
 
@@ -69,11 +69,10 @@ def draw_augmentation(u: Sequence[float], cfg: Any) -> Augmentation:
     """Draw one augmentation from the knobs of the TRAIN section.
 
     Args:
-        u: NUM_UNIFORM numbers in [0, 1) that belong to this position; each has one use, so that one knob does not move
-            another.
-        cfg: has rot_max and persp_rot_max (degrees), scale_z_range and scale_f_range (factors [low, high]), shift_max
+        u: NUM_UNIFORM numbers in [0, 1) of one position; each is used once, so no knob affects the draw of another.
+        cfg: rot_max and persp_rot_max (degrees), scale_z_range and scale_f_range (factors [low, high]), shift_max
             (fraction of the crop's side), brightness, contrast, saturation (largest change of the factor), noise_std
-            (grey levels), blur_max (sigma, patch px), occlusion_prob. A knob of 0 (or [1, 1]) switches its part off.
+            (grey levels), blur_max (sigma, patch px), occlusion_prob. A knob of 0 (or [1, 1]) disables its part.
     """
     signed = [2.0 * value - 1.0 for value in u]
     tilt, direction = math.radians(cfg.persp_rot_max) * u[1], 2.0 * math.pi * u[2]
@@ -86,6 +85,7 @@ def draw_augmentation(u: Sequence[float], cfg: Any) -> Augmentation:
         blur_sigma=cfg.blur_max * max(0.0, signed[12]),
         occluder=_occluder(u[14:20]) if u[13] < cfg.occlusion_prob else None,
     )
+    # scale_z_range and scale_f_range are one zoom under two keys; a single draw would change every augmented batch.
     return Augmentation(
         roll=math.radians(cfg.rot_max) * signed[0],
         tilt=(tilt * math.cos(direction), tilt * math.sin(direction)),
@@ -101,7 +101,7 @@ def _between(bounds: Any, fraction: float) -> float:
 
 
 def _occluder(u: Sequence[float]) -> Occluder:
-    """A rectangle inside the patch from six uniform numbers; the colour's channels share most of their brightness."""
+    """A rectangle inside the patch from six uniform numbers, in a slightly tinted grey."""
     low, high = _OCCLUDER_SIDE
     width, height = low + (high - low) * u[0], low + (high - low) * u[1]
     left, top = (1.0 - width) * u[2], (1.0 - height) * u[3]
@@ -111,10 +111,10 @@ def _occluder(u: Sequence[float]) -> Occluder:
 
 
 def augment_pixels(patch: np.ndarray, pixel: PixelAugmentation) -> np.ndarray:
-    """The patch [S, S, 3] uint8 RGB after the photometric changes; the input itself if there are none."""
+    """The patch [S, S, 3] uint8 RGB after the photometric changes; the input array itself if there are none."""
     if pixel.occluder is not None:
         patch = _occlude(patch, pixel.occluder)
-    if pixel.blur_sigma > 0.25:  # below that the kernel's neighbours weigh less than a grey level
+    if pixel.blur_sigma > 0.25:  # below that, neighbours contribute less than a grey level
         kernel = cv2.getGaussianKernel(2 * math.ceil(2.5 * pixel.blur_sigma) + 1, pixel.blur_sigma)
         patch = cv2.sepFilter2D(patch, -1, kernel, kernel)
     if (pixel.brightness, pixel.contrast, pixel.saturation) != (1.0, 1.0, 1.0):
@@ -148,7 +148,7 @@ def _color_matrix(pixel: PixelAugmentation) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _noise_table() -> np.ndarray:
-    """Gaussian noise about 128, [_NOISE_SIZE] uint8; drawing it anew per patch would cost as much as the decode."""
+    """Gaussian noise around 128, [_NOISE_SIZE] uint8; drawing new noise per patch would cost as much as decoding."""
     noise = stream("noise table").standard_normal(_NOISE_SIZE, dtype=np.float32)
     return np.clip(np.rint(128.0 + _NOISE_UNIT * noise), 0, 255).astype(np.uint8)
 

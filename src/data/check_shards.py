@@ -1,14 +1,13 @@
-"""Reads shards from end to end and reports what is damaged in them, by reason, with shard and key.
+"""Reads shards from end to end and reports corrupt samples by reason, with shard and key.
 
-Works on the bytes alone, so nothing that an index remembers can hide damage; where an up-to-date index is stored, it is
-used the other way round: frames whose bytes no longer have its crc32 have rotted since.
+The result depends on the bytes alone, so a stored index cannot hide corruption. Where an up-to-date index is stored,
+frames whose bytes no longer match its crc32 are reported as well: they have changed since it was built.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,29 +16,27 @@ import numpy as np
 
 from src.data.image import decode_image
 from src.data.sample import make_sample
-from src.data.shards.build_index import build_index, index_places, worker_context
-from src.data.shards.index import MAX_NAMED, Bad, ShardIndex, load_index
+from src.data.shards.build_index import build_index, find_index, index_places, map_shards
+from src.data.shards.errors import reason_of
+from src.data.shards.index import MAX_NAMED, Bad, ShardIndex
 from src.data.shards.reader import ShardReader
-from src.data.shards.safe_parse import reason_of
 from src.utils.text import printable
-
-STALE_INDEX = "stale_index"
 
 
 @dataclass
 class ShardReport:
-    """What is known about one shard after reading it."""
+    """The result of checking one shard."""
 
     shard: Path
     size: int = 0  # bytes
     num_sample: int = 0
-    num_frame: int = 0  # healthy ones
+    num_frame: int = 0  # healthy frames
     bad_count: Counter[str] = field(default_factory=Counter)  # reason -> frames
-    bad: list[Bad] = field(default_factory=list)  # the first of them by key
-    has_stale_index: bool = False  # its index is older than the shard; the next run makes it anew
+    bad: list[Bad] = field(default_factory=list)  # the first MAX_NAMED of them
+    has_stale_index: bool = False  # a stored index is out of date; the next run rebuilds it
 
     def add(self, bad: Bad) -> None:
-        """Count a frame that the index of the same bytes took for healthy."""
+        """Count a frame that was healthy so far as bad."""
         self.bad_count[bad.reason] += bad.num_frame
         self.num_frame -= bad.num_frame
         if len(self.bad) < MAX_NAMED:
@@ -53,31 +50,20 @@ def check_shards(
     num_process: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ShardReport]:
-    """Check every shard; damage of any kind ends up in the reports, in the order of `shards`.
+    """Check every shard; returns the reports in the order of `shards`.
 
     Args:
-        decode: also decode every image, and check its box against its size.
+        decode: also decode every image and check its box against its size.
         index_dir: as DATA.index_dir, to find the stored indexes.
         num_process: how many shards are read at once.
-        progress: called with (bytes done, bytes in all) after each shard.
+        progress: called with (bytes done, bytes in total) after each shard.
     """
-    check = partial(check_shard, decode=decode, index_dir=index_dir)
-    reports: dict[Path, ShardReport] = {}
     sizes = {shard: _size(shard) for shard in shards}
-    total = sum(sizes.values())
-
-    def take(report: ShardReport) -> None:
-        reports[report.shard] = report
+    reports: dict[Path, ShardReport] = {}
+    for shard, report in map_shards(partial(check_shard, decode=decode, index_dir=index_dir), shards, num_process):
+        reports[shard] = report
         if progress:
-            progress(sum(sizes[shard] for shard in reports), total)
-
-    if min(num_process, len(shards)) <= 1:
-        for shard in shards:
-            take(check(shard))
-    else:
-        with ProcessPoolExecutor(num_process, worker_context()) as pool:
-            for future in as_completed([pool.submit(check, shard) for shard in shards]):
-                take(future.result())
+            progress(sum(sizes[done] for done in reports), sum(sizes.values()))
     return [reports[shard] for shard in shards]
 
 
@@ -89,7 +75,7 @@ def _size(shard: Path) -> int:
 
 
 def check_shard(shard: Path, decode: bool = False, index_dir: str | Path | None = None) -> ShardReport:
-    """Read one shard from end to end. A file that cannot be read is reported, too (`unreadable`)."""
+    """Read one shard from end to end. A file that cannot be read is reported as `unreadable`."""
     try:
         index = build_index(shard)
         report = ShardReport(
@@ -104,11 +90,10 @@ def check_shard(shard: Path, decode: bool = False, index_dir: str | Path | None 
 
 
 def _compare(report: ShardReport, index: ShardIndex, index_dir: str | Path | None) -> None:
-    """Report frames whose bytes have changed since the stored index was made."""
-    places = [place for place in index_places(index.shard, index_dir) if place.is_file()]
-    stored = next((found for place in places if (found := load_index(index.shard, place)) is not None), None)
+    """Report frames whose bytes have changed since the stored index was built."""
+    stored = find_index(index.shard, index_dir)
     if stored is None:
-        report.has_stale_index = bool(places)
+        report.has_stale_index = any(place.is_file() for place in index_places(index.shard, index_dir))
         return
     now, then = index.tables(), stored.tables()
     now_rows = _checksums(now.sample, now.frame)
@@ -121,14 +106,14 @@ def _compare(report: ShardReport, index: ShardIndex, index_dir: str | Path | Non
 
 
 def _checksums(sample: np.ndarray, frame: np.ndarray) -> dict[tuple[int, int], tuple[int, int]]:
-    """(sample's offset, frame number) -> (crc32 of the image, crc32 of the annotations)."""
+    """(offset of the sample, frame number) -> (crc32 of the image, crc32 of the annotations)."""
     owner = sample[frame["sample"]]
     places = zip(owner["offset"].tolist(), frame["frame"].tolist())
     return dict(zip(places, zip(frame["crc"].tolist(), owner["note_crc"].tolist())))
 
 
 def _decode(report: ShardReport, index: ShardIndex) -> None:
-    """Decode every frame that has passed so far."""
+    """Decode every frame that is healthy so far."""
     reader = ShardReader(index, stride=1)
     for row in range(index.num_frame()):
         try:
@@ -147,7 +132,7 @@ def merge(reports: Sequence[ShardReport]) -> Counter[str]:
 
 
 def examples(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[str]:
-    """The first few `key in shard` of one reason, one shard after the other in turn."""
+    """The first `num` examples of a reason as "<key> in <shard>", taken from the shards in turn."""
     by_shard = [[bad.key for bad in report.bad if bad.reason == reason] for report in reports]
     found = [
         (turn, f"{printable(key) or '(no key)'} in {report.shard}")

@@ -1,8 +1,8 @@
-"""A contact sheet of what the loader feeds: patches with joints, before and after strong augmentation.
+"""A contact sheet of the loader's output: patches with joints, before and after strong augmentation.
 
-Three rows a hand: the plain crop, an augmented crop, and the augmented crop again with the joints as its patch camera
-projects the 3D joints. All three skeletons must sit on the hand: the second proves that picture and 2D are moved
-together, the third that camera and 3D are moved with them.
+Each hand has three rows: the plain crop, an augmented crop, and the augmented crop with the 3D joints projected by the
+patch camera. All three skeletons must match the hand: the second shows that image and 2D joints are transformed
+together, the third that camera and 3D joints are, too.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
+from src.batch import Batch
 from src.data.augment import NUM_UNIFORM, draw_augmentation, identity_augmentation
-from src.data.crop import PatchSample, crop_sample
+from src.data.crop import crop_samples
 from src.data.dataset import HandDataset
 from src.data.order.plan import FixedPlan, Place
 from src.data.rng import uniforms
 from src.data.shards.index import ShardIndex
 from src.utils.vis import draw_skeleton, tile
 
-# Stronger than any recipe in config/augmentation: a mistake in the geometry should be seen at a glance.
+# Stronger than any choice in config/augmentation, so that errors in the geometry are obvious.
 STRONG = SimpleNamespace(
     rot_max=180.0,
     persp_rot_max=35.0,
@@ -39,7 +40,7 @@ _LABEL_RGB = (255, 255, 255)
 
 
 def spread_places(shards: Sequence[ShardIndex], num: int) -> list[Place]:
-    """`num` places at equal distances over all healthy frames of the shards, or all of them where there are fewer."""
+    """`num` evenly spaced places among all healthy frames of the shards, or all of them if there are fewer."""
     ends = np.cumsum([shard.num_frame() for shard in shards])
     total = int(ends[-1]) if len(ends) else 0
     places = []
@@ -52,10 +53,10 @@ def spread_places(shards: Sequence[ShardIndex], num: int) -> list[Place]:
 def contact_sheet(
     shards: Sequence[ShardIndex], num_hand: int = 24, num_column: int = 8, side: int = 224, expansion_ratio: float = 2.0
 ) -> np.ndarray | None:
-    """The sheet as uint8 RGB, `num_column` hands side by side; None where the shards hold no usable frame.
+    """The sheet as uint8 RGB, `num_column` hands side by side; None if the shards have no usable frame.
 
     Args:
-        shards: indexes; the hands are spread evenly over their frames.
+        shards: indexes; the hands are spaced evenly over their frames.
         side: of a patch, px; expansion_ratio: side of the crop over the longer side of the hand's box.
     """
     places = spread_places(shards, num_hand)
@@ -66,11 +67,10 @@ def contact_sheet(
     for number, place in enumerate(places):
         strong = draw_augmentation(uniforms("sheet", number, num=NUM_UNIFORM), STRONG)
         try:
-            sample = dataset.read(place)
-            plain, moved = (crop_sample(sample, a, side, expansion_ratio) for a in (identity_augmentation(), strong))
+            batch = crop_samples([dataset.read(place)] * 2, [identity_augmentation(), strong], side, expansion_ratio)
         except Exception:
             continue  # counted where the loader reads it
-        columns.append((_with_2d(plain), _with_2d(moved), _with_3d(moved)))
+        columns.append((_with_2d(batch, 0), _with_2d(batch, 1), _with_3d(batch, 1)))
     if not columns:
         return None
     rows = []
@@ -81,27 +81,28 @@ def contact_sheet(
     return tile(rows, min(num_column, len(columns)))
 
 
-def _picture(row: PatchSample) -> np.ndarray:
-    return np.ascontiguousarray(row.patch.transpose(1, 2, 0))
+def _patch(batch: Batch, row: int) -> np.ndarray:
+    return np.ascontiguousarray(batch.patch[row].transpose(1, 2, 0))
 
 
-def _with_2d(row: PatchSample) -> np.ndarray:
-    """The patch with its 2D joints, named by side and data set."""
-    image = draw_skeleton(_picture(row), row.joint_patch, row.joint_2d_valid)
-    return _label(image, f"{'right' if row.is_right else 'left, mirrored'} {row.source}")
+def _with_2d(batch: Batch, row: int) -> np.ndarray:
+    """The patch with its 2D joints, labelled with side and data set."""
+    image = draw_skeleton(_patch(batch, row), batch.joint_patch[row], batch.joint_2d_valid[row])
+    return _label(image, f"{'right' if batch.is_right[row] else 'left, mirrored'} {batch.source[row]}")
 
 
-def _with_3d(row: PatchSample) -> np.ndarray:
-    """The patch with its 3D joints as the patch camera sees them, where they and the camera are known."""
-    if not (row.has_intr and row.joint_3d_valid.any()):
-        return _label(_picture(row), "no 3D in a known camera")
-    depth = np.maximum(row.joint_cam[:, 2:], 1.0)
-    joint = row.joint_cam[:, :2] / depth * row.patch_focal + row.patch_princpt
-    return _label(draw_skeleton(_picture(row), joint, row.joint_3d_valid), "3D")
+def _with_3d(batch: Batch, row: int) -> np.ndarray:
+    """The patch with its 3D joints projected by the patch camera, where joints and camera are known."""
+    joint_cam, valid = batch.joint_cam[row], batch.joint_3d_valid[row]
+    if not (batch.has_intr[row] and valid.any()):
+        return _label(_patch(batch, row), "no 3D in a known camera")
+    depth = np.maximum(joint_cam[:, 2:], 1.0)
+    joint = joint_cam[:, :2] / depth * batch.patch_focal[row] + batch.patch_princpt[row]
+    return _label(draw_skeleton(_patch(batch, row), joint, valid), "3D")
 
 
 def _label(image: np.ndarray, text: str) -> np.ndarray:
-    text = text.encode("ascii", "replace").decode()  # OpenCV draws no others
+    text = text.encode("ascii", "replace").decode()  # OpenCV cannot draw other characters
     font, origin = cv2.FONT_HERSHEY_SIMPLEX, (4, image.shape[0] - 6)
     cv2.putText(image, text, origin, font, 0.38, (0, 0, 0), 3, cv2.LINE_AA)
     return cv2.putText(image, text, origin, font, 0.38, _LABEL_RGB, 1, cv2.LINE_AA)

@@ -1,4 +1,4 @@
-"""The books of damage: how many frames were bad, for which reason, where; and when that is too much."""
+"""Counts bad frames by reason, with examples, and stops the run when there are too many."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from src.data.shards.index import ShardIndex
 
 logger = logging.getLogger("stage1.data")  # below the logger of src/utils/console.py
 _MAX_EXAMPLE = 20
-_AT = ", at position "  # what an example ends with
-_MIN_READ = 1000  # fewer frames than this say little about a fraction
+_AT = ", at position "  # followed by the position at the end of an example
+_MIN_READ = 1000  # frames below which a fraction means little
 
 
 class BadDataError(ValueError):
-    """More of the data is damaged than `DATA.max_bad_fraction` allows; the message holds a table."""
+    """More frames are bad than `DATA.max_bad_fraction` allows; the message contains a table."""
 
 
 class DataHealth:
-    """Counts by reason: `indexed` from the shards' indexes, `read` from reading."""
+    """Bad frames by reason: `indexed` when the shards were indexed, `read` while reading."""
 
     def __init__(self, sources: Sequence[Sequence[ShardIndex]], max_bad_fraction: float) -> None:
         self.max_bad_fraction = max_bad_fraction
@@ -30,7 +30,7 @@ class DataHealth:
         self.read: Counter[str] = Counter()
         self.example: list[str] = []  # from the indexes
         self.read_example: list[str] = []
-        self._num_passed_on = 0  # of read_example
+        self._num_reported = 0  # of read_example, by new_lines
         for shard in (shard for source in sources for shard in source):
             self.num_frame += shard.num_frame()
             self.indexed.update(shard.bad_count)
@@ -38,7 +38,7 @@ class DataHealth:
             self.example += [f"{bad.reason}: {bad.key} in {shard.shard}" for bad in shard.bad[: max(0, room)]]
 
     def add(self, num_read: int, bad: Sequence[BadFrame]) -> None:
-        """Take in the rows of a batch. Raises BadDataError when it is too much, or a position has no frame left."""
+        """Count a batch of `num_read` rows. Raises BadDataError if too many frames, or all of a position, were bad."""
         self.num_read += num_read
         for frame in bad:
             self.read[frame.reason] += 1
@@ -51,35 +51,35 @@ class DataHealth:
             self._check_position(bad)
 
     def new_lines(self) -> list[str]:
-        """What this process has told of bad frames since it was last asked, for a log that another one keeps."""
-        begin, self._num_passed_on = self._num_passed_on, len(self.read_example)
+        """The lines this process has logged since the last call, for the log file that the main process writes."""
+        begin, self._num_reported = self._num_reported, len(self.read_example)
         return [_line(example) for example in self.read_example[begin:]]
 
     def counts(self) -> dict[str, int]:
-        """Bad frames by reason, from indexes and from reading."""
+        """Bad frames by reason, indexing and reading together."""
         return dict(sorted((self.indexed + self.read).items()))
 
     def check(self) -> None:
-        """Raises BadDataError when the shards, or what was read of them, hold more bad frames than allowed."""
+        """Raises BadDataError if the shards, or the frames read so far, contain more bad frames than allowed."""
         num_indexed, num_read = self.indexed.total(), self.read.total()
         shards_bad = num_indexed > self.max_bad_fraction * (self.num_frame + num_indexed)
         if shards_bad or num_read > self.max_bad_fraction * max(self.num_read, _MIN_READ):
             raise BadDataError(
                 f"DATA.max_bad_fraction={self.max_bad_fraction}: {self.summary()}\n{self.table()}\n"
-                "Look closer with script/check_shards.py; repair or leave them out, or raise DATA.max_bad_fraction"
+                "Inspect the shards with script/check_shards.py; repair or exclude them, or raise DATA.max_bad_fraction"
             )
 
     def _check_position(self, bad: Sequence[BadFrame]) -> None:
-        """Raises BadDataError where every frame that was tried for a position was bad."""
+        """Raises BadDataError if all frames tried for a position were bad."""
         position, count = Counter(frame.position for frame in bad).most_common(1)[0]
         if count >= MAX_ATTEMPT:
             raise BadDataError(
                 f"position {position}: {count} frames in a row cannot be used; {self.summary()}\n{self.table()}\n"
-                "Look closer with script/check_shards.py; repair the shards or leave them out"
+                "Inspect the shards with script/check_shards.py; repair or exclude them"
             )
 
     def summary(self) -> str:
-        """One line: how much is bad, and why."""
+        """One line: how many frames are bad, and why."""
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.counts().items()) or "nothing"
         return (
             f"bad in the shards: {self.indexed.total()} of {self.num_frame + self.indexed.total()} frames, "
@@ -87,12 +87,12 @@ class DataHealth:
         )
 
     def table(self) -> str:
-        """Reason, count and examples, for people."""
+        """A table of reasons, counts and examples."""
         lines = [f"  {reason:<20} {count:>8}" for reason, count in self.counts().items()]
         return "\n".join([*lines, *(f"    {example}" for example in [*self.example, *self.read_example])])
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found while reading (the indexes are counted anew)."""
+        """The counts from reading; those of the indexes are loaded with the shards."""
         return {"num_read": self.num_read, "read": dict(self.read), "example": list(self.read_example)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class DataHealth:
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The `state_dict` of all ranks together, from those of each. Only one rank may load it again."""
+    """The sum of all ranks' `state_dict`. Only one rank may load it."""
     read = sum((Counter(state["read"]) for state in states), Counter())
     example = sorted((text for state in states for text in state.get("example", [])), key=_position)[:_MAX_EXAMPLE]
     num_read = sum(state["num_read"] for state in states)
@@ -113,5 +113,5 @@ def _line(example: str) -> str:
 
 
 def _position(example: str) -> int:
-    """The position that an example was read at. Sorted by it, the first of all ranks do not depend on resumes."""
+    """The position of an example. Sorting by it makes the kept examples independent of resumes."""
     return int(example.rpartition(_AT)[2])

@@ -1,16 +1,16 @@
-"""Encoded images: what their headers say, and their pixels."""
+"""Encoded images: format and size from the header, and decoding."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
 
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 
-# An EXIF orientation is ignored: annotations refer to the stored pixels.
+# EXIF orientation is ignored: annotations refer to the stored pixels.
 _DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _PNG = b"\x89PNG\r\n\x1a\n"
-_NO_SIZE = frozenset({0x01, *range(0xD0, 0xD9)})  # jpeg markers that stand alone
+_NO_SIZE = frozenset({0x01, *range(0xD0, 0xD9)})  # jpeg markers without a length
 _FRAME = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
 
 
@@ -25,7 +25,7 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
     except cv2.error:
         image = None
     if image is None:
-        raise SampleError("undecodable_image", f"{len(data)} bytes do not decode")
+        raise SampleError("undecodable_image", f"{len(data)} bytes cannot be decoded")
     return image
 
 
@@ -45,7 +45,7 @@ def image_info(data: bytes | memoryview) -> tuple[str, tuple[int, int]]:
         if marker in _FRAME:
             return "jpg", (int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big"))
         at += 1 if marker == 0xFF else 2 if marker in _NO_SIZE else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    raise SampleError("undecodable_image", "neither a jpeg nor a png nor a webp header")
+    raise SampleError("undecodable_image", "not a jpeg, png or webp header")
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
@@ -58,4 +58,4 @@ def _webp_size(head: bytes) -> tuple[int, int]:
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     if kind == b"VP8X":
         return int.from_bytes(head[12:15], "little") + 1, int.from_bytes(head[15:18], "little") + 1
-    raise SampleError("undecodable_image", f"a webp whose first chunk is {kind!r}")
+    raise SampleError("undecodable_image", f"a webp image whose first chunk is {kind!r}")

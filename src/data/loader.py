@@ -1,7 +1,7 @@
-"""Batches in the order of the plan: any number of workers and ranks, resumable at any batch.
+"""Batches in the data order, for any number of workers and ranks, resumable at any batch.
 
-Micro-batch k of rank r of W holds the B positions from start + (k W + r) B on, so the global micro-batch is the same
-stretch of the order for 1 x 8, 2 x 4 and 4 x 2 samples, and a run resumes by one integer.
+Micro-batch k of rank r of W holds the B positions starting at start + (k W + r) B. The global micro-batch is therefore
+the same range of the order for 1 x 8, 2 x 4 and 4 x 2 samples, and one integer is enough to resume a run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from itertools import count
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -31,40 +30,12 @@ Progress = Callable[[int, int], None]
 
 
 def collate(fetched: Fetched) -> tuple[Batch, list[BadFrame]]:
-    """Stack the rows of a batch into tensors; what was bad travels beside them."""
-    rows = fetched.rows
-
-    def stack(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.array([getattr(row, name) for row in rows]))
-
-    def flag(name: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype)
-
-    batch = Batch(
-        key=[row.key for row in rows],
-        source=[row.source for row in rows],
-        position=flag("position", torch.int64),
-        is_right=flag("is_right", torch.bool),
-        patch=stack("patch") if fetched.patches is None else torch.from_numpy(fetched.patches),
-        patch_focal=stack("patch_focal"),
-        patch_princpt=stack("patch_princpt"),
-        cam_rot=stack("cam_rot"),
-        image_to_patch=stack("image_to_patch"),
-        joint_patch=stack("joint_patch"),
-        joint_2d_valid=stack("joint_2d_valid"),
-        joint_cam=stack("joint_cam"),
-        joint_3d_valid=stack("joint_3d_valid"),
-        mano_pose=stack("mano_pose"),
-        mano_shape=stack("mano_shape"),
-        has_mano=flag("has_mano", torch.float32),
-        flat_hand_mean=flag("flat_hand_mean", torch.bool),
-        has_intr=flag("has_intr", torch.float32),
-    )
-    return batch, fetched.bad
+    """The batch as tensors that share the arrays' memory, and the frames that could not be used."""
+    return fetched.batch.map(torch.from_numpy), fetched.bad
 
 
 class TrainBatchSampler:
-    """This rank's micro-batches from position `start` of the order on: `num_batch` of them, or without end (None)."""
+    """This rank's micro-batches from position `start` of the order: `num_batch` of them, or endless (None)."""
 
     def __init__(self, batch_size: int, start: int, num_batch: int | None, rank: int, world_size: int) -> None:
         assert 0 <= rank < world_size
@@ -83,7 +54,7 @@ class TrainBatchSampler:
 
 
 class ValBatchSampler:
-    """Every frame exactly once across ranks; all ranks have equally many batches of equal size, filled up with -1."""
+    """Every frame exactly once across ranks. All ranks have equally many batches of equal size, padded with -1."""
 
     def __init__(self, num_frame: int, batch_size: int, rank: int, world_size: int) -> None:
         assert 0 <= rank < world_size
@@ -99,7 +70,7 @@ class ValBatchSampler:
 
 
 class HandLoader:
-    """Iterates over Batches and keeps the books of damage in `health`; stops the run when there is too much of it."""
+    """Iterates over Batches and counts corrupt samples in `health`, which stops the run if there are too many."""
 
     def __init__(self, loader: DataLoader, health: DataHealth) -> None:
         self.loader, self.health = loader, health
@@ -112,14 +83,15 @@ class HandLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields Batch. Raises BadDataError when more than `DATA.max_bad_fraction` of the frames read were bad."""
+        """Yields Batch. Raises BadDataError if more than `DATA.max_bad_fraction` of the frames read were bad."""
         for batch, bad in self.loader:
             self.health.add(len(batch), bad)
             yield batch
 
 
-def _obey_parent_alone() -> None:
-    """Signals to the whole process group (Ctrl-C, Slurm) are meant for the trainer, who ends its workers by SIGTERM."""
+def _ignore_group_signals() -> None:
+    """Obey SIGTERM from the parent only. Signals to the whole process group (Ctrl-C, Slurm) are for the trainer, which
+    terminates its workers itself."""
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
@@ -132,35 +104,39 @@ def _obey_parent_alone() -> None:
 
 
 def _init_worker(_: int) -> None:
-    _obey_parent_alone()
-    cv2.setNumThreads(0)  # a pool of threads in every worker would fight for the cores, and may hang after a fork
+    _ignore_group_signals()
+    cv2.setNumThreads(0)  # a thread pool in every worker would compete for the cores, and may hang after a fork
 
 
 def _data_loader(dataset: HandDataset, sampler: Any, cfg: Config, pin_memory: bool, persistent: bool) -> DataLoader:
-    """A DataLoader over batches of positions."""
     num_worker = cfg.GENERAL.num_worker
-    many: dict[str, Any] = {}
+    worker_options: dict[str, Any] = {}
     if num_worker > 0:
-        many = {
+        worker_options = {
             "prefetch_factor": cfg.GENERAL.prefetch_factor,
             "persistent_workers": persistent,
             "multiprocessing_context": worker_context(),
             "worker_init_fn": _init_worker,
         }
     return DataLoader(
-        dataset, batch_sampler=sampler, num_workers=num_worker, collate_fn=collate, pin_memory=pin_memory, **many
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_worker,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        **worker_options,
     )
 
 
 def _open_sources(cfg: Config, source: Any, key: str, progress: Progress | None) -> list[list[ShardIndex]]:
-    """The indexes of every named source. Raises ValueError for one that holds no usable frame."""
+    """The indexes of every named source. Raises ValueError for a source without a usable frame."""
     sources = []
     for named in named_sources(source):
         shards = resolve_source(cfg.DATA.root, named.patterns, key)
         sources.append(open_indexes(shards, cfg.DATA.index_dir, max(1, cfg.GENERAL.num_worker), progress))
         if not sum(shard.num_frame(cfg.DATA.stride) for shard in sources[-1]):
             raise ValueError(
-                f"{key}={list(named.patterns)}: no frame in its {len(shards)} shards can be used; "
+                f"{key}={list(named.patterns)}: none of the frames in its {len(shards)} shards can be used; "
                 f"{DataHealth(sources[-1:], cfg.DATA.max_bad_fraction).summary()}"
             )
     return sources
@@ -177,19 +153,20 @@ def build_train_loader(
     pin_memory: bool = False,
     progress: Progress | None = None,
 ) -> HandLoader:
-    """Batches of training.
+    """The training batches.
 
     Args:
-        cfg: the whole configuration (GENERAL, TRAIN, DATA, MODEL are read).
-        hand_model: name of the run's hand model; parameters of another one are no target.
-        start: position to go on from: how many samples all ranks together have consumed. Any batch size may follow.
-        num_batch: micro-batches to give on each rank; None: endless.
-        rank, world_size: of this process; the order is the same as long as sample_per_device x world_size is.
-        progress: told about shards that have to be indexed first.
+        cfg: the whole configuration (GENERAL, TRAIN, DATA and MODEL are used).
+        hand_model: name of the run's hand model; MANO parameters of another model are not used.
+        start: position to resume from: the number of samples that all ranks together have consumed. The batch size may
+            differ from before.
+        num_batch: number of micro-batches on each rank; None: endless.
+        rank, world_size: of this process; the global order depends on sample_per_device x world_size only.
+        progress: called with (shards done, shards to index) while missing indexes are built.
 
     Raises:
-        ValueError: a source that matches no shard or holds no usable frame.
-        BadDataError: more damage than `DATA.max_bad_fraction` in the shards.
+        ValueError: a source matches no shard or has no usable frame.
+        BadDataError: more than `DATA.max_bad_fraction` of the frames in the shards are bad.
     """
     sources = _open_sources(cfg, cfg.DATA.train.source, "DATA.train.source", progress)
     seed, stride = cfg.GENERAL.seed, cfg.DATA.stride
@@ -215,11 +192,10 @@ def build_val_loader(
     pin_memory: bool = False,
     progress: Progress | None = None,
 ) -> HandLoader:
-    """Batches of validation: the frames fixed by `GENERAL.val_seed`, unaugmented, in one order, each once across ranks.
+    """The validation batches: frames selected by `GENERAL.val_seed`, unaugmented, in a fixed order, each on one rank.
 
-    Rows with position -1 fill up the last batches (and stand for frames that cannot be read). `half`: only the samples
-    of that half (src/data/order/plan.py). Other arguments and errors as in `build_train_loader`. May be iterated again
-    and again.
+    Rows with position -1 pad the last batches and replace frames that cannot be read. `half`: only the samples of that
+    half (src/data/order/plan.py). Other arguments and errors as in `build_train_loader`. Can be iterated repeatedly.
     """
     sources = _open_sources(cfg, cfg.DATA.val.source, "DATA.val.source", progress)
     shards = [shard for source in sources for shard in source]

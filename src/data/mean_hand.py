@@ -1,13 +1,13 @@
-"""The image-independent baseline: one answer for every image, computed from labels of the training set alone.
+"""The image-independent baseline ("mean hand"): one prediction for all images, from the training labels alone.
 
 Shape legend: N hands, B batch, J = 21 joints, V vertices, S patch side.
 
-What a metric compares decides what the best constant answer is, so there is one for each:
-  * root-relative joints and vertices: their means over the training set, each about its wrist;
+The best constant prediction depends on the metric, so there is one for each:
+  * root-relative joints and vertices: their means over the training set, relative to the wrist;
   * joints after Procrustes alignment: the hand model with the mean rotation of each joint and the mean shape;
-  * the wrist in the camera: the mean place in the patch and the mean width of the patch, in mm at the wrist's depth;
+  * the wrist in the camera: its mean position in the patch, and the mean width of the patch in mm at the wrist's depth;
   * joints in the camera: that wrist plus the mean root-relative joints.
-A network that is not better than these has learned nothing of the kind from its images.
+A network that does not beat these has learned nothing useful from the images.
 """
 
 from __future__ import annotations
@@ -18,23 +18,21 @@ import numpy as np
 import torch
 
 from src.data.augment import identity_augmentation
-from src.data.crop import PatchSample, turn_samples
+from src.data.crop import patch_labels
 from src.data.dataset import HandDataset
 from src.data.sample import annotated_sample
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 from src.geometry.camera import project, unproject
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays
 
-_POSED_TOGETHER = 250
-# Decimals of mm that are kept of a posed hand: the order in which a matrix product adds up depends on the number of
-# threads, and must not reach the logs.
-_DECIMALS = 4
+_POSE_BATCH = 250
+_DECIMALS = 4  # of mm, kept of posed hands: a matrix product's last bits depend on the number of threads
 
 
 @dataclass(frozen=True)
 class HandLabels:
-    """Labels of N hands in their patch cameras, without augmentation; each as in src/batch.py, as numpy array."""
+    """Labels of N hands in their patch cameras, without augmentation; fields as in src/batch.py, as numpy arrays."""
 
     joint_cam: np.ndarray  # [N, J, 3] mm
     joint_3d_valid: np.ndarray  # [N, J]
@@ -49,16 +47,16 @@ class HandLabels:
 
 @dataclass(frozen=True)
 class MeanHand:
-    """The constant answers; None where the training set has no label of the kind."""
+    """The constant predictions; None where the training set has no such labels."""
 
-    joint_rel: np.ndarray | None = None  # [J, 3] mm about the wrist
-    joint_posed: np.ndarray | None = None  # [J, 3] mm, mean articulation; its orientation and size mean nothing
-    vert_rel: np.ndarray | None = None  # [V, 3] mm about the wrist
-    wrist_offset: np.ndarray | None = None  # [2] from the patch's centre, in sides of the patch
+    joint_rel: np.ndarray | None = None  # [J, 3] mm, relative to the wrist
+    joint_posed: np.ndarray | None = None  # [J, 3] mm, mean articulation; orientation and size are arbitrary
+    vert_rel: np.ndarray | None = None  # [V, 3] mm, relative to the wrist
+    wrist_offset: np.ndarray | None = None  # [2] from the centre of the patch, as a fraction of its side
     patch_width: float | None = None  # mm that the patch's side spans at the wrist's depth: depth * S / focal
 
     def root_cam(self, focal: np.ndarray, princpt: np.ndarray, img_size: int) -> np.ndarray | None:
-        """The wrist [B, 3] mm in patch cameras with this focal [B, 2] and princpt [B, 2] px; None where not known."""
+        """The wrist [B, 3] mm in patch cameras with this focal [B, 2] and princpt [B, 2] px; None if unknown."""
         if self.wrist_offset is None or self.patch_width is None:
             return None
         pixel = 0.5 * (img_size - 1) + img_size * self.wrist_offset
@@ -67,38 +65,40 @@ class MeanHand:
 
 
 def mean_hand(dataset: HandDataset, hand: HandArrays, max_sample: int = 2000) -> MeanHand:
-    """The baseline from the first `max_sample` positions of the training order, left hands mirrored. The same whatever
-    the number of processes and workers; decodes no image."""
+    """The baseline from the first `max_sample` positions of the training order, left hands mirrored.
+
+    Does not depend on the number of processes and workers; decodes no image.
+    """
     return mean_of(training_labels(dataset, max_sample), hand, dataset.img_size)
 
 
 def training_labels(dataset: HandDataset, max_sample: int) -> HandLabels:
     """Labels of the first positions of `dataset`, cropped as in validation. Images are neither read nor decoded."""
-    rows: list[PatchSample] = []
-    patch = [np.empty((3, dataset.img_size, dataset.img_size), np.uint8)]
+    found = []
     for position in range(min(max_sample, len(dataset))):
         try:
             clip, number = dataset.annotation(dataset.plan.locate(position))
-            # The image's size would give a camera where none is known: there only root-relative labels are used.
+            # The image size only matters for a guessed camera, and there only root-relative labels are used.
             size = (int(max(clip.hand_bbox[number, 2], 0)) + 1, int(max(clip.hand_bbox[number, 3], 0)) + 1)
             sample = annotated_sample(clip, number, size, "", dataset.hand_model)
-            rows += turn_samples([sample], [identity_augmentation()], patch, dataset.expansion_ratio, [position])[0]
+            labels, _ = patch_labels([sample], [identity_augmentation()], dataset.img_size, dataset.expansion_ratio)
+            found.append(labels)
         except (SampleError, OSError, ValueError, ArithmeticError):
             continue  # reported when training reads it
-    return HandLabels(**{f.name: np.array([getattr(row, f.name) for row in rows]) for f in fields(HandLabels)})
+    return HandLabels(**{f.name: np.array([labels[f.name][0] for labels in found]) for f in fields(HandLabels)})
 
 
 def mean_of(labels: HandLabels, hand: HandArrays, img_size: int) -> MeanHand:
-    """The constant answers for these labels, from patches with a side of `img_size` px."""
+    """The baseline of these labels, from patches with a side of `img_size` px."""
     if not len(labels.has_mano):
         return MeanHand()
     posed, vert = _mean_hand_model(labels, hand)
-    offset, width = _mean_place(labels, img_size)
+    offset, width = _mean_position(labels, img_size)
     return MeanHand(_mean_joints(labels), posed, vert, offset, width)
 
 
 def _mean_joints(labels: HandLabels) -> np.ndarray | None:
-    """Mean wrist-relative joints [J, 3]; None where no hand has its wrist."""
+    """Mean wrist-relative joints [J, 3]; None if no hand has a valid wrist."""
     valid = (labels.joint_3d_valid * labels.joint_3d_valid[:, :1]).astype(np.float64)[..., None]
     relative = (labels.joint_cam - labels.joint_cam[:, :1]).astype(np.float64)
     count = valid.sum(axis=0)
@@ -107,7 +107,7 @@ def _mean_joints(labels: HandLabels) -> np.ndarray | None:
 
 @torch.no_grad()
 def _mean_hand_model(labels: HandLabels, hand: HandArrays) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Joints [J, 3] of the mean articulation and mean vertices [V, 3], about the wrist; None without MANO labels."""
+    """Joints [J, 3] of the mean articulation and mean vertices [V, 3], wrist-relative; None without MANO labels."""
     known = labels.has_mano > 0
     if not known.any():
         return None, None
@@ -116,22 +116,22 @@ def _mean_hand_model(labels: HandLabels, hand: HandArrays) -> tuple[np.ndarray |
     pose, shape, is_flat = (torch.from_numpy(getattr(labels, name)[known]) for name in names)
     rotmat, shape = layer.pose_to_rotmat(pose, is_flat), shape.double()
     total = torch.zeros(layer.num_vertex, 3, dtype=torch.float64)
-    for some in torch.arange(len(pose)).split(_POSED_TOGETHER):
+    for some in torch.arange(len(pose)).split(_POSE_BATCH):
         total += layer(rotmat[some], shape[some]).vert.sum(dim=0)
     articulated = layer(mean_rotation(rotmat)[None], shape.mean(dim=0, keepdim=True)).joint[0]
     return articulated.numpy().round(_DECIMALS), (total / len(pose)).numpy().round(_DECIMALS)
 
 
 def mean_rotation(rotmat: torch.Tensor) -> torch.Tensor:
-    """The rotations nearest to the means of rotation matrices [N, ..., 3, 3], in the Frobenius norm. [..., 3, 3]"""
+    """[..., 3, 3] the rotations closest to the mean of rotation matrices [N, ..., 3, 3] in the Frobenius norm."""
     left, _, right = torch.linalg.svd(rotmat.mean(dim=0))
     sign = torch.ones(left.shape[:-1], dtype=left.dtype)
     sign[..., 2] = torch.linalg.det(left @ right)
     return (left * sign[..., None, :]) @ right
 
 
-def _mean_place(labels: HandLabels, img_size: int) -> tuple[np.ndarray | None, float | None]:
-    """`wrist_offset` and `patch_width` over the hands with a camera, a wrist and a depth; None where there is none."""
+def _mean_position(labels: HandLabels, img_size: int) -> tuple[np.ndarray | None, float | None]:
+    """`wrist_offset` and `patch_width` over the hands with known camera, wrist and depth; None if there are none."""
     wrist = labels.joint_cam[:, 0].astype(np.float64)
     known = (labels.has_intr > 0) & (labels.joint_3d_valid[:, 0] > 0) & (wrist[:, 2] > 0)
     if not known.any():

@@ -32,8 +32,8 @@ from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
 from src.data.convert.pickle_parse import parse_pickle
 from src.data.image import image_info
-from src.data.shards.safe_parse import SampleError
-from src.data.shards.tar import Damage, TarWalk, split_name
+from src.data.shards.errors import SampleError
+from src.data.shards.tar import CorruptRegion, TarReader, split_name
 from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 
 SPLITS = ("all",)
@@ -98,8 +98,8 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | str]]:
     """(key, members by suffix) of each sample of a tar, or (name, reason) where it is damaged."""
     key, members = "", {}
     with path.open("rb") as file:
-        for item in TarWalk(file, path.stat().st_size):
-            if isinstance(item, Damage):
+        for item in TarReader(file, path.stat().st_size):
+            if isinstance(item, CorruptRegion):
                 yield item.name, f"damaged_{item.reason}"
                 continue
             parts = split_name(item.name)

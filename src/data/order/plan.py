@@ -1,15 +1,15 @@
-"""Data order as a function: position -> (source, shard, row), from seed and position alone.
+"""The data order as a pure function: position -> (source, shard, row), from seed and position alone.
 
-Nothing is shuffled on the fly, so nothing has to be remembered: any worker of any rank computes which frame stands at
-any position, and a resumed run goes on at its integer. One epoch of a source of N frames is laid out like this:
+There is no shuffle buffer and no state: any worker of any rank computes the frame at any position, and a run resumes
+from one integer. The order of one epoch of a source of N frames:
 
-    frames in archive order, cut into blocks of L neighbours (about 8 MB of the shards)
-    blocks permuted (seed, epoch), then dealt into groups
-    a group is read in L rounds; each takes the frame of one and the same place from each of its blocks
+    frames in archive order, cut into blocks of L consecutive frames (about 8 MB of the shards)
+    blocks permuted (seed, epoch), then split into groups
+    a group is read in L rounds; each round takes the frame at one index from every block of the group
 
-So reads stay inside a few hundred blocks at a time, which src/data/order/readahead.py has read by then from end to
-end, and src/data/order/spacing.py keeps neighbouring frames of a clip out of each other's batches. Memory: one
-permutation of N / L blocks per epoch, one table of a group.
+Reads are thus confined to a few hundred blocks at a time, which src/data/order/readahead.py has prefetched
+sequentially, and src/data/order/spacing.py keeps consecutive frames of a clip out of the same batch. Memory: one
+permutation of N / L blocks per epoch and one table per group.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from src.data.order.spacing import distance, largest_prime, rounds_of_epoch
 from src.data.rng import hash_int, stream
 from src.data.shards.index import ShardIndex
 
-_GROUP_BLOCK = 256  # blocks that are open at once, at least, in a source that has so many
-_BLOCK_SIZE = 8 << 20  # bytes of the shards that a block should span
+_GROUP_BLOCK = 256  # minimum number of blocks per group, in a source with that many
+_BLOCK_SIZE = 8 << 20  # target size of a block, bytes of the shards
 _BLOCK_MIN, _BLOCK_MAX = 17, 251  # frames
-_APART = 1024  # positions between neighbouring frames, at least, in a source that is large enough
+_APART = 1024  # minimum number of positions between neighbouring frames, in a source that is large enough
 _WEIGHT_BIT = 40  # weights are exact to 2^-40
-HALVES = ("a", "b")  # of the samples: settings are chosen on one, the other is reported
+HALVES = ("a", "b")  # of the samples: choose settings on one, report the other
 
 
 class Place(NamedTuple):
-    """Where a frame lies: number of the source, of the shard in it, and the row among the shard's selected frames."""
+    """The location of a frame: source, shard of that source, row among the shard's frames selected by the stride."""
 
     source: int
     shard: int
@@ -43,18 +43,18 @@ class Place(NamedTuple):
 
 
 def block_length(num_frame: int, frame_size: float) -> int:
-    """Frames of a block: a prime, so that no length of clips keeps step with it."""
+    """Frames per block: a prime, so that it does not align with the length of clips."""
     most = min(_BLOCK_MAX, max(_BLOCK_MIN, int(_BLOCK_SIZE / max(1.0, frame_size))))
     return largest_prime(min(num_frame, most, max(5, num_frame // 8)))
 
 
 def group_count(num_frame: int, block: int) -> int:
-    """Groups of an epoch, each of `_GROUP_BLOCK` blocks or some more."""
+    """Groups per epoch, of `_GROUP_BLOCK` blocks or slightly more."""
     return max(1, -(-num_frame // block) // _GROUP_BLOCK)
 
 
 class EpochOrder:
-    """The order of one epoch of one source of `num_frame` frames, of `frame_size` bytes on the average."""
+    """The order of one epoch of one source of `num_frame` frames with a mean size of `frame_size` bytes."""
 
     def __init__(self, num_frame: int, seed: int, epoch: int, tag: int = 0, frame_size: float = 0.0) -> None:
         assert num_frame > 0
@@ -66,23 +66,23 @@ class EpochOrder:
         self.group_block = np.linspace(0, num_block, num_group + 1).astype(np.int64)
         self.group_end = np.cumsum([self._block_sizes(g).sum() for g in range(num_group)])
         assert self.group_end[-1] == num_frame
-        self._round_size = max(1, int(np.diff(self.group_block).min()) - 1)  # the last block may be cut short
+        self._round_size = max(1, int(np.diff(self.group_block).min()) - 1)  # the last block may be shorter
         apart = -(-(_APART - 1) // self._round_size) + 1
         self.rounds = rounds_of_epoch(self.block, apart, *self.key)
         self._group: tuple[int, np.ndarray] | None = None
 
     @property
     def window(self) -> int:
-        """Any so many successive positions hold no two neighbouring frames, over the borders of epochs, too."""
+        """Length within which successive positions contain no neighbouring frames, also across epochs."""
         apart = distance(self.block, self.rounds.step)
         return min(_APART, max(0, apart - 1) * self._round_size + 1)
 
     def num_block(self, group: int) -> int:
-        """How many blocks a group has."""
+        """The number of blocks in a group."""
         return int(self.group_block[group + 1] - self.group_block[group])
 
     def blocks(self, group: int) -> np.ndarray:
-        """[n, 2] first frame of each block of a group, and the first one behind it; in the order they are dealt."""
+        """[n, 2] first frame of each block of a group and the first frame after it, in the permuted order."""
         begin = self.block_order[self.group_block[group] : self.group_block[group + 1]].astype(np.int64) * self.block
         return np.stack([begin, np.minimum(begin + self.block, self.num_frame)], axis=1)
 
@@ -90,7 +90,7 @@ class EpochOrder:
         return np.diff(self.blocks(group), axis=1)[:, 0]
 
     def _group_table(self, group: int) -> np.ndarray:
-        """Frames of a group in order: rounds x blocks, each round's blocks in an order of its own."""
+        """Frames of a group in reading order: rounds x blocks, with the blocks shuffled in every round."""
         if self._group is None or self._group[0] != group:
             begin = self.blocks(group)[:, 0]
             places = np.array([self.rounds.place(number) for number in range(self.block)])
@@ -100,22 +100,22 @@ class EpochOrder:
         return self._group[1]
 
     def find(self, place: int) -> tuple[int, int, int]:
-        """(group, place in it, size of it) of a place of this epoch."""
+        """(group, index in the group, size of the group) of an index into this epoch."""
         group = int(np.searchsorted(self.group_end, place, side="right"))
         first = int(self.group_end[group - 1]) if group else 0
         return group, place - first, int(self.group_end[group]) - first
 
     def frame(self, place: int) -> int:
-        """The frame (0 .. num_frame - 1, in archive order) at a place of this epoch."""
+        """The frame (0 .. num_frame - 1, in archive order) at an index of this epoch."""
         group, place, _ = self.find(place)
         return int(self._group_table(group)[place])
 
 
 class SourcePlan:
-    """The endless order of one source: its shards in archive order, epoch after epoch."""
+    """The endless order of one source, epoch after epoch."""
 
     def __init__(self, shards: Sequence[ShardIndex], stride: int, seed: int, tag: int = 0) -> None:
-        """`tag` keeps apart the orders of several sources with one seed."""
+        """`tag` makes the orders of several sources with the same seed different."""
         self.stride, self.seed, self.tag = stride, seed, tag
         self.ends = np.cumsum([shard.num_frame(stride) for shard in shards]).tolist()
         self.num_frame = self.ends[-1] if self.ends else 0
@@ -124,15 +124,12 @@ class SourcePlan:
 
     @property
     def group_size(self) -> float:
-        """Bytes of the shards that a group spans."""
-        return (
-            self.frame_size
-            * self.num_frame
-            / group_count(self.num_frame, block_length(self.num_frame, self.frame_size))
-        )
+        """Mean size of a group, bytes of the shards."""
+        num_group = group_count(self.num_frame, block_length(self.num_frame, self.frame_size))
+        return self.frame_size * self.num_frame / num_group
 
     def epoch(self, epoch: int) -> EpochOrder:
-        """The order of an epoch; the last two are kept."""
+        """The order of an epoch; the last two are cached."""
         if epoch not in self._epochs:
             if len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
@@ -140,22 +137,22 @@ class SourcePlan:
         return self._epochs[epoch]
 
     def locate(self, place: int) -> tuple[int, int]:
-        """(shard, row) at a place of the endless order."""
+        """(shard, row) at an index of the endless order."""
         epoch, place = divmod(place, self.num_frame)
         return self.split(self.epoch(epoch).frame(place))
 
     def split(self, frame: int) -> tuple[int, int]:
-        """(shard, row) of a frame counted over all shards."""
+        """(shard, row) of a frame numbered across all shards."""
         shard = bisect_right(self.ends, frame)
         return shard, frame - (self.ends[shard - 1] if shard else 0)
 
 
 class MixedPlan:
-    """Several sources by weight; which source stands at a position is a low-discrepancy function of the position.
+    """Several sources mixed by weight; the source is a low-discrepancy function of the position.
 
-    Source after source splits what is left: of `n` positions, floor((n w + phase) / 2^40) belong to it, w its weight
-    among the sources not yet served. So after any number of positions each source had its share to within a few
-    samples.
+    The sources take their share one after the other: of `n` remaining positions, floor((n w + phase) / 2^40) belong to
+    a source, where w is its weight among the remaining sources. After any number of positions each source has had its
+    share to within a few samples.
     """
 
     def __init__(self, sources: Sequence[SourcePlan], weights: Sequence[float], seed: int) -> None:
@@ -168,18 +165,18 @@ class MixedPlan:
 
     @property
     def num_frame(self) -> int:
-        """Frames of all sources together."""
+        """Number of frames of all sources."""
         return sum(source.num_frame for source in self.sources)
 
     def source_at(self, position: int) -> tuple[int, int]:
-        """(source, place in the source's own order) at a position."""
+        """(source, index in the source's own order) at a position."""
         for i, (share, phase) in enumerate(zip(self.shares, self.phases)):
             before = (position * share + phase) >> _WEIGHT_BIT
             after = ((position + 1) * share + phase) >> _WEIGHT_BIT
             if after > before or i == len(self.shares) - 1:
                 return i, (before if i < len(self.shares) - 1 else position)
             position -= before
-        raise AssertionError("the last source takes what is left")
+        raise AssertionError("the last source takes all remaining positions")
 
     def locate(self, position: int) -> Place:
         """The frame at a position of training."""
@@ -187,7 +184,7 @@ class MixedPlan:
         return Place(source, *self.sources[source].locate(place))
 
     def substitute(self, position: int, attempt: int) -> Place:
-        """The frame of the same source that stands in for a bad one at `position`, at attempt 1, 2, ..."""
+        """The frame of the same source that replaces a bad one at `position`, for attempt 1, 2, ..."""
         source, _ = self.source_at(position)
         plan = self.sources[source]
         return Place(source, *plan.split(hash_int("substitute", self.seed, position, attempt) % plan.num_frame))
@@ -195,7 +192,7 @@ class MixedPlan:
 
 @dataclass(frozen=True)
 class FixedPlan:
-    """A list of frames in a fixed order: what validation reads."""
+    """A list of frames in a fixed order, for validation."""
 
     places: list[Place]
 
@@ -209,15 +206,18 @@ class FixedPlan:
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): every input bit moves every output bit."""
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): every input bit affects every output bit."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
 
 
 def in_half(key_hash: np.ndarray, half: str) -> np.ndarray:
-    """Which samples belong to half `a` or `b`: one bit of a keyed hash of the sample's key, so that a clip is never
-    split, and neither shards nor seeds matter. Args: key_hash [N] uint64. Returns: [N] bool."""
+    """[N] bool: whether samples with these key hashes [N] uint64 belong to half `a` or `b`.
+
+    Decided by one bit of a keyed hash of the sample's key: a clip is never split, and the half does not depend on
+    shards or seeds.
+    """
     bit = _mix(key_hash ^ np.uint64(hash_int("half"))) >> np.uint64(63)
     return bit == HALVES.index(half)
 
@@ -225,10 +225,10 @@ def in_half(key_hash: np.ndarray, half: str) -> np.ndarray:
 def validation_plan(
     shards: Sequence[ShardIndex], stride: int, val_seed: int, max_sample: int | None, half: str | None = None
 ) -> FixedPlan:
-    """The `max_sample` (None: all) frames whose keyed hashes of (key, frame, image bytes) are smallest, in their order.
+    """The `max_sample` (None: all) frames with the smallest keyed hashes of (key, frame, image bytes), in that order.
 
-    The hash knows nothing of shards, so the same frames come in the same order however they are packed. `half`: only
-    samples of that half (`in_half`).
+    The hash does not depend on the shards, so selection and order stay the same however the frames are packed.
+    `half`: only samples of that half (`in_half`).
     """
     secret = np.uint64(hash_int("validation", val_seed))
     hashes, owners, rows = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]

@@ -1,10 +1,10 @@
-"""Reads ahead: while one group of blocks is worked on, the system is asked to bring the next one into its page cache.
+"""Read-ahead: while one group of blocks is read, the system loads the next one into its page cache.
 
-Within a group frames are taken here and there, which a disk does slowly. A block is some megabytes in one piece, which
-it does at full speed. So each block is announced (posix_fadvise, WILLNEED) before its group's turn comes, a few with
-every batch; where a run begins or goes on, those of the group at hand are announced at once. The requests are made in a
-thread, since a busy disk makes them wait. All workers of a machine share the page cache: what one has announced costs
-the others some microseconds. Where the system cannot do this, or has too little memory, frames are read as they come.
+Within a group, frames are read in random order, which is slow on disks; a block is several contiguous megabytes, which
+disks read at full speed. Each block is therefore requested (posix_fadvise, WILLNEED) before its group is read, a few
+with every batch; when a run starts or resumes, all blocks of the current group are requested at once. A thread makes
+the requests, because they block while the disk is busy. All workers of a machine share the page cache, so repeating
+another worker's request costs microseconds. Without posix_fadvise, or with too little memory, nothing is requested.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 from src.data.order.plan import MixedPlan, SourcePlan
 from src.data.shards.index import ShardIndex
 
-_MEMORY_SHARE = 0.5  # of the memory that is free, for the two groups of every source
+_MEMORY_SHARE = 0.5  # of the available memory, for two groups of every source
 
 
-class Turn(NamedTuple):
+class GroupKey(NamedTuple):
     """A group of an epoch of a source."""
 
     source: int
@@ -34,69 +34,62 @@ class Turn(NamedTuple):
 
 
 class ReadAhead:
-    """Announces the blocks of a plan's sources as the reading goes on."""
+    """Asks the system to prefetch the blocks of a plan's sources as reading advances."""
 
     def __init__(self, plan: MixedPlan, sources: Sequence[Sequence[ShardIndex]]) -> None:
         self.plan, self.sources = plan, sources
-        self.num_asked: dict[Turn, int] = {}  # blocks of a group that were announced
-        self.todo: deque[tuple[int, int, int]] = deque()  # (source, first frame, first frame behind)
+        self.num_requested: dict[GroupKey, int] = {}  # blocks of a group that were requested
+        self.queue: deque[tuple[int, int, int]] = deque()  # (source, first frame, first frame after)
         self._thread: threading.Thread | None = None
-        self.is_on = hasattr(os, "posix_fadvise") and self._size() <= _MEMORY_SHARE * available_memory()
+        size = sum(2 * source.group_size for source in plan.sources)  # bytes of two groups of every source
+        self.is_on = hasattr(os, "posix_fadvise") and size <= _MEMORY_SHARE * available_memory()
 
-    def _size(self) -> float:
-        """Bytes of two groups of every source."""
-        return sum(2 * source.group_size for source in self.plan.sources)
-
-    def go_on(self, positions: Sequence[int]) -> None:
-        """To be called with the positions that are read next."""
+    def advance(self, positions: Sequence[int]) -> None:
+        """Request the blocks that are due when `positions` are read; call it with every batch, before reading."""
         if not self.is_on:
             return
-        places = [self.plan.source_at(position) for position in positions if position >= 0]
-        first, last = dict(reversed(places)), dict(places)
-        for number, place in last.items():
+        indices = [self.plan.source_at(position) for position in positions if position >= 0]
+        first, last = dict(reversed(indices)), dict(indices)
+        for number, index in last.items():
             source = self.plan.sources[number]
-            self._reach(number, source, first[number])
-            here, behind = self._reach(number, source, place)
-            for turn in [turn for turn in self.num_asked if turn.source == number and turn not in (here, behind)]:
-                del self.num_asked[turn]
-        if self.todo and (self._thread is None or not self._thread.is_alive()):
+            self._request_until(number, source, first[number])
+            current, following = self._request_until(number, source, index)
+            for key in [key for key in self.num_requested if key.source == number and key not in (current, following)]:
+                del self.num_requested[key]
+        if self.queue and (self._thread is None or not self._thread.is_alive()):
             self._thread = threading.Thread(target=self._work, name="read-ahead", daemon=True)
             self._thread.start()
 
-    def _reach(self, number: int, source: SourcePlan, place: int) -> tuple[Turn, Turn]:
-        """Announce what should be on its way when `place` of a source is read; returns its group and the next one."""
-        epoch, place = divmod(place, source.num_frame)
-        group, at, size = source.epoch(epoch).find(place)
-        here = Turn(number, epoch, group)
-        behind = self._next(source, here)
-        self._ask(source, here, 1.0)
-        self._ask(source, behind, (at + 1) / size)
-        return here, behind
+    def _request_until(self, number: int, source: SourcePlan, index: int) -> tuple[GroupKey, GroupKey]:
+        """Request the blocks due when `index` of a source's order is read; returns its group and the next one."""
+        epoch, index = divmod(index, source.num_frame)
+        group, at, size = source.epoch(epoch).find(index)
+        current = GroupKey(number, epoch, group)
+        is_last = group + 1 == len(source.epoch(epoch).group_end)
+        following = GroupKey(number, epoch + 1, 0) if is_last else GroupKey(number, epoch, group + 1)
+        self._request(source, current, 1.0)
+        self._request(source, following, (at + 1) / size)
+        return current, following
 
-    @staticmethod
-    def _next(source: SourcePlan, turn: Turn) -> Turn:
-        is_last = turn.group + 1 == len(source.epoch(turn.epoch).group_end)
-        return turn._replace(epoch=turn.epoch + 1, group=0) if is_last else turn._replace(group=turn.group + 1)
-
-    def _ask(self, source: SourcePlan, turn: Turn, share: float) -> None:
-        """See to it that this share of a group's blocks has been announced, in the order of the archive."""
-        order = source.epoch(turn.epoch)
-        asked, wanted = self.num_asked.get(turn, 0), math.ceil(share * order.num_block(turn.group))
-        if wanted > asked:
-            blocks = order.blocks(turn.group)
+    def _request(self, source: SourcePlan, key: GroupKey, share: float) -> None:
+        """Make sure that this share of a group's blocks has been requested, in archive order."""
+        order = source.epoch(key.epoch)
+        done, due = self.num_requested.get(key, 0), math.ceil(share * order.num_block(key.group))
+        if due > done:
+            blocks = order.blocks(key.group)
             blocks = blocks[np.argsort(blocks[:, 0])]
-            self.todo.extend((turn.source, begin, end) for begin, end in blocks[asked:wanted].tolist())
-            self.num_asked[turn] = wanted
+            self.queue.extend((key.source, begin, end) for begin, end in blocks[done:due].tolist())
+            self.num_requested[key] = due
 
     def _work(self) -> None:
-        while self.todo:
-            source, begin, end = self.todo.popleft()
+        while self.queue:
+            source, begin, end = self.queue.popleft()
             for shard, first, last in pieces(self.plan.sources[source], begin, end):
-                announce(self.sources[source][shard], self.plan.sources[source].stride, first, last)
+                prefetch(self.sources[source][shard], self.plan.sources[source].stride, first, last)
 
 
 def pieces(source: SourcePlan, begin: int, end: int) -> list[tuple[int, int, int]]:
-    """Frames [begin, end) of a source as (shard, first row, last row), one for each shard that they lie in."""
+    """Frames [begin, end) of a source as (shard, first row, last row) for each shard that contains some of them."""
     found = []
     while begin < end:
         shard, row = source.split(begin)
@@ -106,8 +99,8 @@ def pieces(source: SourcePlan, begin: int, end: int) -> list[tuple[int, int, int
     return found
 
 
-def announce(index: ShardIndex, stride: int, first: int, last: int) -> None:
-    """Ask the system to read the samples that rows `first` to `last` of a shard belong to. Errors show when reading."""
+def prefetch(index: ShardIndex, stride: int, first: int, last: int) -> None:
+    """Ask the system to load the samples of rows `first` to `last` of a shard. Errors are left to the actual reads."""
     tables = index.tables()
     rows = tables.rows(stride)
     low, high = (first, last) if rows is None else (rows[first], rows[last])
@@ -126,7 +119,7 @@ def announce(index: ShardIndex, stride: int, first: int, last: int) -> None:
 
 
 def available_memory() -> float:
-    """Bytes that programs could still take; infinite where the system does not tell."""
+    """Bytes of memory available to programs; infinite if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""A Clip: the annotations of one tar sample, complete and checked, whatever the sample states and leaves out.
+"""A Clip: the annotations of one tar sample, checked, with defaults for everything the sample omits.
 
-An array that is absent is not known: its values are 0 and its flags 0. Flags that are absent fall back to older ones.
+A missing array is unknown: its values and its flags are 0. Missing flags fall back to older ones.
 Shape legend: T frames, J = 21 joints.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from src.batch import NUM_JOINT, NUM_POSE, NUM_SHAPE
 
-# name -> shape behind T of every array that is read; others are passed over
+# name -> shape after T of every array that is read; other arrays are ignored
 FIELDS: dict[str, tuple[int, ...]] = {
     "hand_bbox": (4,),
     "joint_img": (NUM_JOINT, 2),
@@ -33,13 +33,13 @@ FIELDS: dict[str, tuple[int, ...]] = {
 }
 FLAGS = frozenset({"joint_valid", "joint_2d_valid", "joint_3d_valid", "mano_valid", "has_mano", "has_intr"})
 _NOT_REAL = frozenset({"fixed_virtual", "none"})  # values of intr_type
-VALUE_LIMIT = 1e7  # px, mm, rad, or a coefficient: what lies beyond is no hand, and float32 has no room for its square
-MIN_FOCAL = 1.0  # px: it sees next to half of the world
-_BEYOND = {"hand_bbox": "bad_bbox", "focal": "bad_intrinsics", "princpt": "bad_intrinsics"}  # of others: bad_value
+VALUE_LIMIT = 1e7  # px, mm, rad or coefficient: not a hand beyond that, and its square would lose float32 precision
+MIN_FOCAL = 1.0  # px: a field of view of almost 180 degrees
+_BEYOND = {"hand_bbox": "bad_bbox", "focal": "bad_intrinsics", "princpt": "bad_intrinsics"}  # other fields: bad_value
 
 
 class Meta(NamedTuple):
-    """What a sample states that is no array."""
+    """The annotations that are not arrays."""
 
     is_right: bool
     source: str
@@ -50,7 +50,7 @@ class Meta(NamedTuple):
 
 @dataclass(frozen=True)
 class Clip:
-    """The annotations of one tar sample, float32 and complete: unknown values are 0 with their flag 0."""
+    """The annotations of one tar sample, float32; unknown values and their flags are 0."""
 
     num_frame: int
     is_right: bool
@@ -65,22 +65,22 @@ class Clip:
     mano_pose: np.ndarray  # [T, 48]
     mano_shape: np.ndarray  # [T, 10]
     has_mano: np.ndarray  # [T]
-    focal: np.ndarray  # [T, 2] px; 0 where nothing is stated
+    focal: np.ndarray  # [T, 2] px; 0 where unknown
     princpt: np.ndarray  # [T, 2] px
-    has_intr: np.ndarray  # [T] 1 where these are those of the real camera
-    bad_frame: dict[int, str] = field(default_factory=dict)  # frame -> reason it cannot be used
+    has_intr: np.ndarray  # [T] 1 where focal and princpt are the real camera's
+    bad_frame: dict[int, str] = field(default_factory=dict)  # frame -> reason why it cannot be used
 
 
 @lru_cache(maxsize=256)
 def constant(value: float, *shape: int) -> np.ndarray:
-    """A read-only array of one value, shared by all clips of a length."""
+    """A read-only array of one value, shared by all clips of the same length."""
     array = np.full(shape, value, np.float32)
     array.flags.writeable = False
     return array
 
 
 def _flag(num_frame: int, arrays: Mapping[str, np.ndarray], needs: set[str], names: tuple[str, ...]) -> np.ndarray:
-    """[T, ...] the first flag of `names` that is there, else 1; all 0 where an array that it speaks of is absent."""
+    """[T, ...] the first flag of `names` that is present, else 1; all 0 if one of the arrays `needs` is missing."""
     is_known = needs <= arrays.keys()
     for name in names:
         if is_known and name in arrays:
@@ -89,7 +89,7 @@ def _flag(num_frame: int, arrays: Mapping[str, np.ndarray], needs: set[str], nam
 
 
 def _known(arrays: Mapping[str, np.ndarray], name: str, flag: np.ndarray) -> np.ndarray:
-    """The array with 0 wherever its flag is 0, whatever stands there."""
+    """The array with 0 wherever its flag is 0; all 0 if it is missing."""
     if name not in arrays:
         return constant(0.0, len(flag), *FIELDS[name])
     if flag is constant(1.0, *flag.shape) or flag.all():
@@ -98,10 +98,10 @@ def _known(arrays: Mapping[str, np.ndarray], name: str, flag: np.ndarray) -> np.
 
 
 def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, check: bool) -> Clip:
-    """Fill in what is absent, zero what is flagged as unknown, and (`check`) find the frames that cannot be used.
+    """Fill in what is missing, zero what is flagged as unknown, and (`check`) find the frames that cannot be used.
 
     Args:
-        arrays: float32, by the names of FIELDS and of their shapes, each with `num_frame` frames; flags are 0 or 1.
+        arrays: float32 by name, shaped as in FIELDS, each with `num_frame` frames; flags are 0 or 1.
     """
     valid_2d = _flag(num_frame, arrays, {"joint_img"}, ("joint_2d_valid", "joint_valid"))
     valid_3d = _flag(num_frame, arrays, {"joint_cam"}, ("joint_3d_valid", "joint_valid"))
@@ -146,11 +146,11 @@ def _extent(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 def _bad_frames(values: Mapping[str, np.ndarray], has_intr: np.ndarray) -> dict[int, str]:
-    """Frame -> reason: a known value that is not finite or beyond VALUE_LIMIT, or a box or lens that is none."""
+    """Frame -> reason: known values that are not finite or beyond VALUE_LIMIT, invalid boxes and focal lengths."""
     bad: dict[int, str] = {}
     for name, array in values.items():
         size = np.abs(array)
-        if not (size <= VALUE_LIMIT).all():  # NaN is not either
+        if not (size <= VALUE_LIMIT).all():  # written so that NaN fails too
             largest = size.reshape(len(size), -1).max(axis=1)  # [T]
             for t in np.flatnonzero(~(largest <= VALUE_LIMIT)).tolist():
                 bad.setdefault(t, _BEYOND.get(name, "bad_value") if np.isfinite(largest[t]) else "not_finite")

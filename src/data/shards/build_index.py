@@ -1,18 +1,20 @@
-"""Builds the index of a shard: walks the archive once, checks every sample, counts what is damaged and goes on."""
+"""Builds the index of a shard: reads the archive once, checks every sample and counts those that cannot be used."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from zlib import crc32
 
 import numpy as np
 
+from src.data.shards.errors import SampleError, reason_of
 from src.data.shards.format import find_images, is_image, parse_clip
 from src.data.shards.index import (
     FRAME,
@@ -27,42 +29,70 @@ from src.data.shards.index import (
     load_index,
     save_index,
 )
-from src.data.shards.safe_parse import SampleError, reason_of
-from src.data.shards.tar import BLOCK, Damage, Member, TarWalk, split_name
+from src.data.shards.tar import BLOCK, CorruptRegion, Member, TarReader, split_name
+
+T = TypeVar("T")
 
 
 class _Builder:
-    """Collects rows while the archive is walked; a sample is closed when the next key or damage comes."""
+    """Collects the rows of an index while the archive is read."""
 
     def __init__(self, file: int) -> None:
         self.file = file  # descriptor of the archive
         self.sample_rows: list[tuple[int, ...]] = []
         self.frame_rows: list[tuple[int, ...]] = []
         self.bad: list[Bad] = []
-        self.damage: list[Damage] = []
-        self.suspect: list[tuple[str, list[Member]]] = []  # samples next to damage
-        self.layouts: set[frozenset[str]] = set()  # sets of suffixes seen in healthy samples
+        self.corrupt: list[CorruptRegion] = []
+        self.suspect: list[tuple[str, list[Member]]] = []  # samples next to a corrupt region
+        self.layouts: set[frozenset[str]] = set()  # sets of suffixes of healthy samples
 
-    def close(self, key: str, members: list[Member]) -> None:
-        """Take in a sample."""
-        try:
-            self._add(key, members)
-        except OSError:
-            raise
-        except Exception as error:
-            self.bad.append(Bad(key, reason_of(error)))
+    def read(self, items: Iterable[Member | CorruptRegion]) -> None:
+        """Group members into samples, which are runs of members with one key, and add them.
 
-    def finish(self) -> None:
-        """Count the damage; a sample beside it counts as complete only if healthy samples have the same members."""
-        size = sum(row[2] for row in self.sample_rows) / max(1, len(self.frame_rows))
-        for damage in self.damage:
-            lost = max(1, round(damage.size / size)) if size else 1
-            self.bad.append(Bad(damage.name or f"byte {damage.offset}", damage.reason, lost))
+        Samples next to a corrupt region are added last: they count as complete only if some healthy sample has the
+        same members.
+        """
+        key, members, is_suspect = "", [], False
+        for item in items:
+            if isinstance(item, CorruptRegion):
+                self.corrupt.append(item)
+                if members and _may_reach_into(item, members[-1]):
+                    self.bad.append(Bad(key, "incomplete"))
+                else:
+                    self._close(key, members, True)
+                key, members, is_suspect = "", [], True
+            elif parts := split_name(item.name):
+                if members and parts[0] != key:
+                    self._close(key, members, is_suspect)
+                    members, is_suspect = [], False
+                key = parts[0]
+                members.append(item)
+        self._close(key, members, is_suspect)
+        self._count_lost_frames()
         for key, members in self.suspect:
-            if frozenset(_suffix(m) for m in members) not in self.layouts:
+            if frozenset(_suffix(m) for m in members) in self.layouts:
+                self._close(key, members, False)
+            else:
                 self.bad.append(Bad(key, "incomplete"))
-                continue
-            self.close(key, members)
+
+    def _count_lost_frames(self) -> None:
+        """Estimate how many frames each corrupt region has cost from the mean size of the healthy ones."""
+        size = sum(row[2] for row in self.sample_rows) / max(1, len(self.frame_rows))
+        for region in self.corrupt:
+            lost = max(1, round(region.size / size)) if size else 1
+            self.bad.append(Bad(region.name or f"byte {region.offset}", region.reason, lost))
+
+    def _close(self, key: str, members: list[Member], is_suspect: bool) -> None:
+        """Add a sample whose members have all been read, or set it aside."""
+        if is_suspect and members:
+            self.suspect.append((key, members))
+        elif members:
+            try:
+                self._add(key, members)
+            except OSError:
+                raise
+            except Exception as error:
+                self.bad.append(Bad(key, reason_of(error)))
 
     def _add(self, key: str, members: list[Member]) -> None:
         by_suffix = {_suffix(m): m for m in members}
@@ -96,7 +126,7 @@ def _suffix(member: Member) -> str:
 
 
 def _image_region(members: list[Member]) -> tuple[int, int]:
-    """(begin, end) behind the sample's offset of its first run of image members."""
+    """(begin, end) of the first run of image members, relative to the sample's offset."""
     offset = members[0].begin
     image = [is_image(_suffix(m)) for m in members]
     first = last = image.index(True)
@@ -106,14 +136,13 @@ def _image_region(members: list[Member]) -> tuple[int, int]:
 
 
 def build_index(shard: Path) -> ShardIndex:
-    """Read a shard from end to end. Damage is counted in the result; only an unreadable file raises (OSError)."""
+    """Read a shard from end to end and count its corrupt samples. Raises OSError if the file cannot be read."""
     stat = shard.stat()
     try:
         with shard.open("rb", buffering=1 << 22) as file:
             builder = _Builder(file.fileno())
-            _fill(builder, TarWalk(file, stat.st_size))
-            builder.finish()
-    except OSError as error:  # a failed read does not know its file's name
+            builder.read(TarReader(file, stat.st_size))
+    except OSError as error:  # the error of a failed read does not name the file
         raise OSError(error.errno, error.strerror or str(error), str(shard)) from error
     if not builder.sample_rows and not builder.bad:
         builder.bad.append(Bad("", "empty_shard"))
@@ -134,7 +163,7 @@ def build_index(shard: Path) -> ShardIndex:
 
 
 def _sorted_frames(builder: _Builder) -> np.ndarray:
-    """The frame table in order of the archive (samples beside damage were taken in last)."""
+    """The frame table in archive order (samples next to corrupt regions were added last)."""
     frame = np.array(builder.frame_rows, FRAME)
     if builder.suspect and len(frame):
         order = sorted(range(len(builder.sample_rows)), key=builder.sample_rows.__getitem__)
@@ -145,52 +174,30 @@ def _sorted_frames(builder: _Builder) -> np.ndarray:
     return frame
 
 
-def _fill(builder: _Builder, walk: TarWalk) -> None:
-    """Group the members into samples: runs with one key. What lies right before or behind damage is set aside."""
-    key, members, hurt = "", [], False
-    for item in walk:
-        if isinstance(item, Damage):
-            builder.damage.append(item)
-            if members and _may_reach_into(item, members[-1]):
-                builder.bad.append(Bad(key, "incomplete"))
-            elif members:
-                builder.suspect.append((key, members))
-            key, members, hurt = "", [], True
-            continue
-        parts = split_name(item.name)
-        if parts is None:
-            continue
-        if members and parts[0] != key:
-            builder.suspect.append((key, members)) if hurt else builder.close(key, members)
-            members, hurt = [], False
-        key = parts[0]
-        members.append(item)
-    if members:
-        builder.suspect.append((key, members)) if hurt else builder.close(key, members)
+def _may_reach_into(region: CorruptRegion, member: Member) -> bool:
+    """Whether corruption found at a header may have begun in the data of the member before it.
 
-
-def _may_reach_into(damage: Damage, member: Member) -> bool:
-    """Whether damage found at the next header may have begun in the data of the member before it, which has the right
-    length whatever stands there: always for bytes of any kind; for zeros where its last block is zeros, too."""
+    That member has the right length whatever its data is. Corrupt bytes may always have begun there, zeros only if
+    the member's last block is zeros as well.
+    """
     last = member.data[-(len(member.data) % BLOCK or BLOCK) :]
-    return damage.reason == "bad_header" or (damage.reason == "zeroed" and not last.strip(b"\0"))
-
-
-def _find_index(shard: Path, index_dir: str | Path | None) -> ShardIndex | None:
-    for place in index_places(shard, index_dir):
-        if (index := load_index(shard, place)) is not None:
-            return index
-    return None
+    return region.reason == "bad_header" or (region.reason == "zeroed" and not last.strip(b"\0"))
 
 
 def index_places(shard: Path, index_dir: str | Path | None) -> list[Path]:
-    """Where the index of a shard may lie, the preferred place first."""
+    """Where the index of a shard may be stored, the preferred place first."""
     places = [index_path(shard, index_dir)]
     return places if index_dir is not None else [*places, index_path(shard, cache_dir())]
 
 
+def find_index(shard: Path, index_dir: str | Path | None) -> ShardIndex | None:
+    """The stored index of a shard; None if there is none that is up to date."""
+    loaded = (load_index(shard, place) for place in index_places(shard, index_dir))
+    return next((index for index in loaded if index is not None), None)
+
+
 def _make_index(shard: Path, index_dir: str | Path | None) -> ShardIndex:
-    """Build the index and store it where that is possible; otherwise it is kept in memory."""
+    """Build the index and store it; where no place can be written, it is kept in memory."""
     index = build_index(shard)
     for place in index_places(shard, index_dir):
         try:
@@ -201,11 +208,21 @@ def _make_index(shard: Path, index_dir: str | Path | None) -> ShardIndex:
 
 
 def worker_context() -> multiprocessing.context.BaseContext:
-    """How data processes are started: forked where the system can, in milliseconds and without importing anew.
+    """How data processes are started: forked where the system can, in milliseconds and without importing again.
 
-    They use neither CUDA nor a pool of threads, so nothing of the parent that does not survive a fork is touched.
+    They use neither CUDA nor thread pools, so nothing is inherited that does not survive a fork.
     """
     return multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+
+
+def map_shards(func: Callable[[Path], T], shards: Sequence[Path], num_process: int) -> Iterator[tuple[Path, T]]:
+    """(shard, func(shard)) of each shard as it is finished, from `num_process` processes."""
+    if min(num_process, len(shards)) <= 1:
+        yield from ((shard, func(shard)) for shard in shards)
+        return
+    with ProcessPoolExecutor(num_process, worker_context()) as pool:
+        futures = {pool.submit(func, shard): shard for shard in shards}
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
 
 
 def open_indexes(
@@ -214,26 +231,18 @@ def open_indexes(
     num_process: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ShardIndex]:
-    """The indexes of `shards`: stored ones where they are up to date, the others built now and stored.
+    """The indexes of `shards`: loaded where the stored one is up to date, otherwise built and stored.
 
     Args:
-        index_dir: where indexes are kept; None: beside the shards, or in `cache_dir()` if that cannot be written.
+        index_dir: where indexes are stored; None: beside the shards, or in `cache_dir()` if that cannot be written.
         num_process: how many shards are read at once.
         progress: called with (shards done, shards to build) while indexes are built.
     """
-    indexes = {shard: _find_index(shard, index_dir) for shard in shards}
+    indexes = {shard: find_index(shard, index_dir) for shard in shards}
     missing = [shard for shard, index in indexes.items() if index is None]
-    make = partial(_make_index, index_dir=index_dir)
-    if min(num_process, len(missing)) <= 1:
-        for done, shard in enumerate(missing, 1):
-            indexes[shard] = make(shard)
-            if progress:
-                progress(done, len(missing))
-    else:
-        with ProcessPoolExecutor(num_process, worker_context()) as pool:
-            futures = {pool.submit(make, shard): shard for shard in missing}
-            for done, future in enumerate(as_completed(futures), 1):
-                indexes[futures[future]] = future.result()
-                if progress:
-                    progress(done, len(missing))
+    built = map_shards(partial(_make_index, index_dir=index_dir), missing, num_process)
+    for done, (shard, index) in enumerate(built, 1):
+        indexes[shard] = index
+        if progress:
+            progress(done, len(missing))
     return [index for shard in shards if (index := indexes[shard]) is not None]

@@ -1,11 +1,11 @@
-"""The index of one shard: where every frame lies, what its bytes sum to, and which samples are damaged.
+"""The index of one shard: offset, size and checksum of every frame, and which samples are corrupt.
 
 A shard is read once, in order. The index is one small file: a JSON header, then two arrays that are memory-mapped, so
-that twenty million frames cost address space and not memory. It remembers the shard's size and time and is made anew
-when they change. It is written to a temporary name and renamed: builders may race.
+that twenty million frames cost address space and not memory. It contains the shard's size and modification time and is
+rebuilt when they change. It is written to a temporary file and renamed, so several builders may race.
 
     <shard>.index (beside the shards, or in index_dir)
-        8 bytes magic, uint32 header length, uint32 crc32 of all that follows,
+        8 bytes magic, uint32 header length, uint32 crc32 of everything that follows,
         header (JSON), zeros up to a multiple of 64, SAMPLE rows, FRAME rows
 """
 
@@ -22,18 +22,18 @@ from zlib import crc32
 
 import numpy as np
 
-VERSION = 4  # also when what counts as healthy changes
+VERSION = 4  # increase it also when the definition of a healthy frame changes
 _MAGIC = b"HANDIDX\0"
-_HEAD = struct.Struct("<8sII")  # magic, length of the header, checksum of everything behind this
+_HEAD = struct.Struct("<8sII")  # magic, length of the header, checksum of everything after this
 _ALIGN = 64
-MAX_NAMED = 200  # damaged samples that are listed by key; the counts are complete
+MAX_NAMED = 200  # corrupt samples listed by key; the counts are complete
 
 SAMPLE = np.dtype(
     [
-        ("offset", "<u8"),  # of its first header in the shard
+        ("offset", "<u8"),  # of the sample's first header in the shard
         ("key_hash", "<u8"),
         ("size", "<u4"),  # bytes in the archive, headers included
-        ("image_begin", "<u4"),  # the members with images lie in [image_begin, image_end) behind `offset`
+        ("image_begin", "<u4"),  # the image members are [image_begin, image_end), relative to `offset`
         ("image_end", "<u4"),
         ("note_crc", "<u4"),  # crc32 of all other bytes of the sample, headers included
     ]
@@ -42,7 +42,7 @@ FRAME = np.dtype(
     [
         ("sample", "<u4"),  # row in the sample table
         ("frame", "<u4"),  # number within the clip
-        ("begin", "<u4"),  # of the encoded image, behind the sample's offset
+        ("begin", "<u4"),  # of the encoded image, relative to the sample's offset
         ("size", "<u4"),
         ("crc", "<u4"),  # crc32 of the encoded image
     ]
@@ -60,19 +60,19 @@ class Bad:
 
 @dataclass(frozen=True)
 class Tables:
-    """The rows of an index; every frame in them is healthy."""
+    """The rows of an index; all frames in them are healthy."""
 
     sample: np.ndarray  # [num_sample] SAMPLE
     frame: np.ndarray  # [num_frame] FRAME
 
     def rows(self, stride: int) -> np.ndarray | None:
-        """Rows of the frame table that are every stride-th of their clip; None for all of them."""
+        """Rows of every stride-th frame of each clip; None for all rows."""
         return None if stride == 1 else np.flatnonzero(self.frame["frame"] % stride == 0).astype(np.uint32)
 
 
 @dataclass
 class ShardIndex:
-    """What is known about one shard: the header; the rows are mapped on demand, since every map holds a file open."""
+    """The header of a shard's index. The rows are mapped on demand, because every mapping keeps a file open."""
 
     shard: Path
     shard_size: int
@@ -80,16 +80,16 @@ class ShardIndex:
     num_sample: int
     frame_number_count: list[int]  # how many healthy frames have number 0, 1, 2, ... in their clip
     bad_count: dict[str, int]  # reason -> frames
-    bad: list[Bad]  # the first of them by key
-    stored: tuple[Path, int] | None = None  # the file with the rows, and where they begin
-    in_memory: Tables | None = field(default=None, repr=False)  # the rows themselves, when they could not be stored
+    bad: list[Bad]  # the first MAX_NAMED of them
+    stored: tuple[Path, int] | None = None  # the file with the rows, and their offset in it
+    in_memory: Tables | None = field(default=None, repr=False)  # the rows themselves, if they could not be stored
 
     def num_frame(self, stride: int = 1) -> int:
-        """Healthy frames, or those of them that are every stride-th of their clip."""
+        """The number of healthy frames, counting every stride-th frame of each clip."""
         return sum(self.frame_number_count[::stride])
 
     def tables(self) -> Tables:
-        """The rows. Each call maps the file anew: keep the result as long as it is needed, no longer."""
+        """The rows. Each call maps the file again: keep the result only as long as needed."""
         if self.in_memory is not None:
             return self.in_memory
         assert self.stored is not None
@@ -108,7 +108,7 @@ def key_hash(key: str) -> int:
 
 
 def index_path(shard: Path, index_dir: str | Path | None = None) -> Path:
-    """Where the index of `shard` is kept: beside it, or in `index_dir` under a name that no other shard has."""
+    """Where the index of `shard` is stored: beside it, or in `index_dir` under a unique name."""
     shard = Path(shard).absolute()
     if index_dir is None:
         return shard.with_name(shard.name + ".index")
@@ -117,15 +117,15 @@ def index_path(shard: Path, index_dir: str | Path | None = None) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where indexes go when the shards' own folder cannot be written."""
+    """Where indexes are stored if the shards' own folder is not writable."""
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "handpose" / "index"
 
 
 def save_index(index: ShardIndex, path: Path) -> ShardIndex:
-    """Write an index so that a reader sees the old file or the new one, never half of it; returns it as stored.
+    """Write an index atomically; returns it as stored.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder is not writable.
     """
     tables = index.tables()
     header = {
@@ -155,7 +155,7 @@ def save_index(index: ShardIndex, path: Path) -> ShardIndex:
 
 
 def load_index(shard: Path, path: Path) -> ShardIndex | None:
-    """The stored index of `shard`; None if there is none, it is damaged, or the shard has changed since."""
+    """The index of `shard` stored at `path`; None if it is missing or corrupt, or if the shard has changed since."""
     try:
         stat = shard.stat()
         with path.open("rb") as file:

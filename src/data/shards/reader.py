@@ -1,7 +1,8 @@
-"""Reads single frames of one shard: the bytes that its index points to, checked against its checksums, then parsed.
+"""Reads single frames of one shard: the bytes that the index points to, verified by checksum, then parsed.
 
-Most samples of a shard have members of the same names and sizes. So the layouts of earlier samples of the same size are
-tried first: a look at names and sizes is enough then.
+"Note" is everything of a sample except its image members, headers included. Most samples of a shard have members with
+the same names and sizes. The layouts of earlier samples of the same size are tried first, because comparing names and
+sizes is cheaper than parsing headers.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from collections import OrderedDict, deque
 from zlib import crc32
 
 from src.data.shards.annotation import Clip
+from src.data.shards.errors import SampleError
 from src.data.shards.format import parse_clip
 from src.data.shards.index import ShardIndex
-from src.data.shards.safe_parse import SampleError
 from src.data.shards.tar import BLOCK, TarError, is_plain, padded, plain_key, read_header, span_layout, split_name
 
-_WHOLE_SIZE = 1 << 18  # samples up to this size are read in one piece
-_CLIP_MEMORY = 64 << 20  # bytes of annotations that one process keeps
-_FRAME_SIZE = 1200  # bytes of a frame's annotations, about
-_NUM_LAYOUT = 4  # kept for each size of a sample: "left" and "right" alone make two
+_WHOLE_SIZE = 1 << 18  # bytes; samples up to this size are read in one piece
+_CLIP_MEMORY = 64 << 20  # bytes of annotations cached per process
+_FRAME_SIZE = 1200  # bytes of a frame's annotations, approximately
+_NUM_LAYOUT = 4  # kept per sample size; "left" and "right" alone make two
 
 
 class Layout:
-    """Where the members of a sample lie, and how to tell that those of another one lie in the same places."""
+    """Where the members of a sample are, and a quick test whether another sample has the same layout."""
 
     def __init__(self, note: bytes, places: dict[str, tuple[int, int]]) -> None:
         self.places = places
@@ -35,7 +36,7 @@ class Layout:
         self._is_plain = bool(tails) and _covers(places, len(note))
 
     def key(self, note: bytes) -> str | None:
-        """The key of a sample (as long as the one that was looked at) whose members lie in these places, else None."""
+        """The key of a sample of the same size if it has this layout, else None."""
         key = plain_key(note, self._heads[0][1]) if self._is_plain else None
         if key is None:
             return None
@@ -48,7 +49,7 @@ class Layout:
 
 
 def _covers(places: dict[str, tuple[int, int]], size: int) -> bool:
-    """Whether the members, with a header of one block each, are all there is."""
+    """Whether the members, each with a header of one block, make up all `size` bytes."""
     at = 0
     for begin, end in places.values():
         if begin != at + BLOCK:
@@ -58,20 +59,20 @@ def _covers(places: dict[str, tuple[int, int]], size: int) -> bool:
 
 
 class ClipCache:
-    """Annotations of clips of several frames, which are asked for again and again; the longest unused go first."""
+    """Annotations of clips with several frames, least recently used first to go."""
 
     def __init__(self) -> None:
         self.size = 0
         self._clips: OrderedDict[tuple[str, int], tuple[str, Clip]] = OrderedDict()
 
     def get(self, at: tuple[str, int]) -> tuple[str, Clip] | None:
-        """(key, clip) of what was put there, if it is still kept."""
+        """(key, clip) of a sample, if it is cached."""
         if (found := self._clips.get(at)) is not None:
             self._clips.move_to_end(at)
         return found
 
     def put(self, at: tuple[str, int], key: str, clip: Clip) -> None:
-        """Keep a clip; a single frame is not worth it, since it has its turn once in an epoch."""
+        """Cache a clip; clips of a single frame are not cached, because they are read once per epoch."""
         if clip.num_frame < 2:
             return
         self._clips[at] = (key, clip)
@@ -90,14 +91,14 @@ class ShardReader:
         self.tables = index.tables()
         self.rows = self.tables.rows(stride)
         self.clips = ClipCache() if clips is None else clips
-        self._layouts: dict[int, deque[Layout]] = {}  # by the size of a sample without its images, last found first
+        self._layouts: dict[int, deque[Layout]] = {}  # by the size of the note, newest first
 
     def close(self) -> None:
-        """Close the shard; a reader that nobody holds any more does so by itself."""
+        """Close the shard; also happens when the reader is garbage-collected."""
         self._close()
 
     def describe(self, row: int) -> str:
-        """ "<sample key>/<frame>" of a row that cannot be read otherwise, from its header in the archive."""
+        """ "<sample key>/<frame>" of a row, read from its tar header alone, for reports of frames that fail to read."""
         if self.rows is not None:
             row = int(self.rows[row])
         sample_row, number = self.tables.frame[row].item()[:2]
@@ -111,7 +112,7 @@ class ShardReader:
     def _pread(self, offset: int, size: int) -> bytes:
         data = os.pread(self.fd, size, offset)
         if len(data) != size:
-            raise self._changed("truncated", f"{self.name} ends at {offset + len(data)}")
+            raise self._changed("truncated", f"{self.name} ends at byte {offset + len(data)}")
         return data
 
     def read(self, row: int) -> tuple[str, Clip, int, memoryview]:
@@ -127,19 +128,19 @@ class ShardReader:
             whole = self._pread(offset, sample_size)
             note, image = whole[:image_begin] + whole[image_end:], memoryview(whole)[begin : begin + size]
         if crc32(image) != crc:
-            raise self._changed("crc_image", f"frame {number} behind byte {offset} of {self.name}")
+            raise self._changed("crc_image", f"frame {number} of the sample at byte {offset} of {self.name}")
         key, clip = known or self._clip(sample_row, note)
         return key, clip, number, image
 
     def annotation(self, row: int) -> tuple[Clip, int]:
-        """(annotations, frame number) of a row; the image is not even read. Raises SampleError, OSError."""
+        """(annotations, frame number) of a row, without reading the image. Raises SampleError, OSError."""
         if self.rows is not None:
             row = int(self.rows[row])
         sample_row, number = self.tables.frame[row].item()[:2]
         return (self.clips.get((self.name, sample_row)) or self._clip(sample_row, None))[1], number
 
     def _clip(self, sample_row: int, note: bytes | None) -> tuple[str, Clip]:
-        """(key, annotations) of a sample, from the bytes in front of and behind its images; None: read them."""
+        """(key, annotations) of a sample from its note; None: read it."""
         offset, _, sample_size, image_begin, image_end, crc = self.tables.sample[sample_row].item()
         if note is None:
             note = self._pread(offset, image_begin) if image_begin else b""
@@ -150,14 +151,14 @@ class ShardReader:
         return key, clip
 
     def _changed(self, reason: str, detail: str) -> SampleError:
-        """The error for bytes that differ from those indexed: they have rotted, or somebody wrote the shard anew."""
+        """The error for bytes that differ from those indexed: they are corrupt, or the shard has been rewritten."""
         stat = os.fstat(self.fd)
         if self.stamp != (stat.st_size, stat.st_mtime_ns):
-            reason, detail = "stale_index", f"{detail}; the shard was written after it was indexed"
+            reason, detail = "stale_index", f"{detail}; the shard has been rewritten since it was indexed"
         return SampleError(reason, detail)
 
     def _members(self, note: bytes, crc: int) -> tuple[str, dict[str, memoryview]]:
-        """(key, members by suffix) of a sample whose bytes without images have the checksum `crc`."""
+        """(key, members by suffix) of a sample whose note must have the checksum `crc`."""
         if crc32(note) != crc:
             raise self._changed("crc_note", f"annotations {self._key_of(note)}")
         key, places = self._places(note)
@@ -165,7 +166,7 @@ class ShardReader:
         return key, {suffix: view[begin:end] for suffix, (begin, end) in places.items()}
 
     def _places(self, note: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
-        """(key, where each member begins and ends, by suffix) of a sample."""
+        """(key, {suffix: (begin, end)}) of a sample's members in its note."""
         layouts = self._layouts.setdefault(len(note), deque(maxlen=_NUM_LAYOUT))
         for layout in layouts:
             if (key := layout.key(note)) is not None:

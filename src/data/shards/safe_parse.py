@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from src.data.shards.errors import SampleError, reason_of  # noqa: F401  (the converters import reason_of from here)
+
 _NPY_MAGIC = b"\x93NUMPY"
 _HEADER_LIMIT = 1 << 16
 _IMAGE_OPS = frozenset({"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"})
@@ -21,25 +23,6 @@ _PREFIX_SIZE = {"SHORT_BINBYTES": 2, "BINBYTES": 5, "BINBYTES8": 9, "BYTEARRAY8"
 _STORE_OPS = frozenset({"BINPUT", "LONG_BINPUT", "PUT"})
 _FETCH_OPS = frozenset({"BINGET", "LONG_BINGET", "GET"})
 _MARK = object()
-
-
-class SampleError(Exception):
-    """A sample, or a frame of it, that cannot be used. `reason` is a code that is counted, `detail` is for people."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
-
-
-def reason_of(error: Exception) -> str:
-    """The code under which whatever was raised while a sample was read is counted. Hostile bytes may provoke anything:
-    it costs their sample, not the run."""
-    if isinstance(error, SampleError):
-        return error.reason
-    return "unreadable" if isinstance(error, OSError) else "unforeseen"
 
 
 def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:

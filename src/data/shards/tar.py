@@ -1,7 +1,7 @@
-"""Walks tar archives (ustar, GNU long names, pax) block by block, and goes on behind damage instead of stopping at it.
+"""Reads tar archives (ustar, GNU long names, pax) block by block and continues after corrupt regions.
 
-`tarfile` ends quietly at the first zeroed block and raises at the first bad one, which loses the rest of a shard. Here
-damage is reported in the stream of members, and the walk continues at the next block that is a valid header.
+`tarfile` silently stops at the first zeroed block and raises at the first invalid one, losing the rest of the shard.
+Here corrupt regions are yielded among the members, and reading continues at the next valid header.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import BinaryIO
 BLOCK = 512
 _EMPTY = bytes(BLOCK)
 _CHUNK = 1 << 20
-_MAX_END = 2 * BLOCK + 20 * BLOCK  # zeros that close an archive: two blocks, and what fills up a record of twenty
+_MAX_END = 2 * BLOCK + 20 * BLOCK  # zeros at the end of an archive: two blocks, padded to a record of twenty
 _REGULAR = frozenset(b"0\x007")
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
 class TarError(Exception):
-    """A block that should be a header is none."""
+    """Invalid tar header."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Member:
     """One regular file in the archive."""
 
     name: str
-    begin: int  # byte offset of its first header (that of a long name included)
+    begin: int  # byte offset of its first header (which may be that of a long name)
     offset: int  # byte offset of its data
     data: bytes
 
     @property
     def end(self) -> int:
-        """Offset of the first block behind its data."""
+        """Offset of the first block after its data."""
         return self.offset + padded(len(self.data))
 
 
 @dataclass(frozen=True)
-class Damage:
-    """`size` bytes at `offset` that are no healthy archive (0: unknown); `name` where a member is known to be hurt."""
+class CorruptRegion:
+    """`size` corrupt bytes (0: unknown) at `offset`; `name` is the affected member, where it is known."""
 
     offset: int
     reason: str
@@ -55,18 +55,18 @@ def padded(size: int) -> int:
     return (size + BLOCK - 1) // BLOCK * BLOCK
 
 
-@lru_cache(maxsize=1024)  # the same few names are asked for again and again while a sample is taken in
+@lru_cache(maxsize=1024)  # indexing looks up the names of one sample several times
 def split_name(name: str) -> tuple[str, str] | None:
     """(sample key, suffix) of a member by webdataset's rule: the key ends at the basename's first dot.
 
-    Like webdataset, lower-cases the suffix; None for `__meta__` entries and names without a dot.
+    The suffix is lower-cased, as in webdataset. None for `__meta__` entries and names without a dot.
     """
     match = None if _META.match(name) else _KEY.match(name)
     return (match.group(1), match.group(2).lower()) if match else None
 
 
 def _number(field: bytes) -> int:
-    """An octal field, or GNU's base-256 for large values."""
+    """The value of an octal field, or of GNU's base-256 form for large values."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
@@ -77,17 +77,17 @@ def _text(field: bytes) -> str:
 
 
 def read_header(block: bytes, check: bool = True) -> tuple[str, int, int]:
-    """(name, size, type flag) in a header block. Raises TarError where the checksum or a number is wrong."""
+    """(name, size, type flag) in a header block. Raises TarError for a wrong checksum or an invalid number."""
     try:
         if check and sum(block[:148]) + 256 + sum(block[156:BLOCK]) != _number(block[148:156]):
             raise TarError("checksum")
         size = _number(block[124:136])
     except (ValueError, IndexError) as error:
         raise TarError(str(error)) from None
-    if size < 0:  # an octal field takes a sign: a walk would go back, and on for ever
+    if size < 0:  # int() accepts a sign; a negative size would move the reader backwards, in an endless loop
         raise TarError(f"size {size}")
     name = _text(block[:100])
-    if block[345] and block[257:263] == b"ustar\0":  # GNU tar uses the prefix field otherwise
+    if block[345] and block[257:263] == b"ustar\0":  # GNU tar uses the prefix field differently
         name = f"{_text(block[345:500])}/{name}"
     return name, size, block[156]
 
@@ -107,7 +107,7 @@ def _pax_fields(data: bytes) -> dict[str, str]:
 
 
 def _extension(flag: int, data: bytes) -> dict[str, str]:
-    """What a long-name or pax header says instead of the next header: "path", "size"; nothing if it does not parse."""
+    """The "path" and "size" that a long-name or pax header sets for the next member; empty if it does not parse."""
     if flag in b"L":
         return {"path": _text(data)}
     try:
@@ -118,7 +118,7 @@ def _extension(flag: int, data: bytes) -> dict[str, str]:
 
 
 def _read_entry(block: bytes, override: dict[str, str], check: bool = True) -> tuple[str, int, int]:
-    """`read_header`, with what the extensions in front of it say instead."""
+    """`read_header`, with the values from preceding extension headers applied."""
     name, size, flag = read_header(block, check)
     if flag in _REGULAR and "size" in override:
         try:
@@ -131,14 +131,13 @@ def _read_entry(block: bytes, override: dict[str, str], check: bool = True) -> t
 
 
 def span_layout(span: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
-    """(key, where each member's data begins and ends, by suffix) of one sample, from whole members as they lie in the
-    archive. Raises TarError.
+    """(key, {suffix: (begin, end) of the data}) of one sample, from the bytes of its members in the archive.
 
-    The headers' checksums are not looked at: the index has a checksum over all of it.
+    Header checksums are not verified, because the index has a checksum over all these bytes. Raises TarError.
     """
     members, at, key, prefix, override = {}, 0, "", b"", {}
     while at + BLOCK <= len(span):
-        # Nearly all members continue the first one's name, which spares them the full look at their header.
+        # Fast path: nearly all members share the first one's prefix and need no full parse of the header.
         if prefix and span.startswith(prefix, at) and is_plain(span, at):
             suffix, size = span[at + len(prefix) : span.index(b"\0", at)], _plain_size(span[at + 124 : at + 136])
             if size >= 0 and len(prefix) + len(suffix) < 100 and b"/" not in suffix and not override:
@@ -159,12 +158,12 @@ def span_layout(span: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
 
 
 def is_plain(span: bytes, at: int) -> bool:
-    """Whether the header at `at` is that of a regular file whose whole name stands in it."""
+    """Whether the header at `at` is that of a regular file and contains the whole name."""
     return span[at + 156] in _REGULAR and not span[at + 345]
 
 
 def plain_key(span: bytes, tail: bytes) -> bytes | None:
-    """The sample's key if the first header's name is plainly the key and then `tail` (".<suffix>" and a zero)."""
+    """The sample's key, if the first header's name is just the key and `tail` (".<suffix>" and a zero)."""
     end = span.find(tail, 0, 100)
     key = span[:end] if end > 0 else b""
     return None if not key or b"." in key.rpartition(b"/")[2] or b"__" in key or b"\0" in key else key
@@ -176,35 +175,35 @@ def _plain_size(field: bytes) -> int:
     return int(digits, 8) if digits.isdigit() else -1
 
 
-class TarWalk:
-    """Iterates over the members of an open archive and the damage in it, in order of their offsets."""
+class TarReader:
+    """Iterates over the members and corrupt regions of an open archive, in order of their offsets."""
 
     def __init__(self, file: BinaryIO, file_size: int) -> None:
         self.file, self.size, self.at = file, file_size, 0
 
-    def __iter__(self) -> Iterator[Member | Damage]:
+    def __iter__(self) -> Iterator[Member | CorruptRegion]:
         begin, override = 0, {}
         while self.at < self.size:
             header_at, block = self.at, self._read(BLOCK)
             if len(block) < BLOCK:
-                yield Damage(header_at, "truncated")
+                yield CorruptRegion(header_at, "truncated")
                 return
             if block == _EMPTY:
-                if self._rest_is_empty():
-                    if (rest := self.size - header_at) > _MAX_END:  # more than any writer leaves: members lay here
-                        yield Damage(header_at, "zeroed", size=rest - 2 * BLOCK)
+                if self._only_zeros_follow():
+                    if (rest := self.size - header_at) > _MAX_END:  # no writer pads this much: members are lost
+                        yield CorruptRegion(header_at, "zeroed", size=rest - 2 * BLOCK)
                     return
                 begin, override = self._resync(header_at + BLOCK), {}
-                yield Damage(header_at, "zeroed", size=begin - header_at)
+                yield CorruptRegion(header_at, "zeroed", size=begin - header_at)
                 continue
             try:
                 name, size, flag = _read_entry(block, override)
             except TarError:
                 begin, override = self._resync(header_at + BLOCK), {}
-                yield Damage(header_at, "bad_header", size=begin - header_at)
+                yield CorruptRegion(header_at, "bad_header", size=begin - header_at)
                 continue
             if self.at + size > self.size:
-                yield Damage(header_at, "truncated", name)
+                yield CorruptRegion(header_at, "truncated", name)
                 return
             wanted = flag in b"Lxg" or flag in _REGULAR
             data = self._read(padded(size))[:size] if wanted else self._skip(padded(size))
@@ -214,7 +213,7 @@ class TarWalk:
             if flag in _REGULAR:
                 yield Member(name, begin, header_at + BLOCK, data)
             begin, override = self.at, {}
-        yield Damage(self.size, "no_end_of_archive")
+        yield CorruptRegion(self.size, "no_end_of_archive")
 
     def _read(self, size: int) -> bytes:
         data = self.file.read(size)
@@ -226,8 +225,8 @@ class TarWalk:
         self.at += size
         return b""
 
-    def _rest_is_empty(self) -> bool:
-        """Whether only zeros follow; the position is kept."""
+    def _only_zeros_follow(self) -> bool:
+        """Whether only zeros follow; the file position is restored."""
         at, empty = self.at, True
         while empty and (chunk := self.file.read(_CHUNK)):
             empty = not chunk.strip(b"\0")
@@ -235,7 +234,7 @@ class TarWalk:
         return empty
 
     def _resync(self, start: int) -> int:
-        """Move to the next block at or behind `start` that is a valid header, or to the end; returns where that is."""
+        """Seek to the first valid header at or after `start`, or to the end; returns its offset."""
         self.file.seek(start)
         self.at = start
         while len(block := self._read(BLOCK)) == BLOCK:

@@ -1,4 +1,4 @@
-"""Both formats are read as webdataset reads them, and nothing in a shard can run code."""
+"""Both formats are read as webdataset reads them, and nothing in a shard can execute code."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from src.batch import Sample
 from src.data.image import decode_image
 from src.data.sample import make_sample
 from src.data.shards.build_index import build_index
+from src.data.shards.errors import SampleError
 from src.data.shards.format import parse_clip
 from src.data.shards.paths import resolve_source
 from src.data.shards.reader import ShardReader
-from src.data.shards.safe_parse import SampleError, parse_npy, pickled_image_spans
+from src.data.shards.safe_parse import parse_npy, pickled_image_spans
 from tests.data_shards import WIDTH, encode, image_of, lab_sample, native_sample, raw_members, write_shard, write_tar
 from tests.helpers import ROOT
 
@@ -70,7 +71,7 @@ def test_lab_shards_are_read_as_webdataset_reads_them(tmp_path: Path, generation
     assert next(ours, None) is None
 
 
-def test_webp_pixels_are_those_that_were_written(tmp_path: Path) -> None:
+def test_webp_pixels_equal_those_written(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "lab.tar", [lab_sample(5, 2, 1)])
     assert [(s.image == image_of(500 + t)).all() for t, s in enumerate(read_all(path))] == [True, True]
 
@@ -88,13 +89,13 @@ def test_native_shards(tmp_path: Path, num_frame: int) -> None:
         assert (sample.has_mano, sample.has_intr, sample.flat_hand_mean) == (True, True, True)
 
 
-def test_a_word_without_quotes_is_understood(tmp_path: Path) -> None:
+def test_json_strings_may_lack_quotes(tmp_path: Path) -> None:
     sample = {**lab_sample(1, 1, 2), "handedness.json": "right", "data_source.json": "HO3D_v3"}
     (read,) = read_all(write_shard(tmp_path / "lab.tar", [sample]))
     assert (read.is_right, read.source) == (True, "HO3D_v3")
 
 
-def test_what_is_absent_is_not_known() -> None:
+def test_missing_arrays_are_unknown() -> None:
     sample = native_sample(1)
     members = {k: v for k, v in raw_members(sample).items() if k.split(".", 1)[1] in ("json", "joint_img.npy")}
     clip = parse_clip({k.split(".", 1)[1]: v for k, v in members.items()})
@@ -111,7 +112,7 @@ def test_what_is_absent_is_not_known() -> None:
 @pytest.mark.parametrize(("intr_type", "has_intr", "is_stated"), [
     ("real", True, True), ("fixed_virtual", False, True), ("none", False, False), (None, True, True)
 ])  # fmt: skip
-def test_a_virtual_camera_is_used_but_not_taken_for_the_real_one(
+def test_a_virtual_camera_is_used_but_not_counted_as_real(
     tmp_path: Path, intr_type: str | None, has_intr: bool, is_stated: bool
 ) -> None:
     word = {} if intr_type is None else {"intr_type.json": intr_type}
@@ -128,7 +129,7 @@ def test_a_virtual_camera_is_used_but_not_taken_for_the_real_one(
                 assert read.princpt.tolist() == [47.5, 31.5]
 
 
-def test_parameters_of_another_hand_model_are_no_target(tmp_path: Path) -> None:
+def test_parameters_of_another_hand_model_are_not_used(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "native.tar", [native_sample(1, hand_model="standin")])
     (other,), (same,) = read_all(path, "mano"), read_all(path, "standin")
     assert (other.has_mano, same.has_mano) == (False, True)
@@ -177,7 +178,7 @@ def test_missing_members_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", range(3, 6))
 @pytest.mark.parametrize("container", [list, tuple])
-def test_pickled_images_are_found_without_unpickling(protocol: int, container: type) -> None:
+def test_pickled_images_are_located_without_unpickling(protocol: int, container: type) -> None:
     same = b"\xff\xd8\xff" * 30
     images = container([same, b"RIFF" + bytes(300), bytes(70_000), same])
     data = pickle.dumps(images, protocol=protocol)
@@ -186,7 +187,7 @@ def test_pickled_images_are_found_without_unpickling(protocol: int, container: t
     assert len(pickled_image_spans(many)) == 2500
 
 
-def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     for value in (Bomb(trace), [Bomb(trace)], [b"x", {"a": 1}], "text", [[b"x"]], [np.zeros(3)]):
         with pytest.raises(SampleError) as caught:
@@ -232,14 +233,14 @@ def test_arrays_are_parsed_as_numpy_writes_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "pattern", ["pipe:touch x", "http://host/a.tar", "s3://bucket/{0..3}.tar", "file:///etc/a.tar"]
 )
-def test_anything_but_a_file_is_refused(tmp_path: Path, pattern: str) -> None:
+def test_patterns_that_are_not_files_are_refused(tmp_path: Path, pattern: str) -> None:
     with pytest.raises(ValueError, match="is not supported") as caught:
         resolve_source(tmp_path, [pattern], "DATA.val.source")
     assert "DATA.val.source" in str(caught.value)
     assert pattern in str(caught.value)
 
 
-def test_patterns_name_shards(tmp_path: Path) -> None:
+def test_patterns_resolve_to_shards(tmp_path: Path) -> None:
     for name in ("a/0.tar", "a/1.tar", "a/1.tar.index", "a/notes.txt", "b/2.tar", "b/c/3.tar"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -260,7 +261,7 @@ def test_patterns_name_shards(tmp_path: Path) -> None:
         names("nothing/*")
 
 
-def test_patterns_cost_no_heavy_import() -> None:
+def test_resolving_patterns_imports_no_heavy_module() -> None:
     code = (
         "import sys, src.data.shards.paths; print(sorted({'numpy', 'cv2', 'torch', 'webdataset'} & set(sys.modules)))"
     )

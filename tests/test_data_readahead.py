@@ -1,4 +1,4 @@
-"""Blocks are announced to the system before their frames are read, each once, and nothing depends on it."""
+"""Blocks are requested before their frames are read, each once, and the data does not depend on it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from src.data.dataset import HandDataset
-from src.data.order import plan
-from src.data.order import readahead as ahead
+from src.data.order import plan, readahead
 from src.data.order.plan import MixedPlan, SourcePlan
 from src.data.order.readahead import ReadAhead, pieces
 from src.data.shards.build_index import open_indexes
@@ -33,33 +32,33 @@ def mixed(indexes: list[ShardIndex], stride: int = 1) -> MixedPlan:
 
 
 @pytest.mark.parametrize("start", [0, 75, 460])
-def test_blocks_are_announced_before_their_turn(indexes: list[ShardIndex], start: int) -> None:
+def test_blocks_are_requested_before_they_are_read(indexes: list[ShardIndex], start: int) -> None:
     order = mixed(indexes)
     (source,) = order.sources
     assert source.epoch(0).block == 17
     assert len(source.epoch(0).group_end) == 3
     reader = ReadAhead(order, [indexes])
-    reader._work = lambda: None  # nobody takes requests away, so that they can be looked at
+    reader._work = lambda: None  # keep the requests in the queue
     done = 0
     for position in range(start, start + 2 * source.num_frame, 8):
-        reader.go_on(range(position, position + 8))
-        asked = list(reader.todo)
-        known = {frame for _, begin, end in asked for frame in range(begin, end)}
+        reader.advance(range(position, position + 8))
+        requested = list(reader.queue)
+        known = {frame for _, begin, end in requested for frame in range(begin, end)}
         epoch = position // source.num_frame
         batch = [source.epoch(p // source.num_frame).frame(p % source.num_frame) for p in range(position, position + 7)]
         assert set(batch) <= known
-        if position == start:  # the group at hand, from the archive's begin to its end, and a first block of the next
+        if position == start:  # the current group in order, and a first block of the next
             group, at, size = source.epoch(epoch).find(position % source.num_frame)
             num_block = len(source.epoch(epoch).blocks(group))
-            assert [begin for _, begin, _ in asked[:num_block]] == sorted(begin for _, begin, _ in asked[:num_block])
-            assert len(asked) <= num_block + 1 + round((at + 8) / size * num_block)
-        done = len(asked)
-    assert done <= 12 * 4 + 1  # three epochs and a bit, and no block of them twice
+            assert [begin for _, begin, _ in requested[:num_block]] == sorted(
+                begin for _, begin, _ in requested[:num_block]
+            )
+            assert len(requested) <= num_block + 1 + round((at + 8) / size * num_block)
+        done = len(requested)
+    assert done <= 12 * 4 + 1  # three epochs and a bit, and no block twice
 
 
-def test_what_is_announced_are_the_bytes_of_the_samples(
-    indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_cover_the_bytes_of_the_samples(indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int, int]] = []
 
     def advise(file: int, offset: int, size: int, advice: int) -> None:
@@ -70,27 +69,27 @@ def test_what_is_announced_are_the_bytes_of_the_samples(
     (source,) = mixed(indexes).sources
     assert pieces(source, 34, 51) == [(0, 34, 39), (1, 0, 10)]
     for shard, first, last in pieces(source, 34, 51):
-        ahead.announce(indexes[shard], 1, first, last)
+        readahead.prefetch(indexes[shard], 1, first, last)
     spans = [[(int(s["offset"]), int(s["offset"] + s["size"])) for s in index.tables().sample] for index in indexes]
     assert [call[1:] for call in calls] == [(spans[0][34][0], spans[0][39][1]), (spans[1][0][0], spans[1][10][1])]
     assert [Path(call[0]).name for call in calls] == ["0.tar", "1.tar"]
     indexes[2].shard.unlink()
-    ahead.announce(indexes[2], 1, 0, 1)  # reading it will tell
+    readahead.prefetch(indexes[2], 1, 0, 1)  # no error: the read will raise it
 
 
-def test_reading_ahead_changes_nothing(indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_ahead_changes_no_data(indexes: list[ShardIndex], monkeypatch: pytest.MonkeyPatch) -> None:
     def keys() -> list[str]:
         dataset = HandDataset([indexes], mixed(indexes), stride=1, hand_model="mano", img_size=16, expansion_ratio=1.5)
-        rows = [row.key for begin in range(0, 96, 8) for row in dataset.__getitems__(range(begin, begin + 8)).rows]
-        assert dataset.ahead is not None
-        assert dataset.ahead.is_on == is_on
-        if dataset.ahead._thread:
-            dataset.ahead._thread.join()
-        assert not dataset.ahead.todo
-        return rows
+        found = [key for at in range(0, 96, 8) for key in dataset.__getitems__(range(at, at + 8)).batch.key]
+        assert dataset.readahead is not None
+        assert dataset.readahead.is_on == is_on
+        if dataset.readahead._thread:
+            dataset.readahead._thread.join()
+        assert not dataset.readahead.queue
+        return found
 
     is_on = True
     with_it = keys()
-    monkeypatch.setattr(ahead, "available_memory", lambda: 1000.0)
+    monkeypatch.setattr(readahead, "available_memory", lambda: 1000.0)
     is_on = False
     assert keys() == with_it
