@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from src.checkpoint.weights import load_weights
 from torch import nn
 
 from src.checkpoint.folder import find_checkpoint
@@ -29,7 +30,6 @@ from src.checkpoint.save import (
     load_checkpoint,
     save_checkpoint,
 )
-from src.checkpoint.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 

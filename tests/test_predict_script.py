@@ -18,9 +18,9 @@ from PIL.ExifTags import IFD, Base
 from script import predict as script
 from src.model.net import PoseNet
 from src.predict.boxes import HandBox, read_boxes
-from src.predict.mesh_overlay import SIDE_RGB, Mesh, draw_meshes
 from src.predict.outputs import name_outputs
 from src.predict.photo import GUESS, PhotoError, read_photo
+from src.utils.mesh_overlay import SIDE_RGB, Mesh, draw_meshes
 from tests.helpers import REALHANDS, ROOT
 from tests.test_predict import make_run, photograph
 

@@ -24,12 +24,12 @@ from script.benchmarks.accuracy_report import METHODS, markdown_table, read_cell
 from script.benchmarks.accuracy_train import make_cell
 from script.benchmarks.measurement import Figure
 from src.batch import Batch
-from src.checkpoint.run_folder import write_text_atomic
 from src.config import BackboneConfig, Config
 from src.data.demo.make import VERSION
 from src.hand.load import load_hand
 from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
 from src.model.net import PoseNet
+from src.utils.files import write_atomic
 
 # Peak learning rates; what others give is in docs/ABLATIONS.md.
 LEARNING_RATE = {"ours": 2e-3, "hamer": 1e-3, "csvit": 2e-3}
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
                 net = OurNet(cfg, hand) if method == "ours" else args.peer(method)(cfg.MODEL, hand, settings["loss"])
                 cell = make_cell(net, cfg, settings, train, val, say)
                 text = json.dumps(read_cells(results) | {digest_of(settings): cell}, indent=1)
-                write_text_atomic(results, text + "\n")
+                write_atomic(results, text + "\n")
             cells.append(cell)
     constant = constant_answers(train, val, hand)
     return report(cells) + [Figure(f"{metric}, without looking", mm, "mm") for metric, mm in constant.items()]

@@ -26,10 +26,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.run_folder import try_lock
 from src.tracking.aim_server import probe_server
 from src.tracking.aim_state import acknowledge, acknowledged, has_discarded_rows, read_state, size
 from src.tracking.tracker import FALLBACK, HEADER, IMAGES, JOURNALS, METRICS, read_rows
+from src.utils.files import try_lock
 
 SERVER_STALL = 20.0  # s without progress after which a server is given up
 LOCAL_STALL = 120.0  # s, the same for a local repository (slow network disks)

@@ -7,7 +7,7 @@ import numpy as np
 
 from src.batch import Batch, Prediction
 from src.hand.skeleton import BONES
-from src.predict.mesh_overlay import Mesh, draw_meshes
+from src.utils.mesh_overlay import Mesh, draw_meshes
 
 # thumb, index, middle, ring, pinky: one hue a finger, the same in every picture of the project
 FINGER_RGB = ((235, 80, 70), (240, 180, 40), (80, 190, 90), (60, 150, 235), (180, 90, 220))
