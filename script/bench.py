@@ -29,7 +29,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 # sub-command -> (what it measures, module with add_arguments(parser) and run(args, say) -> list[Figure])
 SUBJECTS = {
     "accuracy": ("our decoder and losses against HaMeR's and CS-ViT2's", "script.benchmarks.accuracy"),
-    "checkpoint": ("how long training stands still for a checkpoint", "script.benchmarks.checkpoint"),
+    "checkpoint": ("how long training waits for a checkpoint", "script.benchmarks.checkpoint"),
     "data": ("reading, decoding and augmenting shards", "script.benchmarks.data"),
     "gpu": ("DINOv2-large on a GPU: step, compiled step, data, profile", "script.benchmarks.gpu"),
     "peers": ("a training step against HaMeR's and CS-ViT2's, end to end", "script.benchmarks.peer_steps"),

@@ -138,9 +138,7 @@ def compare(net: PoseNet, exported: Run, tolerance: float, what: str) -> list[Di
     allowed = [tolerance * share for _, share in OUTPUTS.values()]
     differences = [Difference(*item) for item in zip(OUTPUTS, largest.tolist(), allowed, strict=True)]
     if far := [f"{d.name} by {d.largest:.3g} (allowed {d.allowed:.3g})" for d in differences if not d.is_within]:
-        raise ExportError(
-            f"{what} differs from the network: {', '.join(far)}; not kept (see --tolerance)"
-        )
+        raise ExportError(f"{what} differs from the network: {', '.join(far)}; not kept (see --tolerance)")
     return differences
 
 
