@@ -124,7 +124,7 @@ def test_parameter_groups() -> None:
 
 
 def test_hugging_face_folder(tmp_path: Path, batch: Batch) -> None:
-    """Weights that transformers saved at another resolution give the same tokens as transformers, despite its dropout."""
+    """Weights that transformers saved at another resolution give the tokens of transformers, despite its dropout."""
     torch.manual_seed(1)
     shape = Dinov2Config(
         hidden_size=32,

@@ -84,9 +84,6 @@ def read_configuration(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
     Raises ValueError naming the file that is missing or corrupt.
     """
-    path = Path(path)
-    if path.name == "best" and not path.exists() and (path.parent / "checkpoints").is_dir():
-        path = path.parent / "checkpoints" / "best"
     folder = find_checkpoint(path, NETWORK_FILES)
     file = folder / CONFIG
     if not file.is_file():
@@ -153,17 +150,17 @@ class WeightReport:
     unexpected: list[str] = field(default_factory=list)  # in the file, not in the model
     misshapen: list[str] = field(default_factory=list)  # "name: file [..] model [..]"
 
-    def problems(self) -> list[str]:
-        """One short text per kind of problem; empty if every tensor fits."""
+    def problems(self) -> str:
+        """Number and first names of the tensors that do not fit; empty if all do."""
         texts = []
         for kind in ("missing", "unexpected", "misshapen"):
             if names := getattr(self, kind):
                 more = ", ..." if len(names) > _MAX_NAMED else ""
                 texts.append(f"{len(names)} {kind}: {', '.join(names[:_MAX_NAMED])}{more}")
-        return texts
+        return "; ".join(texts) + (_transformers_hint() if texts else "")
 
     def __str__(self) -> str:
-        return "; ".join([f"{self.loaded} tensors loaded", *self.problems()])
+        return f"{self.loaded} tensors loaded" + (f"; {problems}" if (problems := self.problems()) else "")
 
 
 def init_from(model: nn.Module, path: str | Path) -> WeightReport:
@@ -180,10 +177,8 @@ def init_from(model: nn.Module, path: str | Path) -> WeightReport:
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill a model from its own checkpoint. Raises ValueError if a tensor is missing, unexpected or misshapen."""
-    problems = _copy_weights(model, folder / MODEL).problems()
-    if problems:
-        message = f"{folder / MODEL} does not fit this version of the network: {'; '.join(problems)}"
-        raise ValueError(message + _transformers_hint())
+    if problems := _copy_weights(model, folder / MODEL).problems():
+        raise ValueError(f"{folder / MODEL} does not fit this version of the network: {problems}")
 
 
 def _transformers_hint() -> str:
