@@ -38,7 +38,7 @@ from src.data.demo.hand import HandDraw, draw_hands
 from src.data.demo.scene import paint
 from src.data.rng import stream
 from src.hand.standin.build import build_standin_hand
-from src.utils.files import encode_image
+from src.utils.files import encode_image, write_atomic
 
 VERSION = 4  # raise it whenever a sample of the same seed would come out different
 SAMPLE_PER_SHARD = 500
@@ -146,9 +146,7 @@ def _read_manifest(root: Path, wanted: dict[str, Any]) -> list[str]:
 
 
 def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    part = root / f"{MANIFEST}.{os.getpid()}.part"
-    part.write_text(json.dumps(manifest, indent=1) + "\n")
-    part.replace(root / MANIFEST)
+    write_atomic(root / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _hand_fingerprint() -> str:
