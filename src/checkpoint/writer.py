@@ -56,8 +56,11 @@ class HostCopy:
             return copy.deepcopy(value)
 
         result = walk(tree, at)
+        num_thread = torch.get_num_threads()
+        torch.set_num_threads(1)  # on busy cores each of hundreds of small copies would wait for a second thread
         if sources:
             torch._foreach_copy_(list(buffers.values()), sources, non_blocking=True)
+        torch.set_num_threads(num_thread)
         if any(tensor.is_cuda for tensor in sources):
             torch.cuda.current_stream().synchronize()
         return result
