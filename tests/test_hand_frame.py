@@ -31,7 +31,7 @@ def frame_of(joint: torch.Tensor) -> tuple[HandFrame, torch.Tensor]:
     focal, princpt = FOCAL.expand(len(joint), 2), PRINCPT.expand(len(joint), 2)
     seen = project(joint, focal, princpt)
     frame = hand_frame(seen, focal, princpt, IMG_SIZE)
-    return frame, frame.see(seen, focal, princpt)
+    return frame, frame.project(seen, focal, princpt)
 
 
 def test_the_rotation_centres_the_hand_upright() -> None:
@@ -68,7 +68,7 @@ def test_the_frame_is_detached_and_the_view_has_finite_gradients() -> None:
     seen = project(random_hands(4), FOCAL, PRINCPT).requires_grad_()
     frame = hand_frame(seen, FOCAL.expand(4, 2), PRINCPT.expand(4, 2), IMG_SIZE)
     assert not frame.rot.requires_grad
-    frame.see(seen, FOCAL.expand(4, 2), PRINCPT.expand(4, 2)).square().sum().backward()
+    frame.project(seen, FOCAL.expand(4, 2), PRINCPT.expand(4, 2)).square().sum().backward()
     assert seen.grad is not None
     assert seen.grad.isfinite().all()
     assert seen.grad.abs().sum() > 0

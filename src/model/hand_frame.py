@@ -29,7 +29,7 @@ class HandFrame(NamedTuple):
     rot: torch.Tensor  # [B, 3, 3]: x_patch_camera = rot @ x_hand_camera
     unit: torch.Tensor  # [B, 1] patch sides per unit of x/z: scales the view of a patch to a width of about one
 
-    def see(self, pixel: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> torch.Tensor:
+    def project(self, pixel: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> torch.Tensor:
         """Pixels of the patch projected into the hand camera, in patch sides relative to its axis.
 
         Args: pixel [B, N, 2] or [N, 2] px; focal, princpt [B, 2] px. Returns: [B, N, 2], y downwards.
