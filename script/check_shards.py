@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 import src.utils.environment  # noqa: F401  (checks that the packages below are installed)
 
 # isort: split
-import cv2
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -29,6 +28,7 @@ from src.data.contact_sheet import contact_sheet
 from src.data.shards.build_index import open_indexes
 from src.data.shards.paths import resolve_source
 from src.utils.console import make_console
+from src.utils.files import encode_image
 
 HEALTHY, DAMAGED, WRONG_ARGUMENTS = 0, 1, 2
 
@@ -79,9 +79,7 @@ def write_sheet(args: argparse.Namespace, shards: Sequence[Path], console: Conso
         console.print("no sheet: no frame can be used")
         return
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
-    ok, data = cv2.imencode(args.sheet.suffix, cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-    assert ok
-    args.sheet.write_bytes(data.tobytes())
+    args.sheet.write_bytes(encode_image(sheet, args.sheet.suffix))
     console.print(f"contact sheet: {args.sheet}", soft_wrap=True)
 
 

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return refuse(error)
 
-    from src.checkpoint.network import read_checkpoint
+    from src.checkpoint.network import read_configuration
     from src.data.health import BadDataError
     from src.evaluate.bootstrap import Bootstrap
     from src.evaluate.run import Options, run_evaluation
@@ -130,12 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     bootstrap = Bootstrap(args.num_bootstrap, args.resample, args.seed)
     try:
-        saved = read_checkpoint(args.checkpoint)
-        cfg = compose(saved.config, args.overrides, whole=args.submission is not None)
+        checkpoint, saved = read_configuration(args.checkpoint)
+        cfg = compose(saved, args.overrides, whole=args.submission is not None)
         order = None if args.order is None else read_order(args.order)
         options = Options(args.output, bootstrap, args.num_overlay, args.submission, order, args.half)
         with progress_bar() as progress:
-            evaluation = run_evaluation(saved.folder, cfg, options, progress)
+            evaluation = run_evaluation(checkpoint, cfg, options, progress)
     except (ValueError, BadDataError) as error:
         return refuse(error)
     except KeyboardInterrupt:

@@ -12,12 +12,11 @@ import torch
 from accelerate import Accelerator
 
 from src.batch import Batch, Sample
-from src.checkpoint.save import TrainState
+from src.checkpoint.save import TrainState, network_texts
 from src.hand.standin.build import build_standin_hand
 from src.loss import LOSS_TERMS
 from src.model.net import PoseNet
 from src.train.bad_batch import NumbersError, find_shard
-from src.train.components import network_texts
 from src.train.optimizer import build_optimizer
 from src.train.replay import replay
 from src.train.step import StepResult, Trainer

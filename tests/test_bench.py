@@ -185,8 +185,8 @@ def test_main_prints_and_saves(
 def test_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SIZES", {"tiny": ("stage1-demo", list(TINY))})
     figures = measure("checkpoint", "--repeat", "2")
-    assert_measured(figures, ["tiny: standstill", "tiny: copy complete", "tiny: write", "tiny: standstill / write"])
-    assert figures["tiny: standstill"].value < figures["tiny: write"].value
+    assert_measured(figures, ["tiny: wait", "tiny: wait for the first one", "tiny: write", "tiny: wait / write"])
+    assert figures["tiny: wait"].value < figures["tiny: write"].value
 
 
 def test_big_indexes_share_one_shard(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints and run folders: bit-exact round trip, atomic writing, damage named and skipped, nothing unpickled."""
+"""Checkpoints and run folders: bit-exact round trip, atomic writes, corrupt folders skipped, no code executed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from src.checkpoint.folder import find_checkpoint
+from src.checkpoint.network import init_from
 from src.checkpoint.run_folder import create_run_folder, lock_run_folder
 from src.checkpoint.save import (
     CheckpointError,
@@ -29,7 +30,6 @@ from src.checkpoint.save import (
     load_checkpoint,
     save_checkpoint,
 )
-from src.checkpoint.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,11 +69,11 @@ def save(run: Path, step: int, **keywords) -> Path:
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
-    """Log records of the checkpoints, whatever another test did to the logger above."""
-    log = logging.getLogger("stage1.checkpoint")
-    monkeypatch.setattr(log, "handlers", [caplog.handler])
-    monkeypatch.setattr(log, "propagate", False)
+def log(caplog, monkeypatch):
+    """Log records of the checkpoint logger, whatever another test did to its parent."""
+    checkpoint_log = logging.getLogger("stage1.checkpoint")
+    monkeypatch.setattr(checkpoint_log, "handlers", [caplog.handler])
+    monkeypatch.setattr(checkpoint_log, "propagate", False)
     return caplog
 
 
@@ -86,7 +86,7 @@ def test_resumed_training_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
     train(model, optimizer, 3)
     state = TrainState(step=3, data_position=48, best_metric=0.1 + 0.2, best_step=2, tracker={"metrics.jsonl": 7})
     path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state=state)
-    assert len({file.stat().st_mode for file in path.iterdir()}) == 1, "who may read one file may read all"
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1, "all files have the same permissions"
     torch.manual_seed(5)  # as each step of a run does
     train(model, optimizer, 4)
 
@@ -102,7 +102,7 @@ def test_resumed_training_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
         assert all(torch.equal(mine[key], theirs[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
 
 
-def test_last_ones_and_best_are_kept(tmp_path: Path) -> None:
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 10):
         save(tmp_path, step, keep=2, is_best=step == 1)
     assert steps_in(tmp_path) == ["best", "checkpoint-10", "checkpoint-4"]
@@ -111,7 +111,7 @@ def test_last_ones_and_best_are_kept(tmp_path: Path) -> None:
     model, optimizer = make()
     assert load_checkpoint(best, model=model, optimizer=optimizer).step == 1
     save(tmp_path, 6, keep=2, is_best=True)
-    assert steps_in(tmp_path) == ["best", "checkpoint-10", "checkpoint-4", "checkpoint-6"], "a later one is not touched"
+    assert steps_in(tmp_path) == ["best", "checkpoint-10", "checkpoint-4", "checkpoint-6"], "later steps are kept"
     save(tmp_path, 6, keep=2)  # the same step again replaces it
     assert steps_in(tmp_path) == ["best", "checkpoint-10", "checkpoint-4", "checkpoint-6"]
 
@@ -127,7 +127,7 @@ def test_newest_is_by_stored_step_not_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
-def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, said, name: str, how: str) -> None:
+def test_a_corrupt_checkpoint_is_skipped_for_the_previous_one(tmp_path: Path, log, name: str, how: str) -> None:
     save(tmp_path, 1)
     file = save(tmp_path, 2) / name
     data = bytearray(file.read_bytes())
@@ -139,10 +139,10 @@ def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, said, name: st
     else:
         file.unlink()
     assert find_checkpoint(tmp_path).name == "checkpoint-1"
-    assert str(file.parent) in said.text
-    assert name in said.text or name == "manifest.json"
+    assert str(file.parent) in log.text
+    assert name in log.text or name == "manifest.json"
     model, optimizer = make()
-    with pytest.raises(ValueError, match=r"damaged|incomplete|cannot be read"):
+    with pytest.raises(ValueError, match=r"corrupt|incomplete|cannot be read"):
         load_checkpoint(file.parent, model=model, optimizer=optimizer)
 
 
@@ -215,7 +215,7 @@ except CheckpointError as error:
 
 
 @pytest.mark.parametrize("limit", [600, 2500])
-def test_full_disk_is_said_and_costs_no_older_checkpoint(tmp_path: Path, limit: int) -> None:
+def test_full_disk_is_reported_and_costs_no_older_checkpoint(tmp_path: Path, limit: int) -> None:
     save(tmp_path, 1)
     out, _ = run_python(SAVE_WITHOUT_ROOM, tmp_path, limit).communicate(timeout=60)
     assert out.startswith("refused cannot write checkpoint")
@@ -243,17 +243,17 @@ def test_model_that_does_not_fit(tmp_path: Path) -> None:
         load_checkpoint(path, model=Net(width=9))
 
 
-def test_weights_are_taken_over_with_a_report(tmp_path: Path) -> None:
+def test_init_from_reports_what_does_not_fit(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    report = load_weights(nn.ModuleDict({"first": nn.Linear(8, 8), "norm": nn.Linear(3, 8)}), path)
+    report = init_from(nn.ModuleDict({"first": nn.Linear(8, 8), "norm": nn.Linear(3, 8)}), path)
     assert report.loaded == 3
     assert report.misshapen == ["norm.weight: file [8] model [8, 3]"]
     assert "norm.running_mean" in report.unexpected
     same = Net()
-    report = load_weights(same, path)
+    report = init_from(same, path)
     assert (report.missing, report.unexpected, report.misshapen) == ([], [], [])
     with pytest.raises(ValueError, match="no tensor"):
-        load_weights(nn.ModuleDict({"other": nn.Linear(2, 2)}), path)
+        init_from(nn.ModuleDict({"other": nn.Linear(2, 2)}), path)
 
 
 def test_run_folders_never_collide(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The network under torch.compile: one graph, two compilations over any schedule, the rate really dropped."""
+"""The network under torch.compile: one graph, two compilations over any schedule, the right dropout rate."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_two_compilations_over_a_run(net: PoseNet, schedule: str) -> None:
 
 
 def test_compiled_agrees_with_eager(net: PoseNet) -> None:
-    """Without dropout to rounding; with dropout the same masks from the same seed (aot_eager keeps torch's kernels)."""
+    """Up to rounding; with dropout the same seed gives the same masks (aot_eager keeps torch's kernels)."""
     compiled, batch = torch.compile(net, backend="aot_eager", fullgraph=True), random_batch(2, 56)
     for rate in (0.0, 0.3):
         net.set_dropout_rate(rate)
@@ -70,7 +70,7 @@ def test_compiled_agrees_with_eager(net: PoseNet) -> None:
 
 
 def test_compiled_agrees_under_ddp(net: PoseNet, group: None) -> None:
-    """DDP around the compiled network, as Accelerate wraps it: the gradients of the eager one, two compilations."""
+    """DDP around the compiled network, as Accelerate wraps it: the eager gradients, two compilations."""
     counter, batch = CompileCounterWithBackend("eager"), random_batch(2, 56)
     wrapped = DistributedDataParallel(torch.compile(net, backend=counter, fullgraph=True))
     for rate in (0.0, 0.1, 0.2):
@@ -87,8 +87,8 @@ def test_compiled_agrees_under_ddp(net: PoseNet, group: None) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
-def test_the_rate_that_is_dropped(rate: float) -> None:
-    """Share of zeros and the mean that is kept, eager and compiled, while the rate changes every call."""
+def test_the_dropped_share_is_the_rate(rate: float) -> None:
+    """Share of zeros, and the mean is preserved, eager and compiled, while the rate changes at every call."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     dropout = Dropout(0.3)
@@ -113,7 +113,7 @@ def test_rate_zero_is_the_identity() -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_trainer_compiles_twice_and_validates_eagerly(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through Accelerate's wrapping, autocast and accumulation included; `training_form` asks for one whole graph."""
+    """With Accelerate's wrapping, autocast and accumulation; `training_form` requires a full graph."""
     torch._dynamo.reset()
     counter, real = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda net, **how: real(net, backend=counter, **how))
@@ -133,10 +133,10 @@ def test_the_trainer_compiles_twice_and_validates_eagerly(precision: str, monkey
     assert int(results[-1].skipped[1]) == 0
     assert counter.frame_count == 2, "one graph without dropout, one with it"
     assert math.isfinite(evaluate(net, batches, accelerator, cfg.LOSS, draw=False).metrics["loss_total"])
-    assert counter.frame_count == 2, "validation runs the network as it is"
+    assert counter.frame_count == 2, "validation runs the uncompiled network"
 
 
-def test_checkpointed_activations_change_no_gradient(net: PoseNet) -> None:
+def test_activation_checkpointing_changes_no_gradient(net: PoseNet) -> None:
     """Every layer of the backbone runs twice, and the gradients are the same to the last bit."""
     batch, calls = random_batch(2, 56), []
     net.set_dropout_rate(0.0)

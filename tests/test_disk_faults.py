@@ -119,7 +119,7 @@ def in_namespace(script: str, *words: str | Path, code: int = 0) -> str:
 
 FULL = """
 disk=$1 out=$2; shift 2
-mount -t tmpfs -o size=1800k tmpfs "$disk" || exit 99
+mount -t tmpfs -o size=4m tmpfs "$disk" || exit 99
 "$@"; code=$?
 cp -a "$disk"/. "$out"; exit $code
 """

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from script.evaluate import compose, main
 from src.batch import Sample
+from src.checkpoint.network import load_network
 from src.config import ConfigError
 from src.data.augment import Augmentation
 from src.data.convert.annotate import MANO_21, OPENGL_TO_OPENCV, plain_key
@@ -97,7 +98,7 @@ def test_output_files(place: Path, result: dict) -> None:
 def test_same_metrics_as_in_validation(place: Path, result: dict) -> None:
     """The same frames and definitions as in training."""
     cfg = small_config("DATA.demo=null", "MODEL.hand_model=standin", *overrides(place))
-    net = PoseNet.from_checkpoint(place / "run")
+    net = load_network(place / "run").network
     expected = evaluate(net, build_val_loader(cfg, "standin"), Accelerator(cpu=True), cfg.LOSS).metrics
     got = result["groups"][0]["metric"]
     for name in ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error"):

@@ -1,4 +1,4 @@
-"""Exported networks compute what the network computes, for any batch, or are not kept."""
+"""Exported networks give the outputs of the network, for any batch size, or are not kept."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from script import export as script
+from src.checkpoint.network import LoadedNetwork, load_network
 from src.export.onnx import ABOUT, INPUTS, OUTPUTS, ExportError, PatchNetwork, example_inputs, export
 from src.model.net import PoseNet
 from tests.helpers import ROOT
@@ -26,11 +27,11 @@ HAS_ONNX = all(importlib.util.find_spec(name) for name in script.NEEDS["onnx"])
 
 @dataclass
 class Made:
-    """What one call of the script made of a small network, both files where ONNX is installed."""
+    """The result of one call of the script for a small network; with both files if ONNX is installed."""
 
     run: Path
     folder: Path
-    net: PoseNet
+    loaded: LoadedNetwork
     code: int
     said: str
 
@@ -42,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     said = io.StringIO()
     with redirect_stdout(said):
         code = script.main([str(run), "--to", "torch_export", *["onnx"] * HAS_ONNX, "--output", str(folder)])
-    return Made(run, folder, PoseNet.from_checkpoint(run), code, said.getvalue())
+    return Made(run, folder, load_network(run), code, said.getvalue())
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def expected(net: PoseNet, batch: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
     return [value.numpy() for value in PatchNetwork(net)(*batch)]
 
 
-def test_script_says_how_far_apart(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_reports_the_differences(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     assert made.code == script.DONE
     assert all(made.said.count(name) >= 1 + HAS_ONNX for name in OUTPUTS)
     assert sorted(p.name for p in made.folder.iterdir()) == ["posenet.onnx"] * HAS_ONNX + ["posenet.pt2"]
@@ -63,11 +64,11 @@ def test_script_says_how_far_apart(made: Made, capsys: pytest.CaptureFixture[str
 
 def test_torch_export(made: Made) -> None:
     """Read back and run on a batch size that was neither traced nor checked."""
-    extra, net = {ABOUT: ""}, made.net
+    extra, net = {ABOUT: ""}, made.loaded.network
     program = torch.export.load(made.folder / "posenet.pt2", extra_files=extra)
     about = json.loads(extra[ABOUT])
     assert about["img_size"] == net.img_size
-    assert about["expansion_ratio"] == net.saved.expansion_ratio
+    assert about["expansion_ratio"] == made.loaded.crop
     assert about["inputs"].keys() == INPUTS.keys()
     batch = example_inputs(net, 5)
     for name, found, value in zip(OUTPUTS, program.module()(*batch), expected(net, batch), strict=True):
@@ -81,19 +82,19 @@ def test_onnx(made: Made) -> None:
 
     session = onnxruntime.InferenceSession(str(made.folder / "posenet.onnx"), providers=["CPUExecutionProvider"])
     assert [value.name for value in session.get_inputs()] == list(INPUTS)
-    batch = example_inputs(made.net, 5)
+    batch = example_inputs(made.loaded.network, 5)
     found = session.run(list(OUTPUTS), dict(zip(INPUTS, (value.numpy() for value in batch))))
-    for name, value, wanted in zip(OUTPUTS, found, expected(made.net, batch), strict=True):
+    for name, value, wanted in zip(OUTPUTS, found, expected(made.loaded.network, batch), strict=True):
         assert np.allclose(value, wanted, atol=1e-3), name
     assert json.loads(session.get_modelmeta().custom_metadata_map[ABOUT])["hand_model"] == "standin"
 
 
 def test_a_file_that_differs_is_not_kept(made: Made, tmp_path: Path) -> None:
-    """The graph of one network against another one's weights, as if the exporter had made a mistake."""
+    """The graph of one network compared with another one's weights, as if the exporter had a bug."""
     program = torch.export.load(made.folder / "posenet.pt2")
-    other = PoseNet.from_checkpoint(made.run)
+    other = load_network(made.run)
     with torch.no_grad():
-        other.root_head.linear.bias += 0.01
+        other.network.root_head.linear.bias += 0.01
     file = tmp_path / "net.pt2"
     file.write_text("an earlier export")
     with pytest.raises(ExportError, match=r"root_cam by .* \(allowed 0\.01\).*not kept"):

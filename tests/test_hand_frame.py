@@ -1,4 +1,4 @@
-"""The hand's own camera: upright, looking at the hand, and blind to how the patch camera is turned."""
+"""The hand camera: upright, centred on the hand, and independent of the patch camera's rotation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOCAL, PRINCPT = torch.tensor([[80.0, 80.0]]), torch.tensor([[10.0, 40.0]])
 
 
 def random_hands(num: int) -> torch.Tensor:
-    """Joints [num, 21, 3] mm, half a metre away, not in the middle of the view; the wrist lies apart from the palm."""
+    """Joints [num, 21, 3] mm, half a metre away and off-centre; the wrist is apart from the palm."""
     made = torch.Generator().manual_seed(0)
     joint = 30.0 * torch.randn(num, 21, 3, generator=made) + torch.tensor([60.0, -40.0, 500.0])
     joint[:, 0] += torch.tensor([90.0, 120.0, 0.0])
@@ -27,14 +27,14 @@ def random_hands(num: int) -> torch.Tensor:
 
 
 def frame_of(joint: torch.Tensor) -> tuple[HandFrame, torch.Tensor]:
-    """The frame of joints [B, 21, 3] mm in the camera above, and how it sees them."""
+    """The frame of joints [B, 21, 3] mm in the camera above, and their projection in it."""
     focal, princpt = FOCAL.expand(len(joint), 2), PRINCPT.expand(len(joint), 2)
     seen = project(joint, focal, princpt)
     frame = hand_frame(seen, focal, princpt, IMG_SIZE)
-    return frame, frame.see(seen, focal, princpt)
+    return frame, frame.project(seen, focal, princpt)
 
 
-def test_it_is_a_rotation_that_stands_the_hand_upright_in_the_middle() -> None:
+def test_the_rotation_centres_the_hand_upright() -> None:
     frame, view = frame_of(random_hands(64))
     assert torch.allclose(frame.rot @ frame.rot.mT, torch.eye(3).expand(64, 3, 3), atol=1e-5)
     assert torch.allclose(torch.linalg.det(frame.rot), torch.ones(64), atol=1e-5)
@@ -45,8 +45,8 @@ def test_it_is_a_rotation_that_stands_the_hand_upright_in_the_middle() -> None:
 
 
 @pytest.mark.parametrize("axis_angle", [(0.0, 0.0, 2.5), (0.2, -0.15, 0.0), (-0.1, 0.2, -1.0)])
-def test_a_turned_camera_sees_the_same(axis_angle: tuple[float, float, float]) -> None:
-    """Whatever the turn of the patch camera, the hand's camera is the same one and sees the same."""
+def test_a_rotated_patch_camera_gives_the_same_view(axis_angle: tuple[float, float, float]) -> None:
+    """The hand camera and its view do not depend on the rotation of the patch camera."""
     joint = random_hands(16)
     turn = axis_angle_to_matrix(torch.tensor(axis_angle))
     frame, view = frame_of(joint)
@@ -55,8 +55,8 @@ def test_a_turned_camera_sees_the_same(axis_angle: tuple[float, float, float]) -
     assert torch.allclose(turned_frame.rot, turn @ frame.rot, atol=1e-4)
 
 
-def test_a_palm_of_no_length_rolls_nothing() -> None:
-    """Joints in one place, as before training, or a hand that points at the camera: what turns it is noise."""
+def test_a_palm_of_zero_length_causes_no_roll() -> None:
+    """Keypoints in one place, as before training, or a hand that points at the camera: its roll would be noise."""
     noise = 0.1 * torch.randn(2, 21, 2, generator=torch.Generator().manual_seed(0))
     for seen in (torch.full((2, 21, 2), 20.0), 20.0 + noise):
         rot = hand_frame(seen, FOCAL.expand(2, 2), PRINCPT.expand(2, 2), IMG_SIZE).rot
@@ -64,18 +64,18 @@ def test_a_palm_of_no_length_rolls_nothing() -> None:
         assert rot[:, 0, 0].min() > 0.95
 
 
-def test_nothing_flows_back_through_it_and_the_view_has_finite_gradients() -> None:
+def test_the_frame_is_detached_and_the_view_has_finite_gradients() -> None:
     seen = project(random_hands(4), FOCAL, PRINCPT).requires_grad_()
     frame = hand_frame(seen, FOCAL.expand(4, 2), PRINCPT.expand(4, 2), IMG_SIZE)
     assert not frame.rot.requires_grad
-    frame.see(seen, FOCAL.expand(4, 2), PRINCPT.expand(4, 2)).square().sum().backward()
+    frame.project(seen, FOCAL.expand(4, 2), PRINCPT.expand(4, 2)).square().sum().backward()
     assert seen.grad is not None
     assert seen.grad.isfinite().all()
     assert seen.grad.abs().sum() > 0
 
 
-def test_the_root_is_predicted_against_it() -> None:
-    """The same queries in a turned frame give a hand that is turned and otherwise the same."""
+def test_the_root_rotation_is_relative_to_the_frame() -> None:
+    """The same queries in a rotated frame give the same hand, rotated."""
     torch.manual_seed(0)
     net, batch = PoseNet(small_config().MODEL, build_standin_hand()).eval(), random_batch(3, IMG_SIZE)
     heat = torch.zeros(3, net.backbone.grid_size**2, 21)

@@ -1,4 +1,4 @@
-"""PoseNet: shapes, cameras, gradients, weights from a Hugging Face folder; no target reaches a prediction."""
+"""PoseNet: shapes, cameras, gradients, weights from a Hugging Face folder; predictions never use ground truth."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def batch() -> Batch:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_the_fused_kernels(dtype: torch.dtype) -> None:
-    """What is written out for bfloat16 on a CPU, and for dropped weights, equals PyTorch's own."""
+def test_attention_equals_the_fused_kernels(dtype: torch.dtype) -> None:
+    """The explicit computation, for bfloat16 on a CPU and for dropout, equals PyTorch's own."""
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, num, 8, generator=random).to(dtype) for num in (5, 7, 7))
     wanted, atol = F.scaled_dot_product_attention(q, k, v), 1e-6 if dtype == torch.float32 else 0.03
@@ -65,13 +65,13 @@ def test_shapes_and_consistency(net: PoseNet, batch: Batch) -> None:
 
 
 def test_starts_in_the_middle_of_the_patch(net: PoseNet, batch: Batch) -> None:
-    """Before training the wrist lies near the patch's centre, at a hand's usual distance for that zoom."""
+    """Before training the wrist is near the patch centre, at a typical depth for that zoom."""
     out = net(batch)
     assert (out.joint_patch[:, 0] - 27.5).abs().max() < 6
     assert torch.allclose(out.root_cam[:, 2], torch.tensor(2.0 * 300.0), rtol=0.15)
 
 
-def test_nothing_of_the_target_reaches_a_prediction(net: PoseNet, batch: Batch) -> None:
+def test_predictions_never_use_ground_truth(net: PoseNet, batch: Batch) -> None:
     noise = {
         f.name: torch.rand_like(value.float()).to(value.dtype)
         for f in fields(batch)
@@ -82,8 +82,8 @@ def test_nothing_of_the_target_reaches_a_prediction(net: PoseNet, batch: Batch) 
         assert torch.equal(getattr(first, f.name), getattr(second, f.name)), f.name
 
 
-def test_knows_the_camera(net: PoseNet, batch: Batch) -> None:
-    """Another focal length or another place in the camera's view is another answer for the same pixels."""
+def test_predictions_depend_on_the_camera(net: PoseNet, batch: Batch) -> None:
+    """Another focal length or principal point changes the prediction for the same pixels."""
     base = net(batch)
     for field, change in (("patch_focal", 1.5), ("patch_princpt", 4.0)):
         other = net(replace(batch, **{field: getattr(batch, field) * change}))
@@ -95,18 +95,18 @@ def test_camera_features_are_rays_in_token_order() -> None:
     focal, princpt = torch.tensor([[100.0, 200.0]]), torch.tensor([[10.0, 20.0]])
     feature = camera_features(token_centres(4, 14), focal, princpt, img_size=56)
     assert feature.shape == (1, 16, 3)
-    column, row = 3, 1  # token 1 * 4 + 3; its centre lies at 14 * index + 6.5 px
+    column, row = 3, 1  # token 1 * 4 + 3; its centre is at 14 * index + 6.5 px
     assert feature[0, row * 4 + column, :2].tolist() == pytest.approx([(48.5 - 10) / 100, (20.5 - 20) / 200])
 
 
-def test_position_embedding_tells_tokens_apart() -> None:
+def test_position_embedding_differs_between_tokens() -> None:
     position = sincos_position(grid_size=6, dim=32)
     assert torch.pdist(position).min() > 0.3
     assert position.abs().max() <= 1
 
 
-def test_every_parameter_learns(batch: Batch) -> None:
-    """Every parameter that asks for a gradient gets one, or DDP would wait for it for ever."""
+def test_every_parameter_gets_a_gradient(batch: Batch) -> None:
+    """Every parameter that requires a gradient gets one; DDP would wait for it forever otherwise."""
     net = PoseNet(small_config().MODEL, build_standin_hand()).train()
     loss_sums(net(batch), batch, net.hand).sum().backward()
     without = [n for n, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
@@ -124,7 +124,7 @@ def test_parameter_groups() -> None:
 
 
 def test_hugging_face_folder(tmp_path: Path, batch: Batch) -> None:
-    """Weights saved by transformers at another resolution give the tokens that transformers gives, dropout and all."""
+    """Weights that transformers saved at another resolution give the tokens of transformers, despite its dropout."""
     torch.manual_seed(1)
     shape = Dinov2Config(
         hidden_size=32,
@@ -141,7 +141,9 @@ def test_hugging_face_folder(tmp_path: Path, batch: Batch) -> None:
     image = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         expected = reference(pixel_values=image).last_hidden_state[:, 1:]
-        assert torch.allclose(net.backbone(image), expected, atol=1e-5), "also in training: its own dropout is gone"
+        assert torch.allclose(net.backbone(image), expected, atol=1e-5), (
+            "also in training mode: its own dropout is removed"
+        )
 
 
 def test_wrong_patch_size_is_named() -> None:
@@ -157,5 +159,5 @@ def test_autocast_keeps_the_hand_in_float32(net: PoseNet, batch: Batch) -> None:
 
 
 def test_state_dict_holds_no_hand(net: PoseNet) -> None:
-    """MANO's arrays may not be passed on: a checkpoint must not hold them."""
+    """MANO's licence forbids redistribution: a checkpoint must not contain its arrays."""
     assert not [name for name in net.state_dict() if name.startswith("hand.")]

@@ -1,4 +1,4 @@
-"""script/predict.py: photographs with and without EXIF, boxes from JSON, damaged pictures, files that exist already."""
+"""script/predict.py: images with and without EXIF, boxes from JSON, corrupt images, files that exist already."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from PIL import Image
 from PIL.ExifTags import IFD, Base
 
 from script import predict as script
-from src.model.net import PoseNet
 from src.predict.boxes import HandBox, read_boxes
-from src.predict.mesh_overlay import SIDE_RGB, Mesh, draw_meshes
 from src.predict.outputs import name_outputs
 from src.predict.photo import GUESS, PhotoError, read_photo
+from src.predict.predictor import Predictor
+from src.utils.mesh_overlay import SIDE_RGB, Mesh, draw_meshes
 from tests.helpers import REALHANDS, ROOT
 from tests.test_predict import make_run, photograph
 
@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save(path: Path, image: np.ndarray, exif: dict[int, object] | None = None, orientation: int = 1) -> Path:
-    """Write a picture with EXIF tags of the camera's section."""
+    """Write an image with EXIF tags in the camera section."""
     tags = Image.Exif()
     tags[Base.Orientation] = orientation
     tags.get_ifd(IFD.Exif).update(exif or {})
@@ -46,10 +46,10 @@ def save(path: Path, image: np.ndarray, exif: dict[int, object] | None = None, o
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three pictures and something that is none."""
+    """Three images and a text file."""
     for number, suffix in enumerate(("png", "jpg", "png")):
         save(tmp_path / "photos" / f"p{number}.{suffix}", photograph(number))
-    (tmp_path / "photos" / "notes.txt").write_text("not a picture")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
     return tmp_path / "photos"
 
 
@@ -72,23 +72,24 @@ def test_folder_with_boxes(run: Path, photos: Path, tmp_path: Path, capsys: pyte
     )
     assert predict(run, photos, "--boxes", boxes, "--output", tmp_path / "out") == script.DONE
     said = capsys.readouterr().out
-    for line in ("3 hands in 2 pictures predicted, 0 skipped", "camera of 1 hand from the boxes file"):
+    assert "warning" not in said
+    for line in ("3 hands in 2 images predicted, 0 skipped", "camera of 1 hand from the boxes file"):
         assert line in said
     assert f"camera of 2 hands from {GUESS}" in said
-    assert "1 hand taken for right" in said
-    assert "no box for 1 picture" in said
+    assert "1 hand assumed to be right" in said
+    assert "no box for 1 image" in said
     assert "elsewhere.jpg" in said
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         *("p0.json", "p0.npz", "p0_0_left.obj", "p0_1_right.obj", "p0_overlay.jpg"),
         *("p1.json", "p1.npz", "p1_0_right.obj", "p1_overlay.jpg"),
     ]
-    check_files_agree(PoseNet.from_checkpoint(run), photos, tmp_path / "out")
+    check_files_agree(Predictor.load(run), photos, tmp_path / "out")
 
 
-def check_files_agree(net: PoseNet, photos: Path, out: Path) -> None:
-    """JSON, npz and OBJ of p0 hold what `PoseNet.predict` gives."""
+def check_files_agree(predictor: Predictor, photos: Path, out: Path) -> None:
+    """JSON, npz and OBJ of p0 hold what `Predictor.predict` returns."""
     image = cv2.imread(str(photos / "p0.png"))[..., ::-1]
-    hands = net.predict([image], [BOX], [300, 310], [100, 70], is_right=False)
+    hands = predictor.predict([image], [BOX], [300, 310], [100, 70], is_right=False)
     record, arrays = json.loads((out / "p0.json").read_text()), np.load(out / "p0.npz")
     assert record["image_wh"] == [201, 150]
     assert record["hand_model"] == "standin"
@@ -114,13 +115,13 @@ def check_files_agree(net: PoseNet, photos: Path, out: Path) -> None:
 def test_nothing_is_overwritten(run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert predict(run, photos / "p0.png", "--output", out) == script.DONE
-    assert "no --boxes: the whole of 1 image was taken as the crop of one hand each" in capsys.readouterr().out
+    assert "warning: no --boxes, so the whole image is treated as the crop of one hand; " in capsys.readouterr().out
     (out / "p0.json").write_text("mine")
     assert predict(run, photos, "--output", out) == script.WRONG_ARGUMENTS
-    assert "p0.json exists, as do outputs of 1 of 3 pictures; choose --overwrite" in capsys.readouterr().err
+    assert "p0.json exists, as do outputs of 1 of 3 images; choose --overwrite" in capsys.readouterr().err
     assert predict(run, photos, "--output", out, "--skip_existing", "--write", "json") == script.DONE
-    assert "2 hands in 2 pictures predicted, 0 skipped" in (said := capsys.readouterr().out)
-    assert "1 picture done before" in said
+    assert "2 hands in 2 images predicted, 0 skipped" in (said := capsys.readouterr().out)
+    assert "1 image predicted earlier" in said
     assert (out / "p0.json").read_text() == "mine"
     assert not (out / "p1.npz").exists()
     assert predict(run, photos, "--output", out, "--overwrite", "--handedness", "left") == script.DONE
@@ -129,7 +130,7 @@ def test_nothing_is_overwritten(run: Path, photos: Path, tmp_path: Path, capsys:
     assert predict(run, photos, "--output", photos) == script.WRONG_ARGUMENTS
 
 
-def test_damaged_pictures_are_named_and_skipped(
+def test_corrupt_images_are_named_and_skipped(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "cut.jpg").write_bytes((photos / "p1.jpg").read_bytes()[:-900])
@@ -137,25 +138,26 @@ def test_damaged_pictures_are_named_and_skipped(
     (photos / "empty.png").write_bytes(b"")
     assert predict(run, photos, "--output", tmp_path / "out") == script.SKIPPED_SOME
     said = capsys.readouterr().out
+    assert "warning: no --boxes, so each of the 6 whole images is treated as the crop of one hand; " in said
     for name in ("cut.jpg", "text.jpg", "empty.png"):
         assert f"{name}: " in said
         assert not list((tmp_path / "out").glob(f"{Path(name).stem}*"))
-    assert "3 hands in 3 pictures predicted, 3 skipped" in said
+    assert "3 hands in 3 images predicted, 3 skipped" in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RUN", "nowhere.jpg"], "nowhere.jpg: there is no such picture or folder"),
+        (["RUN", "nowhere.jpg"], "nowhere.jpg: there is no such image or folder"),
         (["nowhere", "PHOTOS"], "no checkpoint at nowhere"),
         (["RUN", "PHOTOS", "--boxes", "nowhere.json"], "nowhere.json cannot be read"),
-        (["RUN", "PHOTOS", "--boxes", "EMPTY"], "names none of the pictures at PHOTOS, nor any other"),
-        (["RUN", "PHOTOS", "--boxes", "OTHER"], "names none of the pictures at PHOTOS, but x.jpg and so on"),
+        (["RUN", "PHOTOS", "--boxes", "EMPTY"], "lists none of the images at PHOTOS: it is empty"),
+        (["RUN", "PHOTOS", "--boxes", "OTHER"], "lists none of the images at PHOTOS: it lists x.jpg"),
         (["RUN", "PHOTOS", "--device", "quantum"], "--device quantum"),
         (["RUN", "PHOTOS", "--hand_model", "nowhere.pkl"], "nowhere.pkl: there is no such file"),
     ],
 )
-def test_wrong_arguments_are_told(
+def test_wrong_arguments_are_reported(
     run: Path, photos: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {"RUN": run, "PHOTOS": photos, "EMPTY": write_boxes(tmp_path / "empty.json")}
@@ -177,26 +179,26 @@ def test_wrong_arguments_are_told(
         ({"image": "p0.png", "bbox": BOX, "focal": [0, 1]}, "`focal` .* must be positive"),
     ],
 )
-def test_wrong_boxes_are_told(tmp_path: Path, record: dict, message: str) -> None:
+def test_invalid_boxes_are_reported(tmp_path: Path, record: dict, message: str) -> None:
     file = write_boxes(tmp_path / "boxes.json", {"image": "p0.png", "bbox": BOX}, record)
     with pytest.raises(ValueError, match=message):
         read_boxes(file, [tmp_path / "p0.png"])
 
 
 @pytest.mark.skipif(not REALHANDS.is_dir(), reason=f"{REALHANDS} is not here")
-def test_annotations_of_real_hands_serve_as_boxes() -> None:
+def test_annotations_of_real_hands_can_be_used_as_boxes() -> None:
     photos = sorted((REALHANDS / "images").iterdir())
-    boxes, strangers = read_boxes(REALHANDS / "annotations.json", photos)
-    assert strangers == []
+    boxes, unknown = read_boxes(REALHANDS / "annotations.json", photos)
+    assert unknown == []
     assert sum(map(len, boxes.values())) == 157
     assert isinstance(boxes[photos[0]][0], HandBox)
     assert all(read_photo(photo).image.ndim == 3 for photo in photos[::20])
 
 
-def test_orientation_turns_picture_boxes_and_camera(run: Path, tmp_path: Path) -> None:
-    """A phone's picture: stored on its side with orientation 6. Everything is that of the upright picture."""
+def test_exif_orientation_applies_to_image_boxes_and_camera(run: Path, tmp_path: Path) -> None:
+    """A phone's image, stored rotated with orientation 6: everything refers to the upright image."""
     upright = photograph(5)
-    stored = np.rot90(upright).copy()  # a quarter turn against the clock; orientation 6 turns it back
+    stored = np.rot90(upright).copy()  # 90 degrees counterclockwise; orientation 6 rotates it back
     tags = {Base.FocalLengthIn35mmFilm: 26, Base.ExifImageWidth: 150, Base.ExifImageHeight: 201}
     turned = save(tmp_path / "in" / "turned.png", stored, tags, orientation=6)
     photo = read_photo(turned)
@@ -207,7 +209,7 @@ def test_orientation_turns_picture_boxes_and_camera(run: Path, tmp_path: Path) -
     boxes = write_boxes(tmp_path / "boxes.json", {"image": "in/turned.png", "bbox": BOX, "handedness": "right"})
     assert predict(run, turned, "--boxes", boxes, "--output", tmp_path / "out", "--write", "json") == script.DONE
     hand = json.loads((tmp_path / "out" / "turned.json").read_text())["hands"][0]
-    expected = PoseNet.from_checkpoint(run).predict([upright], [BOX], photo.camera.focal, photo.camera.princpt)
+    expected = Predictor.load(run).predict([upright], [BOX], photo.camera.focal, photo.camera.princpt)
     assert np.allclose(hand["joint_img"], expected.joint_img[0], atol=1e-2)
 
 
@@ -218,7 +220,7 @@ def test_orientation_turns_picture_boxes_and_camera(run: Path, tmp_path: Path) -
         ({Base.FocalLength: 4.0}, math.hypot(201, 150), GUESS),
         ({Base.FocalLengthIn35mmFilm: 0, Base.FocalLength: 0.0}, math.hypot(201, 150), GUESS),
         ({Base.FocalLengthIn35mmFilm: 60000}, math.hypot(201, 150), f"{GUESS}; EXIF: 60000 mm .* not plausible"),
-        # 5 mm lens; 4020 px of 1.5 um were made 201: the sensor is 6.03 mm wide
+        # 5 mm lens; 4020 px of 1.5 um were downscaled to 201: the sensor is 6.03 mm wide
         (
             {
                 Base.FocalLength: 5.0,
@@ -237,19 +239,19 @@ def test_orientation_turns_picture_boxes_and_camera(run: Path, tmp_path: Path) -
         ),
     ],
 )
-def test_what_exif_says(tmp_path: Path, tags: dict, focal: float, source: str) -> None:
+def test_camera_from_exif(tmp_path: Path, tags: dict, focal: float, source: str) -> None:
     photo = read_photo(save(tmp_path / "a.jpg", photograph(), tags))
     assert photo.camera.focal == pytest.approx([focal] * 2, rel=1e-3)
     assert source.split(" .* ")[0] in photo.camera.source
     assert source.split(" .* ")[-1] in photo.camera.source
 
 
-def test_sensor_width_completes_the_lens(tmp_path: Path) -> None:
+def test_sensor_width_completes_the_focal_length(tmp_path: Path) -> None:
     photo = read_photo(save(tmp_path / "a.jpg", photograph(), {Base.FocalLength: 4.0}), sensor_width=6.4)
     assert photo.camera.focal[0] == pytest.approx(4.0 / 6.4 * 201)
 
 
-def test_camera_of_the_command_line_comes_first(run: Path, tmp_path: Path) -> None:
+def test_command_line_camera_has_precedence(run: Path, tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", photograph(), {Base.FocalLengthIn35mmFilm: 26})
     arguments = (run, tmp_path / "a.jpg", "--output", tmp_path / "out", "--focal", 250, "--princpt", 90, 80)
     assert predict(*arguments, "--write", "json") == script.DONE
@@ -258,9 +260,9 @@ def test_camera_of_the_command_line_comes_first(run: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "I;16", "I"])
-def test_any_kind_of_picture(tmp_path: Path, mode: str) -> None:
+def test_image_modes(tmp_path: Path, mode: str) -> None:
     grey = photograph()[..., 0]
-    wide = {"I;16": np.uint16, "I": np.int32}.get(mode)  # 16 bits of grey, the latter in a file that has room for 32
+    wide = {"I;16": np.uint16, "I": np.int32}.get(mode)  # 16-bit grey, the latter stored with 32 bits
     image = Image.fromarray(grey.astype(wide) << 8) if wide else Image.fromarray(grey).convert(mode)
     path = tmp_path / {"CMYK": "a.jpg", "I": "a.tif"}.get(mode, "a.png")
     image.save(path, quality=100)
@@ -270,14 +272,14 @@ def test_any_kind_of_picture(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("pixel", [photograph()[..., 0] / np.float32(255), photograph()[..., 0].astype(np.int32) << 20])
-def test_a_picture_without_a_white_is_no_photograph(tmp_path: Path, pixel: np.ndarray) -> None:
-    """Pillow would make the one black and the other white, and a network would find a hand in either."""
+def test_images_of_unknown_white_level_are_refused(tmp_path: Path, pixel: np.ndarray) -> None:
+    """Pillow would convert one to black and the other to white, and the network predicts a hand for either."""
     Image.fromarray(pixel).save(tmp_path / "a.tif")
-    with pytest.raises(PhotoError, match="32 bits a pixel"):
+    with pytest.raises(PhotoError, match="32 bits per pixel"):
         read_photo(tmp_path / "a.tif")
 
 
-def test_no_two_pictures_share_their_outputs(tmp_path: Path) -> None:
+def test_no_two_images_share_their_outputs(tmp_path: Path) -> None:
     for names in (["a.jpg", "a.png", "a_jpg.png"], ["a_jpg_png.jpg", "a.jpg", "a.png", "a_jpg.png"]):
         outputs = name_outputs([Path(name) for name in names], tmp_path)
         assert list(outputs) == [Path(name) for name in names]
@@ -286,7 +288,7 @@ def test_no_two_pictures_share_their_outputs(tmp_path: Path) -> None:
     assert [each.name for each in plain.values()] == ["a", "b_c_jpg", "b_c_png"]
 
 
-def test_truncated_picture_is_an_error(tmp_path: Path) -> None:
+def test_truncated_image_is_an_error(tmp_path: Path) -> None:
     data = io.BytesIO()
     Image.fromarray(photograph()).save(data, "JPEG")
     (tmp_path / "a.jpg").write_bytes(data.getvalue()[:-200])
@@ -294,7 +296,7 @@ def test_truncated_picture_is_an_error(tmp_path: Path) -> None:
         read_photo(tmp_path / "a.jpg")
 
 
-def test_overlay_lies_where_the_camera_says() -> None:
+def test_overlay_is_where_the_camera_projects_it() -> None:
     """Two squares facing the camera: each in the colour of its side, at its pixels, the nearer one in front."""
     square = np.array([[-50.0, -50, 0], [50, -50, 0], [50, 50, 0], [-50, 50, 0]])
     face = np.array([[0, 2, 1], [0, 3, 2]])  # outward is towards the camera
@@ -304,7 +306,7 @@ def test_overlay_lies_where_the_camera_says() -> None:
     )
     black = np.zeros((100, 120, 3), np.uint8)
     drawn = draw_meshes(black, [far, near], np.array([400.0, 400.0]), np.array([50.0, 50.0]))
-    assert not black.any(), "the photograph is left as it is"
+    assert not black.any(), "the image is unchanged"
     rows, columns = np.nonzero(drawn.sum(axis=-1))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == pytest.approx((30, 70, 30, 90), abs=1)
 
@@ -320,10 +322,10 @@ def test_overlay_lies_where_the_camera_says() -> None:
 
 
 @pytest.mark.parametrize("is_right", [True, False])
-def test_overlay_of_a_prediction_lies_on_its_vertices(run: Path, is_right: bool) -> None:
-    """From the network to the picture: what changes is where the camera sees the mesh, from its outside."""
+def test_overlay_of_a_prediction_is_on_its_vertices(run: Path, is_right: bool) -> None:
+    """The pixels that change are those where the camera sees the outside of the predicted mesh."""
     image = np.full((150, 201, 3), 60, np.uint8)
-    hands = PoseNet.from_checkpoint(run).predict([image], [BOX], 300, [100, 70], is_right=is_right)
+    hands = Predictor.load(run).predict([image], [BOX], 300, [100, 70], is_right=is_right)
     mesh = Mesh(hands.vert_cam[0], hands.faces_of(0), is_right)
     drawn = draw_meshes(image, [mesh], hands.focal[0], hands.princpt[0])
     point = hands.vert_cam[0, :, :2] / hands.vert_cam[0, :, 2:] * hands.focal[0] + hands.princpt[0]

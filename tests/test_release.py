@@ -1,4 +1,4 @@
-"""script/export.py --to checkpoint: a trained network that ships in the repository, and everything that reads it."""
+"""script/export.py --to checkpoint: a network released as a folder for git, and everything that reads it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from script import evaluate, predict
 from script import export as script
 from src.batch import Batch
 from src.checkpoint.folder import find_checkpoint
-from src.checkpoint.save import TrainState, save_checkpoint
+from src.checkpoint.network import load_network
+from src.checkpoint.save import TrainState, network_texts, save_checkpoint
 from src.config import ConfigError
 from src.export.model_card import BEGIN, END
 from src.export.release import portable_config
 from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
 from src.tracking.tracker import METRICS
-from src.train.components import network_texts
 from src.train.preflight import check_files
 from tests.helpers import ROOT, random_batch, small_config
 from tests.test_predict import photograph
@@ -77,7 +77,7 @@ def released(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def release(run: Path, folder: Path, *options: str) -> int:
-    """Random weights react more to rounding than trained ones, hence the tolerance."""
+    """Random weights are more sensitive to rounding than trained ones, hence the tolerance."""
     arguments = [str(run), "--to", "checkpoint", "--precision", "fp16", "--output", str(folder), "--tolerance", "3"]
     return script.main([*arguments, *options])
 
@@ -91,7 +91,7 @@ def joints(net: PoseNet, batch: Batch) -> np.ndarray:
     return net(batch).joint_cam.numpy()
 
 
-def test_what_is_written(released: Path) -> None:
+def test_written_files(released: Path) -> None:
     assert sorted(p.name for p in released.iterdir()) == FILES
     assert json.loads((released / "manifest.json").read_text()).keys() == {*FILES} - {"README.md", "manifest.json"}
     with safe_open(released / "model.safetensors", "pt") as file:
@@ -102,7 +102,7 @@ def test_what_is_written(released: Path) -> None:
     assert (released / "model.safetensors").stat().st_mode == (released / "state.json").stat().st_mode
 
 
-def test_nothing_of_the_training_machine(released: Path, place: Path) -> None:
+def test_no_paths_of_the_training_machine(released: Path, place: Path) -> None:
     for name in set(FILES) - {"model.safetensors"}:
         text = (released / name).read_text()
         assert not [word for word in (*SECRETS, str(place)) if word in text], name
@@ -137,9 +137,10 @@ def test_portable_config() -> None:
 
 
 def test_the_same_predictions(released: Path) -> None:
-    """Up to rounding to fp16. The demo's network after 700 steps: 0.02 mm on average, 0.3 mm at most on validation."""
-    net, whole = PoseNet.from_checkpoint("model/hand-mini"), PoseNet.from_checkpoint("run")
-    assert net.saved.step == 7
+    """Up to fp16 rounding. The demo network after 700 steps: 0.02 mm on average, 0.3 mm at most on validation."""
+    loaded = load_network("model/hand-mini")
+    net, whole = loaded.network, load_network("run").network
+    assert loaded.step == 7
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     distance = np.linalg.norm(joints(net, batch := random_batch(8, 56)) - joints(whole, batch), axis=-1)
     assert 0 < distance.max() < 1.0, "0.34 mm with these random weights"
@@ -148,12 +149,13 @@ def test_the_same_predictions(released: Path) -> None:
 
 def test_fp32_is_the_same_network(released: Path, tmp_path: Path) -> None:
     assert script.main(["run", "--to", "checkpoint", "--output", str(tmp_path / "net")]) == script.DONE
-    net, whole, batch = PoseNet.from_checkpoint(tmp_path / "net"), PoseNet.from_checkpoint("run"), random_batch(2, 56)
+    net, whole = load_network(tmp_path / "net").network, load_network("run").network
+    batch = random_batch(2, 56)
     assert np.array_equal(joints(net, batch), joints(whole, batch))
 
 
-def test_scripts_read_it_and_leave_it_alone(released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Photographs, evaluation and export; nothing is written into the folder."""
+def test_scripts_read_it_unchanged(released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prediction, evaluation and export write nothing into the folder."""
     before = digest(released)
     photo = save_photo(tmp_path / "a.png", photograph(1))
     assert predict.main([str(released), str(photo), "--output", str(tmp_path / "out")]) == predict.DONE
@@ -183,15 +185,15 @@ def test_resuming_is_refused(released: Path) -> None:
         find_checkpoint(released)
 
 
-def test_damage_is_noticed(released: Path, tmp_path: Path) -> None:
+def test_corruption_is_detected(released: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "config.yaml"):
         copy = tmp_path / name.split(".")[0]
         subprocess.run(["cp", "-r", released, copy], check=True)
         data = bytearray((copy / name).read_bytes())
         data[-3] ^= 1
         (copy / name).write_bytes(data)
-        with pytest.raises(ValueError, match=rf"{name} is damaged: its sha256"):
-            PoseNet.from_checkpoint(copy)
+        with pytest.raises(ValueError, match=rf"{name} is corrupt: its sha256"):
+            load_network(copy)
 
 
 def test_the_card_keeps_what_was_written_by_hand(
@@ -216,10 +218,10 @@ def test_the_card_keeps_what_was_written_by_hand(
     assert digest(folder) == before
 
 
-def test_what_does_not_fit_is_not_kept(released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_release_that_differs_is_not_kept(released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert release(Path("run"), tmp_path / "net", "--tolerance", "1e-6") == script.DIFFERS
     assert "the fp16 checkpoint differs from the network" in capsys.readouterr().err
-    net = PoseNet.from_checkpoint("run")
+    net = load_network("run").network
     with torch.no_grad():
         net.decoder.layers[0].self_norm.weight[0] = 1e5  # a vector: kept in float32
         net.pose_head.weight[0, 0, 0] = 1e5
@@ -244,7 +246,7 @@ def test_options_that_exclude_each_other(options: list[str], message: str, capsy
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
-def test_git_takes_it() -> None:
+def test_git_does_not_ignore_it() -> None:
     def is_ignored(path: str) -> bool:
         return subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False).returncode == 0
 
@@ -255,13 +257,13 @@ def test_git_takes_it() -> None:
 
 
 def test_the_backbone_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A Hugging Face folder that a new run starts from, with the trained weights in it; an existing one is kept."""
+    """A Hugging Face folder with the trained weights that a new run starts from; an existing one is kept."""
     output = place / "model/own-backbone"
     command = [str(place / "run"), "--to", "backbone", "--output", str(output)]
     assert script.main(command) == script.DONE
     assert {"config.json", "model.safetensors"} <= {file.name for file in output.iterdir()}
     cfg = small_config("MODEL.backbone.random_init=false", f"MODEL.backbone.backbone_str={output}")
-    trained = PoseNet.from_checkpoint(place / "run")
+    trained = load_network(place / "run").network
     image = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     fresh = PoseNet(cfg.MODEL, build_standin_hand())
     assert torch.allclose(fresh.backbone(image), trained.backbone(image), atol=1e-5)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.checkpoint.network import load_network
 from src.config import ConfigError
 from src.hand.standin.build import build_standin_hand
-from src.model.net import PoseNet
 from src.train.sharding import check_processes
 from tests.helpers import ROOT, compose_config, random_batch
 from tests.test_processes import DROPOUT, finish, rows, start, torchrun
@@ -149,7 +149,7 @@ def test_a_resume_is_exact(place: Path) -> None:
 
 @pytest.mark.slow
 def test_the_network_is_read_from_a_sharded_runs_checkpoint(sharded: Path) -> None:
-    net = PoseNet.from_checkpoint(sharded, hand_model=build_standin_hand())
+    net = load_network(sharded, hand_model=build_standin_hand()).network
     with torch.no_grad():
         assert torch.isfinite(net(random_batch(2, net.img_size)).joint_cam).all()
 

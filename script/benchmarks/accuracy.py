@@ -25,12 +25,12 @@ from script.benchmarks.accuracy_train import make_cell
 from script.benchmarks.measurement import Figure, Status, compose_config
 from script.benchmarks.peers import PEERS
 from src.batch import Batch
-from src.checkpoint.run_folder import write_text_atomic
 from src.config import BackboneConfig, Config
 from src.data.demo.make import VERSION
 from src.hand.load import load_hand
 from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
 from src.model.net import PoseNet
+from src.utils.files import write_atomic
 
 # Peak learning rates; docs/ABLATIONS.md has the results of other ones.
 LEARNING_RATE = {"ours": 2e-3, "hamer": 1e-3, "csvit": 2e-3}
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
                 net = OurNet(cfg, hand) if method == "ours" else PEERS[method](cfg.MODEL, hand, settings["loss"])
                 cell = make_cell(net, cfg, settings, train, val, status)
                 text = json.dumps(read_cells(results) | {digest_of(settings): cell}, indent=1)
-                write_text_atomic(results, text + "\n")
+                write_atomic(results, text + "\n")
             cells.append(cell)
     baseline = baseline_errors(train, val, hand)
     return report(cells) + [

@@ -1,4 +1,4 @@
-"""The reading side of checkpoints: which folder is meant, and whether its files are those that were written.
+"""The folder of one checkpoint: names of its files, the manifest that seals it, and how it is found and verified.
 
     <run folder>/checkpoints/checkpoint-<step>/
         model.safetensors   weights
@@ -6,12 +6,10 @@
         backbone.json       shape of the backbone, so that its own weights folder is not needed again
         state.json          step, position in the data, best metric
         optimizer.pt        needed only to resume training
-        manifest.json       size and sha256 of every other file
+        manifest.json       size and sha256 of every other file; written last, so a folder without it is incomplete
 
-A released network (`script/export.py --to checkpoint`) is the same folder without optimizer.pt, and outside of a run
-folder.
-
-Standard library only. Written by src/checkpoint/save.py; read by it and by `PoseNet.from_checkpoint`.
+A released network (`script/export.py --to checkpoint`) is the same folder without optimizer.pt, outside a run folder.
+Standard library only: src/train/preflight.py imports this before torch.
 """
 
 from __future__ import annotations
@@ -19,12 +17,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from src.utils.files import write_atomic
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
 CONFIG, BACKBONE = "config.yaml", "backbone.json"
-NETWORK_FILES = (STATE, CONFIG, BACKBONE, MODEL)  # what the use of the weights needs; an older checkpoint has two
+NETWORK_FILES = (STATE, CONFIG, BACKBONE, MODEL)  # enough to use the weights; older checkpoints have only two of them
 
 logger = logging.getLogger("stage1.checkpoint")  # below the logger of src/utils/console.py
 
@@ -32,11 +35,18 @@ logger = logging.getLogger("stage1.checkpoint")  # below the logger of src/utils
 def find_checkpoint(path: str | Path, names: Iterable[str] | None = None) -> Path:
     """The newest complete checkpoint at `path`: a run folder, its `checkpoints`, one `checkpoint-<step>`, or `best`.
 
-    Newest is the highest step in `state.json`. A folder that is incomplete or damaged is named in a warning and
-    skipped for the one before it. Raises ValueError where none is left; a single checkpoint that was asked for by
-    its own path is not replaced by another. `names`: the files that must be whole; all where absent.
+    Newest means the highest step in `state.json`. Incomplete and corrupt folders are skipped with a warning, unless
+    `path` names such a folder itself.
+
+    Args:
+        names: verify these files only; None verifies all.
+
+    Raises:
+        ValueError: no complete checkpoint was found.
     """
     path = Path(path)
+    if path.name == "best" and (path.parent / "checkpoints").is_dir():
+        path = path.parent / "checkpoints" / "best"
     if path.name == "best" and not path.exists():
         path = path.with_name("best.old")  # a crash between the two renames of `swap_in`
     if (path / MANIFEST).exists() or (path / STATE).exists():
@@ -55,7 +65,7 @@ def find_checkpoint(path: str | Path, names: Iterable[str] | None = None) -> Pat
 
 
 def by_step(parent: Path) -> list[tuple[int, Path]]:
-    """Checkpoint folders in `parent` with the step of their `state.json`, newest first; unreadable ones are named."""
+    """Step and folder of each checkpoint in `parent`, newest first. Unreadable folders are skipped with a warning."""
     found = []
     for folder in sorted(p for p in parent.iterdir() if p.is_dir()):
         try:
@@ -66,26 +76,29 @@ def by_step(parent: Path) -> list[tuple[int, Path]]:
 
 
 def read_step(path: Path) -> int:
-    """The optimizer steps done, from `state.json`. Raises ValueError naming the file when it cannot be read."""
-    try:
-        step = json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path / STATE} cannot be read ({error})") from error
-    if not isinstance(step, int):
-        raise ValueError(f"{path / STATE} has no whole number as step: {step!r}")
-    return step
+    """The number of optimizer steps done, from `state.json`."""
+    return read_state_file(path)["step"]
 
 
 def read_config_name(path: Path) -> str:
-    """The `--config-name` of the run, from `state.json`; empty where it is not recorded."""
+    """The `--config-name` of the run, from `state.json`; empty if it is not recorded."""
+    return str(read_state_file(path).get("config_name", ""))
+
+
+def read_state_file(path: Path) -> dict[str, Any]:
+    """The content of `state.json`; `step` is an int. Raises ValueError naming the file if it cannot be read."""
     try:
-        return str(json.loads((path / STATE).read_text(encoding="utf-8")).get("config_name", ""))
-    except (OSError, ValueError, AttributeError) as error:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        step = state["step"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path / STATE} cannot be read ({error})") from error
+    if not isinstance(step, int):
+        raise ValueError(f"{path / STATE}: step must be an integer, not {step!r}")
+    return state
 
 
 def is_released(path: Path) -> bool:
-    """Whether `path` is a checkpoint that was written without optimizer state, to be used and not to be resumed."""
+    """Whether `path` is a checkpoint without optimizer state: usable, but not resumable."""
     try:
         return OPTIMIZER not in _read_manifest(path)
     except ValueError:
@@ -100,8 +113,34 @@ def resume_refusal(path: Path) -> str:
     )
 
 
+def verify(path: Path, names: Iterable[str] | None = None) -> None:
+    """Compare the files of a checkpoint with its manifest: first all sizes, then all sha256.
+
+    Args:
+        names: verify only these files, if the manifest lists them; None verifies all.
+
+    Raises:
+        ValueError: naming the first file that is missing, truncated or changed. With `names` None also for a released
+            network, because training cannot be resumed from it.
+    """
+    manifest = _read_manifest(path)
+    sizes = {name: entry["size"] for name, entry in manifest.items()}
+    if names is None and OPTIMIZER not in manifest:
+        raise ValueError(resume_refusal(path))
+    required = {MODEL, OPTIMIZER, STATE} | sizes.keys()
+    required = required if names is None else required & set(names)
+    for name in sorted(required):
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size is None or size != sizes.get(name):
+            raise ValueError(f"{file} is corrupt: {size} bytes where the manifest says {sizes.get(name)}")
+    for name in sorted(required):
+        if sha256(path / name) != manifest[name]["sha256"]:
+            raise ValueError(f"{path / name} is corrupt: its sha256 is not the manifest's")
+
+
 def _read_manifest(path: Path) -> dict[str, dict]:
-    """File name -> its size and sha256. Raises ValueError where there is no valid manifest."""
+    """File name -> its size and sha256. Raises ValueError without a valid manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in manifest.items()}
@@ -109,27 +148,35 @@ def _read_manifest(path: Path) -> dict[str, dict]:
         raise ValueError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is incomplete") from error
 
 
-def verify(path: Path, names: Iterable[str] | None = None) -> None:
-    """Compare the files of a checkpoint with its manifest: first all sizes, then all sha256.
+def write_manifest(folder: Path) -> None:
+    """Sync every file, then write and sync `manifest.json` and the folder: from here on the checkpoint is complete."""
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    for file in files:
+        fsync(file)
+    manifest = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1))
+    fsync(folder / MANIFEST)
+    fsync(folder)
 
-    Args: names: look at these files alone, as far as the manifest has them; at every file where absent.
-    Raises ValueError naming the first file that is missing, cut or changed; for a released network where `names` is
-    absent, because nothing can be resumed from it.
-    """
-    manifest = _read_manifest(path)
-    sizes = {name: entry["size"] for name, entry in manifest.items()}
-    if names is None and OPTIMIZER not in manifest:
-        raise ValueError(resume_refusal(path))
-    required, wanted = {MODEL, OPTIMIZER, STATE} | sizes.keys(), None if names is None else set(names)
-    required = required if wanted is None else required & wanted
-    for name in sorted(required):
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size is None or size != sizes.get(name):
-            raise ValueError(f"{file} is damaged: {size} bytes where the manifest says {sizes.get(name)}")
-    for name in sorted(required):
-        if sha256(path / name) != manifest[name]["sha256"]:
-            raise ValueError(f"{path / name} is damaged: its sha256 is not the manifest's")
+
+def swap_in(temporary: Path, final: Path) -> None:
+    """Rename `temporary` to `final`. An existing `final` is kept as `<name>.old` until the new one is in place."""
+    old = final.with_name(f"{final.name}.old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+    os.rename(temporary, final)
+    fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

@@ -1,75 +1,106 @@
-"""A trained network from its checkpoint: configuration, shape and weights, all read from the checkpoint folder itself.
+"""A network from its checkpoint: `load_network` builds and fills a trained one, `init_from` starts a new one.
 
-Older checkpoints hold no configuration; theirs is read from the run folder above them.
+Everything is read from the checkpoint folder itself: configuration, backbone shape, weights. Older checkpoints hold no
+configuration; theirs is read from the run folder above them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch import nn
 
 from src.checkpoint.folder import BACKBONE, CONFIG, MODEL, NETWORK_FILES, find_checkpoint, read_step
 from src.config import ModelConfig
-from src.hand.load import load_hand
+from src.hand.load import hand_model_problem, load_hand
 from src.hand.skeleton import HandArrays
+from src.model.net import PoseNet
+
+OLDEST_TRANSFORMERS = "5.20"  # as in pyproject.toml; 5.17 names DINOv2's attention weights differently
+_MAX_NAMED = 3  # tensors in a message
 
 
 @dataclass(frozen=True)
-class SavedNetwork:
-    """What a checkpoint tells about its network, verified; the weights are still on the disk."""
+class LoadedNetwork:
+    """A trained network and the facts of its checkpoint."""
 
-    folder: Path
+    network: PoseNet  # in eval mode
+    folder: Path  # the checkpoint
     step: int  # optimizer steps done
-    config: dict[str, Any]  # the whole run's, as config.yaml has it: plain dicts, lists and values
-    model: ModelConfig  # its MODEL section
-    backbone_shape: dict[str, Any]  # what Backbone.shape() gave
+    configuration: dict[str, Any]  # config.yaml of the run, as plain dicts, lists and values
+    crop: float  # side of the patch over the side of the hand's box, TRAIN.expansion_ratio
+    hand: HandArrays  # the hand model's arrays
 
     @property
-    def expansion_ratio(self) -> float:
-        """Patch side over hand box side that the network was trained with."""
-        return float(self.config["TRAIN"]["expansion_ratio"])
+    def model_config(self) -> ModelConfig:
+        """The MODEL section of the configuration."""
+        return _model_config(self.configuration["MODEL"])
 
 
-def read_checkpoint(path: str | Path) -> SavedNetwork:
-    """Verify the checkpoint at `path` (a run folder means its newest one) and read its configuration.
+def load_network(
+    path: str | Path,
+    hand_model: str | Path | HandArrays | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadedNetwork:
+    """Load a trained network. The backbone's own weights folder is not needed.
+
+    Args:
+        path: a run folder (its newest complete checkpoint), one checkpoint in it, `<run folder>/checkpoints/best`, or a
+            released network such as `model/hand-mini`.
+        hand_model: a file with MANO's arrays, `standin`, or the arrays; None uses the one that the checkpoint names.
+        device: where to put the network.
 
     Raises:
-        ValueError: naming the file that is missing, damaged or of another version of this program.
+        ValueError: naming the file that is missing, corrupt or of another version, or the missing hand model.
     """
-    path = Path(path)
-    if path.name == "best" and not path.exists() and (path.parent / "checkpoints").is_dir():
-        path = path.parent / "checkpoints" / "best"
+    folder, configuration = read_configuration(path)
+    try:
+        model = _model_config(configuration["MODEL"])
+        crop = float(configuration["TRAIN"]["expansion_ratio"])
+        shape = _backbone_shape(folder, model)
+    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise ValueError(
+            f"the configuration of {folder} does not describe a network of this version: {reason}"
+        ) from error
+    hand = _choose_hand(folder, model.hand_model, hand_model)
+    network = PoseNet(model, hand, shape)
+    load_weights(network, folder)
+    return LoadedNetwork(network.to(device).eval(), folder, read_step(folder), configuration, crop, hand)
+
+
+def read_configuration(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Verify the checkpoint at `path` (see `load_network`); returns its folder and the run's configuration.
+
+    Raises ValueError naming the file that is missing or corrupt.
+    """
     folder = find_checkpoint(path, NETWORK_FILES)
     file = folder / CONFIG
     if not file.is_file():
         file = folder.parent.parent / CONFIG
     if not file.is_file():
         raise ValueError(
-            f"{folder} holds no {CONFIG} and there is none at {file}: give the checkpoint in its run folder"
+            f"{folder} holds no {CONFIG}, nor does its run folder ({file}): give the checkpoint in its run folder"
         )
     try:
-        config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-        model = _model_section(config["MODEL"])
-        shape = _backbone_shape(folder, model)
-        float(config["TRAIN"]["expansion_ratio"])
-    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise ValueError(f"{file} does not describe a network of this version: {reason}") from error
-    return SavedNetwork(folder, read_step(folder), config, model, shape)
+        return folder, OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _model_section(tree: Mapping[str, Any]) -> ModelConfig:
-    """The MODEL section, typed. The other sections may be of another version: the network does not depend on them."""
-    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), dict(tree))
+def _model_config(section: Mapping[str, Any]) -> ModelConfig:
+    """The MODEL section, typed. Other sections may be of another version: the network does not depend on them."""
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), dict(section))
     if missing := sorted(OmegaConf.missing_keys(merged)):
         raise ValueError(f"MODEL.{missing[0]} is missing")
     return OmegaConf.to_object(merged)
@@ -90,32 +121,92 @@ def _backbone_shape(folder: Path, model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def choose_hand(saved: SavedNetwork, hand_model: str | Path | HandArrays | None) -> HandArrays:
-    """The hand the network was trained with, or another file (or arrays) of the same kind.
+def _choose_hand(folder: Path, trained_with: str, given: str | Path | HandArrays | None) -> HandArrays:
+    """The hand model that the network was trained with, or the given one of the same kind.
 
-    Raises ValueError where there is none: MANO's arrays may not be passed on, so no checkpoint holds them.
+    Raises ValueError if the file does not exist: MANO's licence forbids to redistribute it, so no checkpoint holds it.
     """
-    trained_with = saved.model.hand_model
-    if isinstance(hand_model, HandArrays):
-        hand = hand_model
+    if isinstance(given, HandArrays):
+        hand = given
     else:
-        name = trained_with if hand_model is None else str(hand_model)
-        if name != "standin" and not Path(name).is_file():
-            raise ValueError(
-                f"hand model {name}: there is no such file; say where MANO_RIGHT.pkl lies (hand_model=...)"
-            )
+        name = trained_with if given is None else str(given)
+        if problem := hand_model_problem(name):
+            raise ValueError(f"hand model {problem}; pass its path as hand_model")
         hand = load_hand(name)
     if (trained_with == "standin") != (hand.name == "standin"):
         raise ValueError(
-            f"{saved.folder} was trained with the hand {trained_with!r}, and {hand.name!r} was given: pose and shape "
-            f"of one mean nothing to the other"
+            f"{folder} was trained with the hand model {trained_with!r}, but {hand.name!r} was given: their pose and "
+            "shape parameters are not compatible"
         )
     return hand
 
 
-def load_weights_into(net: nn.Module, saved: SavedNetwork) -> None:
-    """Fill the network. Raises ValueError where a weight is missing, unknown or of another shape."""
+@dataclass
+class WeightReport:
+    """How the tensors of a file fit a model: their names, sorted."""
+
+    loaded: int = 0
+    missing: list[str] = field(default_factory=list)  # in the model, not in the file
+    unexpected: list[str] = field(default_factory=list)  # in the file, not in the model
+    misshapen: list[str] = field(default_factory=list)  # "name: file [..] model [..]"
+
+    def problems(self) -> str:
+        """Number and first names of the tensors that do not fit; empty if all do."""
+        texts = []
+        for kind in ("missing", "unexpected", "misshapen"):
+            if names := getattr(self, kind):
+                more = ", ..." if len(names) > _MAX_NAMED else ""
+                texts.append(f"{len(names)} {kind}: {', '.join(names[:_MAX_NAMED])}{more}")
+        return "; ".join(texts) + (_transformers_hint() if texts else "")
+
+    def __str__(self) -> str:
+        return f"{self.loaded} tensors loaded" + (f"; {problems}" if (problems := self.problems()) else "")
+
+
+def init_from(model: nn.Module, path: str | Path) -> WeightReport:
+    """Copy every tensor that fits from the checkpoint at `path` into a possibly different model.
+
+    Raises ValueError if the checkpoint is incomplete or no tensor in it fits.
+    """
+    folder = find_checkpoint(path, NETWORK_FILES)
+    report = _copy_weights(model, folder / MODEL)
+    if not report.loaded:
+        raise ValueError(f"no tensor of {folder / MODEL} fits this model: {report}")
+    return report
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fill a model from its own checkpoint. Raises ValueError if a tensor is missing, unexpected or misshapen."""
+    if problems := _copy_weights(model, folder / MODEL).problems():
+        raise ValueError(f"{folder / MODEL} does not fit this version of the network: {problems}")
+
+
+def _transformers_hint() -> str:
+    """A hint if the installed transformers is too old, which shows up as misnamed backbone weights; else empty."""
+    installed = version("transformers")
+    if [int(part) for part in installed.split(".")[:2]] >= [int(part) for part in OLDEST_TRANSFORMERS.split(".")]:
+        return ""
+    return (
+        f" (transformers {installed} is installed, but {OLDEST_TRANSFORMERS} or later is required: older versions name "
+        "the backbone's weights differently)"
+    )
+
+
+@torch.no_grad()
+def _copy_weights(model: nn.Module, file: Path) -> WeightReport:
     try:
-        load_model(net, str(saved.folder / MODEL))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{saved.folder / MODEL} does not fit this version of the network: {error}") from error
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read weights from {file}: {error}") from error
+    own = model.state_dict()
+    report = WeightReport(unexpected=sorted(saved.keys() - own.keys()))
+    filled: set[int] = set()  # addresses: tied parameters are stored under one of their names only
+    for name in sorted(saved.keys() & own.keys()):
+        if saved[name].shape != own[name].shape:
+            report.misshapen.append(f"{name}: file {list(saved[name].shape)} model {list(own[name].shape)}")
+            continue
+        own[name].copy_(saved[name])
+        filled.add(own[name].data_ptr())
+        report.loaded += 1
+    report.missing = sorted(name for name in own.keys() - saved.keys() if own[name].data_ptr() not in filled)
+    return report

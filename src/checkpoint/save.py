@@ -1,12 +1,11 @@
-"""Checkpoints: everything a resume needs, written beside and renamed, so that a crash never costs an older one.
+"""Write checkpoints, and read them back to resume training. A crash while writing never costs an older checkpoint.
 
-    <run folder>/checkpoints/checkpoint-<step>/   model.safetensors  optimizer.pt  state.json  manifest.json
-                                                  config.yaml  backbone.json
+    <run folder>/checkpoints/checkpoint-<step>/   the files that src/checkpoint/folder.py lists
     <run folder>/checkpoints/best/                the same files (hard links) of the best checkpoint so far
 
-A checkpoint's step is read from `state.json`, never from a folder's name. Nothing here runs code from a file: weights
-are safetensors, the rest is read with `weights_only=True`. Rank 0 writes. The learning rate is a pure function of the
-step, so there is no scheduler to save.
+The step is read from `state.json`, never from a folder's name. No code is executed from a file: weights are
+safetensors, the optimizer state is read with `weights_only=True`. Only rank 0 writes. The learning rate is a pure
+function of the step, so there is no scheduler to save.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +23,27 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import nn
 
-from src.checkpoint.checkpoint_files import fsync, swap_in, torch_load, torch_save, write_manifest
-from src.checkpoint.folder import MODEL, OPTIMIZER, STATE, by_step, find_checkpoint, verify
-from src.checkpoint.run_folder import find_run
+from src.checkpoint.folder import (
+    BACKBONE,
+    CONFIG,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    by_step,
+    find_checkpoint,
+    fsync,
+    read_state_file,
+    swap_in,
+    verify,
+    write_manifest,
+)
+from src.checkpoint.network import load_weights
+from src.checkpoint.run_folder import config_yaml, find_run
+from src.config import Config
+from src.model.net import PoseNet
 
 logger = logging.getLogger("stage1.checkpoint")  # below the logger of src/utils/console.py
 
@@ -36,26 +51,31 @@ _TEMPORARY = ".tmp-"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written (disk full, read-only folder); every older one still loads."""
+    """A checkpoint could not be written (disk full, read-only folder). Every older one still loads."""
 
 
 @dataclass
 class TrainState:
-    """What a resume needs besides weights and optimizer. Saved as `state.json`.
+    """What resuming needs besides weights and optimizer; saved as `state.json`.
 
-    No random generator is in it: what a step draws is seeded by (seed, step, rank), see src/train/step.py.
+    It holds no random generator: each step is seeded by (seed, step, rank), see src/train/step.py.
     """
 
     step: int = 0  # optimizer steps done
     data_position: int = 0  # next position in the data order
     best_metric: float | None = None  # lowest validation value so far, in the metric's unit
     best_step: int | None = None
-    config_name: str = ""  # the run's --config-name; `auto` looks for it
-    validation_due: bool = False  # a stop came between this step and the validation that belongs to it
-    skipped_step: int = 0  # steps left out so far because the loss or gradient was not finite
-    skipped_in_row: int = 0  # of them, those in a row up to this step
+    config_name: str = ""  # the run's --config-name; GENERAL.resume_path=auto searches for it
+    validation_due: bool = False  # the run was stopped between this step and the validation that belongs to it
+    skipped_step: int = 0  # steps skipped so far because the loss or gradient was not finite
+    skipped_in_row: int = 0  # how many of them are consecutive, up to this step
     tracker: dict[str, int] = field(default_factory=dict)  # Tracker.state(): journal offsets in bytes
-    extra: dict[str, Any] = field(default_factory=dict)  # whatever else can be written as JSON
+    extra: dict[str, Any] = field(default_factory=dict)  # anything else that is valid JSON
+
+
+def network_texts(cfg: Config, net: PoseNet) -> dict[str, str]:
+    """File name -> content of the text files that describe the network in a checkpoint."""
+    return {CONFIG: config_yaml(cfg), BACKBONE: json.dumps(net.backbone.shape(), indent=1)}
 
 
 def save_checkpoint(
@@ -69,25 +89,29 @@ def save_checkpoint(
     keep: int = 3,
     is_best: bool = False,
 ) -> Path:
-    """Write `checkpoints/checkpoint-<step>` of `run_folder`, make it `best` if asked, keep the newest `keep`.
+    """Write `checkpoints/checkpoint-<step>` of `run_folder`, link it as `best` if requested, keep the newest `keep`.
 
-    Give the bare model (no DDP or compile wrapper). `texts` (file name -> content) are sealed with the rest: what tells
-    how to build the network. An older checkpoint is removed only after this one is complete; one
-    of a later step is never touched.
-    Raises CheckpointError where the disk refuses; then nothing of the new checkpoint remains and all older ones do.
+    An older checkpoint is removed only after this one is complete; checkpoints of a later step are never touched.
+
+    Args:
+        model: without DDP or compile wrapper.
+        texts: file name -> content of further files, sealed by the manifest too; see `network_texts`.
+
+    Raises:
+        CheckpointError: the disk refuses. Nothing of the new checkpoint remains, all older ones do.
     """
     assert keep >= 1
     parent = Path(run_folder) / "checkpoints"
     final = parent / f"checkpoint-{state.step}"
     temporary = parent / f"{_TEMPORARY}{final.name}"
-    with _explained(final, temporary):
+    with _as_checkpoint_error(final, temporary):
         parent.mkdir(exist_ok=True)
         _remove_leftovers(parent)
         temporary.mkdir()
         save_model(model, str(temporary / MODEL))
         scaler_state = None if scaler is None else scaler.state_dict()
-        torch_save({"optimizer": optimizer.state_dict(), "scaler": scaler_state}, temporary / OPTIMIZER)
-        (temporary / MODEL).chmod((temporary / OPTIMIZER).stat().st_mode)  # safetensors writes for the owner alone
+        _torch_save({"optimizer": optimizer.state_dict(), "scaler": scaler_state}, temporary / OPTIMIZER)
+        (temporary / MODEL).chmod((temporary / OPTIMIZER).stat().st_mode)  # safetensors makes it readable by owner only
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
@@ -109,20 +133,19 @@ def load_checkpoint(
 ) -> TrainState:
     """Verify the checkpoint folder `path` (unless `find_checkpoint` just has) and fill model, optimizer and scaler.
 
-    Raises ValueError naming the file that is damaged, or what of the model or optimizer does not fit.
+    Raises ValueError naming the file that is corrupt, or the tensors of model or optimizer that do not fit.
     """
     if not verified:
         verify(path)
     state = read_state(path)
     try:
-        load_model(model, str(path / MODEL))
-    except (RuntimeError, SafetensorError) as error:
+        load_weights(model, path)
+    except ValueError as error:
         raise ValueError(
-            f"{path / MODEL} does not fit this model: {error}; resume with the config that wrote it, "
-            f"or take over the weights that fit with MODEL.init_from={path}"
+            f"{error}; resume with the config that wrote it, or load the weights that fit with MODEL.init_from={path}"
         ) from error
     if optimizer is not None:
-        saved = torch_load(path / OPTIMIZER)
+        saved = _torch_load(path / OPTIMIZER)
         try:
             optimizer.load_state_dict(saved["optimizer"])
         except ValueError as error:
@@ -133,43 +156,52 @@ def load_checkpoint(
 
 
 def read_state(path: Path) -> TrainState:
-    """The TrainState of the checkpoint folder `path`. Raises ValueError naming the file when it cannot be read."""
-    try:
-        data = json.loads((path / STATE).read_text(encoding="utf-8"))
-        known = {f.name for f in fields(TrainState)}
-        state = TrainState(**{k: v for k, v in data.items() if k in known})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / STATE} cannot be read ({error})") from error
-    if not isinstance(state.step, int):
-        raise ValueError(f"{path / STATE} has no whole number as step: {state.step!r}")
-    return state
+    """The TrainState of the checkpoint folder `path`; unknown keys are ignored. Raises ValueError naming the file."""
+    known = {f.name for f in fields(TrainState)}
+    return TrainState(**{k: v for k, v in read_state_file(path).items() if k in known})
 
 
 def is_newest(checkpoint: Path) -> bool:
-    """Whether `checkpoint` lies in a run folder and no complete checkpoint there is of a later step."""
+    """Whether `checkpoint` is in a run folder that holds no complete checkpoint of a later step."""
     if checkpoint.parent.name != "checkpoints":
         return False
     return read_state(checkpoint).step >= max(step for step, _ in by_step(checkpoint.parent))
 
 
 def find_newest(root: Path, config_name: str) -> Path | None:
-    """The newest complete checkpoint of the newest run of `config_name` below `root`; None where it has none yet."""
+    """The newest complete checkpoint of the newest run of `config_name` below `root`; None without any."""
     run_folder = find_run(root, config_name)
     if run_folder is None or not (run_folder / "checkpoints").is_dir():
         return None
     try:
         return find_checkpoint(run_folder)
     except ValueError as error:
-        logger.warning("%s; starting anew", error)
+        logger.warning("%s; starting a new run", error)
         return None
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
+def _torch_save(value: Any, path: Path) -> None:
+    """`torch.save`, but a failed write raises its OSError; torch hides it behind a RuntimeError."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _torch_load(path: Path) -> Any:
+    """`torch.load` of tensors and plain containers; ValueError for anything that would execute code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a file of tensors that we wrote; refused: {error}") from error
 
 
 @contextmanager
-def _explained(final: Path, temporary: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises into one CheckpointError, and leave no half-written folder."""
+def _as_checkpoint_error(final: Path, temporary: Path) -> Iterator[None]:
+    """Raise what a full or read-only disk raises as CheckpointError, and remove the incomplete folder."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
@@ -183,7 +215,7 @@ def _explained(final: Path, temporary: Path) -> Iterator[None]:
 
 
 def _make_best(checkpoint: Path) -> None:
-    """Link the files of `checkpoint` into `best` (copy where the file system has no hard links)."""
+    """Hard-link the files of `checkpoint` into `best`; copy them on file systems without hard links."""
     temporary = checkpoint.with_name(f"{_TEMPORARY}best")
     try:
         temporary.mkdir()
@@ -201,14 +233,14 @@ def _make_best(checkpoint: Path) -> None:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Remove what a killed process left half-written or replaced; a run folder has one writer (`lock_run_folder`)."""
+    """Remove folders that a killed process left incomplete or replaced. Safe: a locked run folder has one writer."""
     replaced = [folder for folder in parent.glob("*.old") if folder.with_suffix("").exists()]
     for folder in [*parent.glob(f"{_TEMPORARY}*"), *replaced]:
         shutil.rmtree(folder)
 
 
 def _prune(parent: Path, newest: Path, step: int, keep: int) -> None:
-    """Remove all but `newest` and the `keep - 1` before it; never `best`, never what cannot be read."""
+    """Remove all but `newest` and the `keep - 1` before it; never `best`, never folders that cannot be read."""
     kept = 1
     for other_step, folder in by_step(parent):
         if folder == newest or not folder.name.startswith("checkpoint-"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
+from src.checkpoint.network import LoadedNetwork, load_network
 from src.config import Config
 from src.data.demo.make import make_demo_data
 from src.data.loader import HandLoader, build_val_loader
@@ -19,7 +20,6 @@ from src.evaluate.collect import collect
 from src.evaluate.settings import source_labels
 from src.evaluate.submission import write_submission
 from src.metric import Samples
-from src.model.net import PoseNet
 from src.utils.console import logger, task_bar, track
 
 UNKNOWN = "unknown"  # data set of hands in shards that do not name theirs
@@ -54,14 +54,14 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
         BadDataError: more than `DATA.max_bad_fraction` of the frames are corrupt.
     """
     accelerator = build_accelerator(cfg)
-    net = PoseNet.from_checkpoint(checkpoint, hand_model=cfg.MODEL.hand_model, device=accelerator.device)
-    assert net.saved is not None
+    loaded = load_network(checkpoint, hand_model=cfg.MODEL.hand_model, device=accelerator.device)
+    net = loaded.network
     make_demo_data(cfg, progress, subsets=("val",))
     with task_bar(progress, "indexing shards") as advance:
         pin_memory = accelerator.device.type == "cuda"
         loader = build_val_loader(cfg, net.hand.name, half=options.half, progress=advance, pin_memory=pin_memory)
-    logger.info(f"{net.saved.folder}, step {net.saved.step}; hand model {net.hand.name}; {accelerator.device.type}")
-    default = write.default_output(net.saved.folder, net.saved.step, options.half, Path(cfg.GENERAL.output_root))
+    logger.info(f"{loaded.folder}, step {loaded.step}; hand model {net.hand.name}; {accelerator.device.type}")
+    default = write.default_output(loaded.folder, loaded.step, options.half, Path(cfg.GENERAL.output_root))
     write.check_output(options.output, default)
     batches = track(progress, loader, len(loader), "predicting")
     samples = collect(net, batches, accelerator, keep_hands=options.submission is not None)
@@ -70,7 +70,7 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
         logger.warning(f"skipped: {loader.health.summary()}")
     groups = summarise(samples, options.bootstrap)
     folder = write.make_output(options.output, default)
-    write.write_result(folder, _subject(net, cfg, loader, options.half), samples, groups, options.bootstrap)
+    write.write_result(folder, _subject(loaded, cfg, loader, options.half), samples, groups, options.bootstrap)
     write.draw_plots(folder, groups[0])
     _, error = hand_sheets.ranking(samples)
     for kind, rows in hand_sheets.choose(error, options.num_overlay, options.bootstrap.seed).items():
@@ -79,7 +79,7 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
             image = hand_sheets.sheet(net, loader.dataset, accelerator, samples, rows, title)
             write.write_image(folder / f"{kind}.png", image)
     if options.submission is not None:
-        _submit(folder, samples, net, options)
+        _submit(folder, samples, net.hand.name, options)
     return Evaluation(folder, groups)
 
 
@@ -96,22 +96,21 @@ def name_unknown(samples: Samples, loader: HandLoader, cfg: Config) -> Samples:
     return replace(samples, source=source)
 
 
-def _submit(folder: Path, samples: Samples, net: PoseNet, options: Options) -> None:
+def _submit(folder: Path, samples: Samples, hand_model: str, options: Options) -> None:
     assert options.submission is not None
     path = write_submission(options.submission, samples, folder, options.order)
     logger.info(f"submission: {path}, {len(options.order or samples.key)} images")
-    if net.hand.name != "mano":
-        logger.warning(f"its vertices are those of the hand model {net.hand.name!r}; the challenge expects MANO's")
+    if hand_model != "mano":
+        logger.warning(f"its vertices are those of the hand model {hand_model!r}; the challenge expects MANO's")
     if options.submission == "freihand" and len(samples) != FREIHAND_IMAGES:
         logger.warning(f"it contains {len(samples)} images; FreiHAND's evaluation split has {FREIHAND_IMAGES}")
 
 
-def _subject(net: PoseNet, cfg: Config, loader: HandLoader, half: str | None) -> write.Subject:
-    assert net.saved is not None
+def _subject(loaded: LoadedNetwork, cfg: Config, loader: HandLoader, half: str | None) -> write.Subject:
     return write.Subject(
-        checkpoint=str(net.saved.folder),
-        step=net.saved.step,
-        hand_model=net.hand.name,
+        checkpoint=str(loaded.folder),
+        step=loaded.step,
+        hand_model=loaded.network.hand.name,
         data_root=str(cfg.DATA.root),
         data_source=cfg.DATA.val.source,
         stride=cfg.DATA.stride,

@@ -9,6 +9,7 @@ from typing import Any
 from src.config import Config, ConfigError, named_sources
 from src.config_parse import is_known_key, parse_config
 from src.data.shards.paths import resolve_source
+from src.hand.load import hand_model_problem
 
 _DATA_LOCATION = ("DATA.root", "DATA.val.source", "DATA.train.source")
 _WHOLE = ("DATA.val.source", "DATA.train.source")  # free-form mappings: replaced, never merged
@@ -43,9 +44,9 @@ def evaluation_config(
 
 def check_files_exist(cfg: Config) -> None:
     """Refuse a hand model or patterns of shards that are not there. Raises ConfigError with a line a problem."""
-    problems, hand = [], cfg.MODEL.hand_model
-    if hand != "standin" and not Path(hand).is_file():
-        problems.append(f"MODEL.hand_model={hand}: there is no such file; say where MANO_RIGHT.pkl lies")
+    problems = []
+    if problem := hand_model_problem(cfg.MODEL.hand_model):
+        problems.append(f"MODEL.hand_model={problem}")
     if cfg.DATA.demo is None:
         patterns = [pattern for named in named_sources(cfg.DATA.val.source) for pattern in named.patterns]
         try:

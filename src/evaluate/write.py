@@ -13,15 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from src.checkpoint.run_folder import make_new_folder, write_text_atomic
 from src.evaluate.bootstrap import Bootstrap, Estimate, Group
 from src.evaluate.plot import plot_joint_error, plot_pck
 from src.evaluate.tables import group_grid, group_grid_2d, joint_grid, metric_grid
 from src.hand.skeleton import JOINT_NAMES
 from src.metric import PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM, UNITS, Samples
+from src.utils.files import encode_image, make_new_folder, write_atomic
 from src.utils.table import Grid
 
 RESULT, REPORT, SAMPLES = "result.json", "report.md", "samples.csv"
@@ -97,7 +96,7 @@ def write_result(
         "pck_thresholds_2d": PCK_2D_THRESHOLDS.tolist(),
         "groups": [_group_tree(group) for group in groups],
     }
-    write_text_atomic(folder / RESULT, json.dumps(_finite(tree), indent=1) + "\n")
+    write_atomic(folder / RESULT, json.dumps(_finite(tree), indent=1) + "\n")
     _write_samples(folder / SAMPLES, samples)
 
 
@@ -159,7 +158,7 @@ def _write_report(folder: Path, subject: Subject, groups: Sequence[Group], boots
     ]
     for group in groups[1:]:
         lines += [grid.as_markdown() for grid in (metric_grid(group), joint_grid(group)) if grid is not None]
-    write_text_atomic(folder / REPORT, "\n".join(lines))
+    write_atomic(folder / REPORT, "\n".join(lines))
 
 
 def describe_intervals(bootstrap: Bootstrap) -> str:
@@ -178,6 +177,4 @@ def draw_plots(folder: Path, group: Group) -> None:
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write an RGB image as PNG."""
-    ok, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    assert ok
-    path.write_bytes(data.tobytes())
+    path.write_bytes(encode_image(image, path.suffix))

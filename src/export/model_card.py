@@ -1,6 +1,6 @@
-"""The model card of a released network: README.md with the facts that its run can fill in.
+"""The model card of a released network: README.md, with facts filled in from its run.
 
-The facts stand between two markers. A later export replaces them and leaves everything else of the file as it is.
+The facts are between two marker lines. A later export replaces them and keeps the rest of the file.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path
 from torch import nn
 
 from src.checkpoint.folder import MODEL, read_config_name
-from src.checkpoint.run_folder import write_text_atomic
-from src.model.net import PoseNet
+from src.checkpoint.network import LoadedNetwork
 from src.tracking.tracker import METRICS, read_rows
+from src.utils.files import write_atomic
 
 CARD = "README.md"
 BEGIN, END = "<!-- facts: written by script/export.py, do not edit -->", "<!-- end of facts -->"
 _BLOCK = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 _METRICS = ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error")
 
-_FACTS = "<facts>"  # their place in the skeleton
+_FACTS = "<facts>"  # placeholder in the skeleton
 _SKELETON = """# {title}
 
 TODO: what the network does, and for what it is good enough.
@@ -61,7 +61,7 @@ Apache-2.0, as the code. {hand_licence}
 
 
 def read_card(path: Path) -> str | None:
-    """The text of an existing card; None where there is none. Raises ValueError where it has no place for the facts."""
+    """The text of an existing card; None without one. Raises ValueError if it lacks the markers of the facts."""
     if not path.exists():
         return None
     text = path.read_text(encoding="utf-8")
@@ -70,43 +70,42 @@ def read_card(path: Path) -> str | None:
     return text
 
 
-def write_card(folder: Path, card: str | None, net: PoseNet, precision: str) -> None:
-    """Write a new card into the released network's `folder`, or `card` with its facts brought up to date.
+def write_card(folder: Path, card: str | None, loaded: LoadedNetwork, precision: str) -> None:
+    """Write a new card into the released network's `folder`, or `card` with its facts updated.
 
-    `net` is the network of the run's checkpoint that was released with this precision of weights.
+    `loaded` is the network that was released, with its weights in `precision`.
     """
-    facts = "\n".join([BEGIN, *_facts(net, precision, (folder / MODEL).stat().st_size), END])
-    text = _skeleton(folder, net).replace(_FACTS, BEGIN + END) if card is None else card
-    write_text_atomic(folder / CARD, _BLOCK.sub(lambda _: facts, text, count=1))
+    facts = "\n".join([BEGIN, *_facts(loaded, precision, (folder / MODEL).stat().st_size), END])
+    text = _skeleton(folder, loaded).replace(_FACTS, BEGIN + END) if card is None else card
+    write_atomic(folder / CARD, _BLOCK.sub(lambda _: facts, text, count=1))
 
 
-def _skeleton(folder: Path, net: PoseNet) -> str:
-    mano = "The weights hold nothing of MANO; using them needs `MANO_RIGHT.pkl`, which has its own licence."
+def _skeleton(folder: Path, loaded: LoadedNetwork) -> str:
+    mano = "The weights contain nothing of MANO; using them needs `MANO_RIGHT.pkl`, which has its own licence."
     standin = "The hand model is the one in this repository; MANO is not needed."
     name = folder.resolve().name
     return _SKELETON.format(
         title=name,
         folder=f"model/{name}",
-        config=read_config_name(net.saved.folder) or "TODO",
-        hand_licence=standin if net.hand.name == "standin" else mano,
+        config=read_config_name(loaded.folder) or "TODO",
+        hand_licence=standin if loaded.network.hand.name == "standin" else mano,
         facts=_FACTS,
     )
 
 
-def _facts(net: PoseNet, precision: str, size: int) -> Iterator[str]:
-    saved = net.saved
-    model = saved.model
+def _facts(loaded: LoadedNetwork, precision: str, size: int) -> Iterator[str]:
+    net = loaded.network
     weights = "float32" if precision == "fp32" else "matrices float16, vectors float32"
     rows = {
-        "configuration": f"`{read_config_name(saved.folder) or 'unknown'}`",
-        "step": f"{saved.step}",
+        "configuration": f"`{read_config_name(loaded.folder) or 'unknown'}`",
+        "step": f"{loaded.step}",
         "parameters": f"{_millions(net)} (backbone {_millions(net.backbone)}, decoder {_millions(net.decoder)})",
         "weights": f"`{MODEL}`, {size / 1e6:.1f} MB ({weights})",
-        "input": f"{model.img_size} x {model.img_size} px, {saved.expansion_ratio:g} times the hand's box",
+        "input": f"{net.img_size} x {net.img_size} px, {loaded.crop:g} times the hand's box",
         "hand model": "`standin`, part of this repository" if net.hand.name == "standin" else "MANO",
     }
     yield from ("| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()))
-    if validation := _validation(saved.folder, saved.step):
+    if validation := _validation(loaded.folder, loaded.step):
         yield from ("", "Validation of its run at that step, mm, beside the image-independent baseline:", "")
         yield from ("| metric | value | baseline |", "|---|---|---|")
         for name in _METRICS:

@@ -1,9 +1,8 @@
-"""A trained network as one file for other programs: `torch.export` (.pt2) or ONNX, checked against the network itself.
+"""Export a trained network to one file for other programs, `torch.export` (.pt2) or ONNX, and compare their outputs.
 
 Inputs and outputs are those of `PoseNet.predict_patch`; INPUTS and OUTPUTS below name them. Cutting the patch and
-turning hands back (src/predict/predictor.py) stay with the caller: `about` says what they need to know, inside the
-file.
-Shape legend: batch is free; S patch side, V vertices of the hand model.
+rotating hands back (src/predict/predictor.py) are left to the caller; the file contains what that needs, see `about`.
+Shape legend: batch is dynamic; S patch side, V vertices of the hand model.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from src.checkpoint.network import LoadedNetwork
 from src.model.net import PoseNet
 
 INPUTS = {
@@ -29,7 +29,7 @@ INPUTS = {
     "focal": "float32 [batch, 2] px, of the patch camera",
     "princpt": "float32 [batch, 2] px, of the patch camera",
 }
-# name -> (what it is, largest difference that is allowed relative to --tolerance)
+# name -> (meaning, allowed difference relative to --tolerance)
 OUTPUTS = {
     "mano_rotmat": ("[batch, 16, 3, 3] rotations against the parent joint, root first, flat_hand_mean=True", 0.01),
     "mano_pose": ("[batch, 48] the same as axis-angle, rad", 0.01),
@@ -48,7 +48,7 @@ Run = Callable[[Sequence[torch.Tensor]], list[np.ndarray]]
 
 
 class PatchNetwork(nn.Module):
-    """`predict_patch` with a tuple of tensors, in the order of OUTPUTS."""
+    """`predict_patch`, returning a tuple of tensors in the order of OUTPUTS."""
 
     def __init__(self, net: PoseNet) -> None:
         super().__init__()
@@ -61,10 +61,10 @@ class PatchNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an exported output is from the network's own."""
+    """How far an exported output differs from the network's own."""
 
     name: str
-    largest: float  # absolute, over all batches that were tried
+    largest: float  # absolute, over all batches
     allowed: float
 
     @property
@@ -73,59 +73,50 @@ class Difference:
 
 
 class ExportError(RuntimeError):
-    """The exported file does not compute what the network computes; it was not kept."""
+    """The exported network computes something else than the original; it was not kept."""
 
 
 def trace(net: PoseNet) -> torch.export.ExportedProgram:
-    """The network as a graph with a free batch size; both kinds of files are made of it."""
+    """The network as a graph with a dynamic batch size; both kinds of files are written from it."""
     with torch.no_grad():
         module = PatchNetwork(net).eval()
-        return torch.export.export(module, example_inputs(net, _TRACED_BATCH), dynamic_shapes=_free_batch())
+        return torch.export.export(module, example_inputs(net, _TRACED_BATCH), dynamic_shapes=_dynamic_batch())
 
 
 def export(
-    net: PoseNet, program: torch.export.ExportedProgram, kind: str, file: Path, tolerance: float
+    loaded: LoadedNetwork, program: torch.export.ExportedProgram, kind: str, file: Path, tolerance: float
 ) -> list[Difference]:
-    """Write `trace(net)` to `file` as `kind` (`torch_export` or `onnx`), read it back and compare it with `net`.
+    """Write `program`, the traced network, to `file`, read it back and compare it with the network.
 
-    Raises ExportError where an output differs by more than `tolerance` mm or px (a hundredth of it for rotations and
-    shape); `file` is then as it was before.
+    Args: kind: `torch_export` or `onnx`; tolerance: mm and px, a hundredth of it for rotations and shape.
+    Raises ExportError if an output differs by more than the tolerance; `file` is then unchanged.
     """
     save, load = {"torch_export": (_save_torch, _load_torch), "onnx": (_save_onnx, _load_onnx)}[kind]
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as folder, torch.no_grad():
         temporary = Path(folder) / file.name
-        save(program, temporary, json.dumps(about(net), indent=1))
-        batches = [example_inputs(net, num) for num in _CHECKED_BATCHES]
-        differences = compare(PatchNetwork(net).eval(), load(temporary), batches, tolerance)
-        if far := [d for d in differences if not d.is_within]:
-            raise ExportError(f"the {kind} file differs from the network: {describe_far(far)}; it was not kept")
+        save(program, temporary, json.dumps(about(loaded), indent=1))
+        differences = compare(loaded.network, load(temporary), tolerance, f"the {kind} file")
         for part in Path(folder).iterdir():  # ONNX above 2 GB comes in two files
             os.replace(part, file.parent / part.name)
     return differences
 
 
-def describe_far(far: Sequence[Difference]) -> str:
-    """The outputs that differ too much, for a message."""
-    return ", ".join(f"{d.name} by {d.largest:.3g} (allowed {d.allowed:.3g})" for d in far)
-
-
-def about(net: PoseNet) -> dict[str, Any]:
-    """What a user of the exported file needs to know besides it."""
-    assert net.saved is not None, "export a network that came from a checkpoint"
+def about(loaded: LoadedNetwork) -> dict[str, Any]:
+    """The description of the network inside the exported file."""
     return {
         "inputs": INPUTS,
         "outputs": {name: text for name, (text, _) in OUTPUTS.items()},
-        "img_size": net.img_size,
-        "expansion_ratio": net.saved.expansion_ratio,
-        "hand_model": net.hand.name,
-        "checkpoint": str(net.saved.folder),
-        "step": net.saved.step,
+        "img_size": loaded.network.img_size,
+        "expansion_ratio": loaded.crop,
+        "hand_model": loaded.network.hand.name,
+        "checkpoint": str(loaded.folder),
+        "step": loaded.step,
     }
 
 
 def example_inputs(net: PoseNet, num: int) -> tuple[torch.Tensor, ...]:
-    """Noise patches and cameras as crops have them; the same for the same `num`."""
+    """Noise patches and random patch cameras; the same for the same `num`."""
     rng, side = torch.Generator().manual_seed(num), net.img_size
     patch = torch.randint(0, 256, (num, 3, side, side), generator=rng, dtype=torch.uint8)
     focal = side * (1.0 + 4.0 * torch.rand(num, 1, generator=rng)).expand(-1, 2).contiguous()
@@ -133,21 +124,25 @@ def example_inputs(net: PoseNet, num: int) -> tuple[torch.Tensor, ...]:
     return tuple(value.to(net.centre.device) for value in (patch, focal, princpt))
 
 
-def compare(
-    module: PatchNetwork, exported: Run, batches: Sequence[tuple[torch.Tensor, ...]], tolerance: float
-) -> list[Difference]:
-    """The largest difference of each output over the batches."""
-    largest = np.zeros(len(OUTPUTS))
-    for batch in batches:
+def compare(net: PoseNet, exported: Run, tolerance: float, what: str) -> list[Difference]:
+    """The largest difference of each output over a few batches of noise.
+
+    Raises ExportError naming `what` was exported if one is above `tolerance` (see `export`).
+    """
+    module, largest = PatchNetwork(net).eval(), np.zeros(len(OUTPUTS))
+    for batch in (example_inputs(net, num) for num in _CHECKED_BATCHES):
         expected = [value.cpu().numpy() for value in module(*batch)]
         found = exported(batch)
         assert [value.shape for value in found] == [value.shape for value in expected]
         largest = np.maximum(largest, [np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])
     allowed = [tolerance * share for _, share in OUTPUTS.values()]
-    return [Difference(*item) for item in zip(OUTPUTS, largest.tolist(), allowed, strict=True)]
+    differences = [Difference(*item) for item in zip(OUTPUTS, largest.tolist(), allowed, strict=True)]
+    if far := [f"{d.name} by {d.largest:.3g} (allowed {d.allowed:.3g})" for d in differences if not d.is_within]:
+        raise ExportError(f"{what} differs from the network: {', '.join(far)}; not kept (see --tolerance)")
+    return differences
 
 
-def _free_batch() -> dict[str, dict[int, Any]]:
+def _dynamic_batch() -> dict[str, dict[int, Any]]:
     batch = torch.export.Dim("batch", min=1, max=65536)
     return {name: {0: batch} for name in INPUTS}
 
@@ -162,10 +157,10 @@ def _load_torch(file: Path) -> Run:
 
 
 def _save_onnx(program: torch.export.ExportedProgram, file: Path, description: str) -> None:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it looks for torchvision
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about a missing torchvision
     names = {"input_names": list(INPUTS), "output_names": list(OUTPUTS)}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # FutureWarnings of torch about itself
+        warnings.simplefilter("ignore")  # torch's FutureWarnings about its own code
         exported = torch.onnx.export(program, dynamo=True, opset_version=_OPSET, verbose=False, **names)
     exported.model.metadata_props[ABOUT] = description
     exported.save(file)

@@ -1,15 +1,15 @@
-"""A trained network as a folder small enough for git: what `script/export.py --to checkpoint` writes.
+"""Release a trained network as a folder small enough for git: `script/export.py --to checkpoint`.
 
     model/hand-mini/
         model.safetensors   weights; with fp16 the matrices are float16, biases and norms stay float32
-        config.yaml         the run's configuration without the training machine's paths and addresses
+        config.yaml         the run's configuration without paths and addresses of the training machine
         backbone.json       shape of the backbone
         state.json          step and configuration name
         manifest.json       size and sha256 of the files above
         README.md           the model card (src/export/model_card.py); not in the manifest, so that it can be edited
 
-Everything that reads a checkpoint reads this folder, except resuming, which needs the optimizer state. Loading casts
-the weights to float32.
+Everything that reads a checkpoint reads this folder; only resuming needs the optimizer state. Loading casts the weights
+to float32.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from src.checkpoint.checkpoint_files import write_manifest
-from src.checkpoint.folder import BACKBONE, CONFIG, MANIFEST, MODEL, STATE, read_config_name
+from src.checkpoint.folder import BACKBONE, CONFIG, MANIFEST, MODEL, STATE, read_config_name, write_manifest
+from src.checkpoint.network import LoadedNetwork, load_network
 from src.export.model_card import CARD, read_card, write_card
-from src.export.onnx import Difference, ExportError, PatchNetwork, Run, compare, describe_far, example_inputs
+from src.export.onnx import Difference, ExportError, PatchNetwork, Run, compare, example_inputs
 from src.model.backbone import Backbone
-from src.model.net import PoseNet
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-# Keys that say where a run was made, and what a shipped configuration has instead.
+# Keys that describe the training machine, and their values in a released configuration.
 _MACHINE_KEYS: dict[str, Any] = {
     "GENERAL.output_root": "checkpoint",
     "GENERAL.resume_path": None,
@@ -43,87 +42,82 @@ _MACHINE_KEYS: dict[str, Any] = {
     "AIM.server_url": None,
     "AIM.repo": "checkpoint",
 }
-_DATA_ROOT, _DEMO_ROOT = "data", "data/demo"  # in place of an absolute DATA.root
-_KEPT_PARTS = 3  # of an absolute shard pattern outside of DATA.root
-_CHECKED_BATCHES = (1, 3)
+_DATA_ROOT, _DEMO_ROOT = "data", "data/demo"  # replace an absolute DATA.root
+_KEPT_PARTS = 3  # of an absolute shard pattern outside DATA.root
 
 
-def release(
-    net: PoseNet, folder: Path, precision: str, tolerance: float, hand_model: str | None = None
-) -> list[Difference]:
-    """Write the network of a checkpoint to `folder`, load it from there and compare it with `net`.
+def release(loaded: LoadedNetwork, folder: Path, precision: str, tolerance: float) -> list[Difference]:
+    """Write a network to `folder`, load it from there and compare it with the original.
 
-    An existing `folder` keeps its other files, and of its model card all that was written by hand. `hand_model`: as it
-    was given to `PoseNet.from_checkpoint`.
+    An existing `folder` keeps its other files, and its model card keeps what was written by hand.
 
-    Raises ExportError where an output differs by more than `tolerance` mm or px (a hundredth of it for rotations and
-    shape), ValueError where a weight overflows the precision or the existing card has no place for the facts; `folder`
-    is then as it was before.
+    Args:
+        precision: a key of PRECISIONS.
+        tolerance: mm and px, a hundredth of it for rotations and shape.
+
+    Raises:
+        ExportError: an output differs by more than the tolerance; `folder` is then unchanged.
+        ValueError: a weight overflows the precision, or the existing card lacks the markers of its facts; likewise.
     """
-    assert net.saved is not None, "release a network that came from a checkpoint"
     card = read_card(folder / CARD)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place, torch.no_grad():
         temporary = Path(place)
-        _write_network(net, temporary, precision)
-        batches = [example_inputs(net, num) for num in _CHECKED_BATCHES]
-        differences = compare(PatchNetwork(net).eval(), _load(temporary, net, hand_model), batches, tolerance)
-        if far := [d for d in differences if not d.is_within]:
-            problem = f"the {precision} checkpoint differs from the network: {describe_far(far)}"
-            raise ExportError(f"{problem}; it was not kept, --tolerance allows more")
+        _write_network(loaded, temporary, precision)
+        differences = compare(loaded.network, _load(temporary, loaded), tolerance, f"the {precision} checkpoint")
         folder.mkdir(exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)  # until the new one is in place the folder is incomplete
+        (folder / MANIFEST).unlink(missing_ok=True)  # the folder is incomplete until the new one is in place
         for file in (*(temporary / each for each in (MODEL, CONFIG, BACKBONE, STATE)), temporary / MANIFEST):
             os.replace(file, folder / file.name)
-    write_card(folder, card, net, precision)
+    write_card(folder, card, loaded, precision)
     return differences
 
 
-def release_backbone(net: PoseNet, folder: Path) -> None:
-    """Write the backbone to `folder` as transformers does (config.json, model.safetensors) and read it back.
+def release_backbone(loaded: LoadedNetwork, folder: Path) -> None:
+    """Write the backbone to `folder` in the format of transformers (config.json, model.safetensors) and read it back.
 
-    Raises ExportError where what was read computes other tokens; `folder` is then as it was before.
+    Raises ExportError if the tokens of the saved backbone differ; `folder` is then unchanged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
-        net.backbone.model.save_pretrained(place)
-        _check_backbone(net, Path(place))
+        loaded.network.backbone.model.save_pretrained(place)
+        _check_backbone(loaded, Path(place))
         folder.mkdir(exist_ok=True)
-        for file in Path(place).iterdir():  # large weights come in several
+        for file in Path(place).iterdir():  # large weights are split into several
             os.replace(file, folder / file.name)
 
 
-def _check_backbone(net: PoseNet, folder: Path) -> None:
-    """Raises ExportError where the backbone in `folder` computes other tokens than that of `net`."""
+def _check_backbone(loaded: LoadedNetwork, folder: Path) -> None:
+    """Raises ExportError if the backbone in `folder` computes other tokens than that of the network."""
+    net = loaded.network
     patch, *_ = example_inputs(net, 2)
     image = patch.float() / 255.0
-    own = replace(net.saved.model.backbone, backbone_str=str(folder), random_init=False)
+    own = replace(loaded.model_config.backbone, backbone_str=str(folder), random_init=False)
     with torch.no_grad():
         tokens = Backbone(own, net.img_size).eval().to(image.device)(image)
         largest = (tokens - net.backbone(image)).abs().max().item()
     if not largest < 1e-3:
-        raise ExportError(f"the saved backbone computes tokens that differ by {largest:.3g}; it was not kept")
+        raise ExportError(f"the tokens of the saved backbone differ by {largest:.3g}; it was not kept")
 
 
-def _write_network(net: PoseNet, folder: Path, precision: str) -> None:
-    saved = net.saved
-    save_file(cast_weights(net, PRECISIONS[precision]), folder / MODEL, metadata={"format": "pt"})
-    state = {"step": saved.step, "config_name": read_config_name(saved.folder)}
+def _write_network(loaded: LoadedNetwork, folder: Path, precision: str) -> None:
+    save_file(cast_weights(loaded.network, PRECISIONS[precision]), folder / MODEL, metadata={"format": "pt"})
+    state = {"step": loaded.step, "config_name": read_config_name(loaded.folder)}
     texts = {
-        CONFIG: OmegaConf.to_yaml(OmegaConf.create(portable_config(saved.config))),
-        BACKBONE: json.dumps(net.backbone.shape(), indent=1) + "\n",
+        CONFIG: OmegaConf.to_yaml(OmegaConf.create(portable_config(loaded.configuration))),
+        BACKBONE: json.dumps(loaded.network.backbone.shape(), indent=1) + "\n",
         STATE: json.dumps(state, indent=1) + "\n",
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    (folder / MODEL).chmod((folder / STATE).stat().st_mode)  # safetensors writes for the owner alone
+    (folder / MODEL).chmod((folder / STATE).stat().st_mode)  # safetensors makes it readable by owner only
     write_manifest(folder)
 
 
 def cast_weights(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state of `net` with its weight matrices in `dtype`. Vectors (biases, norms, layer scales) and buffers stay as
-    they are: in float32 they take less than a hundredth of the space.
+    """The state of `net` with its weight matrices in `dtype`.
 
+    Vectors (biases, norms, layer scales) and buffers stay float32: they take less than a hundredth of the space.
     Raises ValueError naming a weight that overflows `dtype`.
     """
     matrices = {name for name, value in net.named_parameters(remove_duplicate=False) if value.ndim >= 2}
@@ -136,17 +130,17 @@ def cast_weights(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Te
     return state
 
 
-def _load(folder: Path, like: PoseNet, hand_model: str | None) -> Run:
-    """The network that was written, as `compare` calls it; with the hand model and on the device of `like`."""
-    net = PoseNet.from_checkpoint(folder, hand_model or like.saved.model.hand_model, like.centre.device)
-    module = PatchNetwork(net).eval()
+def _load(folder: Path, like: LoadedNetwork) -> Run:
+    """The network in `folder` as `compare` calls it, with the hand model and on the device of `like`."""
+    released = load_network(folder, like.hand, like.network.centre.device)
+    module = PatchNetwork(released.network).eval()
     return lambda batch: [value.cpu().numpy() for value in module(*batch)]
 
 
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run without what is true on its machine alone; relative paths are kept.
+    """The configuration of a run without the paths and addresses of its machine; relative paths are kept.
 
-    `DATA.root`: an absolute one becomes `data`, and shard patterns below it become relative to it.
+    An absolute `DATA.root` becomes `data`, and shard patterns below it become relative to it.
     """
     root = str(config["DATA"]["root"])
     root_here = _DATA_ROOT if config["DATA"].get("demo") is None else _DEMO_ROOT
@@ -170,7 +164,7 @@ def _is_absolute(path: str) -> bool:
 
 
 def _portable_path(key: str, path: str, root: str) -> str:
-    """What replaces an absolute path."""
+    """The replacement of an absolute path."""
     if key.startswith("DATA.") and Path(path).is_relative_to(root):
         return str(Path(path).relative_to(root))
     if key.startswith("DATA."):

@@ -1,6 +1,6 @@
-"""Scaled dot-product attention: the fused kernels of PyTorch, or written out where those are absent or slow.
+"""Scaled dot-product attention: PyTorch's fused kernels, or explicit matrix products where those do not fit.
 
-Shapes: B batch, H heads, Q queries, N tokens that they look at, E width of a head.
+Shapes: B batch, H heads, Q queries, N keys, E width of a head.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def attend(
 ) -> torch.Tensor:
     """q [B, H, Q, E], k and v [B, H, N, E] -> [B, H, Q, E]; `drop` is applied to the weights [B, H, Q, N].
 
-    Written out in two cases. With dropout, because the fused kernels take the rate as a number, which a compiled graph
-    would keep. In bfloat16 on a CPU, because the backward pass of the fused kernel is slower than this one.
+    Computed explicitly in two cases: with dropout, because the fused kernels take the rate as a Python number, which a
+    compiled graph would freeze; in bfloat16 on a CPU, because the fused kernel's backward pass is slower.
     """
     if drop is None and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v)

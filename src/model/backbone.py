@@ -25,19 +25,19 @@ _SHAPE_KEYS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
     *("patch_size", "num_channels", "qkv_bias", "layerscale_value", "use_swiglu_ffn", "use_mask_token"),
 )
-_ATTENTION = "attend"  # the name under which transformers finds `attend`
+_ATTENTION = "attend"  # the name of `attend` in the registry of transformers
 
 
 class Backbone(nn.Module):
-    """DINOv2 that turns a normalised patch into image tokens.
+    """DINOv2: a normalised patch to image tokens.
 
-    It has no dropout of its own left: the rate of the schedule is the decoder's, and a backbone that drops on its own
-    would make "rate 0" a lie. The position embedding is resampled once to the run's patch size, not at every forward.
+    Its own dropout is removed: the schedule sets the decoder's rate, and rate 0 must mean no dropout at all. The
+    position embedding is resampled once to the run's patch size, not at every forward pass.
     """
 
     def __init__(self, cfg: BackboneConfig, img_size: int, shape: Mapping[str, Any] | None = None) -> None:
-        """`shape`: what `shape()` of the saved network gave; the weights are then left to be filled in and neither
-        read nor drawn."""
+        """`shape`: the result of `shape()` of a saved network. The weights are then uninitialised, to be loaded by the
+        caller; with None they are read or drawn as `cfg` says."""
         super().__init__()
         self.model = _build_dinov2(cfg, img_size) if shape is None else _build_empty(shape, img_size)
         self.patch_size: int = self.model.config.patch_size
@@ -50,11 +50,11 @@ class Backbone(nn.Module):
         self.model.embeddings.mask_token.requires_grad_(False)  # unused here; DDP would wait for its gradient
 
     def shape(self) -> dict[str, Any]:
-        """All that it takes to build this backbone again without its folder, in DINOv2's own names."""
+        """Everything needed to rebuild this backbone without its folder, under DINOv2's own names."""
         return {name: getattr(self.model.config, name) for name in _SHAPE_KEYS}
 
     def checkpoint_activations(self) -> None:
-        """From now on compute each layer again in the backward pass instead of keeping it: less memory, more time."""
+        """Recompute each layer in the backward pass instead of storing its activations: less memory, more time."""
         for layer in self.model.encoder.layer:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -67,8 +67,8 @@ def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
     if not cfg.random_init:
         folder = Path(cfg.backbone_str)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"MODEL.backbone.backbone_str={cfg.backbone_str}: there is no config.json in this folder")
-        logging.disable_progress_bar()  # a bar over a second's work, on every process
+            raise ValueError(f"MODEL.backbone.backbone_str={cfg.backbone_str}: this folder has no config.json")
+        logging.disable_progress_bar()  # one per process, for a second's work
         return Dinov2Model.from_pretrained(
             folder, local_files_only=True, attn_implementation=_ATTENTION, dtype=torch.float32, **_NO_DROPOUT
         )
@@ -88,7 +88,7 @@ def _build_dinov2(cfg: BackboneConfig, img_size: int) -> Dinov2Model:
 
 
 def _build_empty(shape: Mapping[str, Any], img_size: int) -> Dinov2Model:
-    """A DINOv2 whose weights hold whatever was in memory."""
+    """A DINOv2 with uninitialised weights."""
     known = {name: shape[name] for name in _SHAPE_KEYS if name in shape}
     config = Dinov2Config(**known, image_size=img_size, **_NO_DROPOUT)
     config._attn_implementation = _ATTENTION
@@ -99,10 +99,10 @@ def _build_empty(shape: Mapping[str, Any], img_size: int) -> Dinov2Model:
 
 @torch.no_grad()
 def _init_for_width(model: Dinov2Model, grid_size: int) -> None:
-    """Random weights that suit any width: variance 1 / inputs, and a position embedding as large as the tokens.
+    """Random weights for any width: variance 1 / fan-in, and a position embedding of the tokens' magnitude.
 
-    transformers draws everything with a standard deviation of 0.02, right for a width of 2500: in a narrow network
-    signals die out layer by layer and the tokens drown the positions, which costs a short run most of its length.
+    transformers initialises everything with a standard deviation of 0.02, which suits a width of 2500: in a narrow
+    network activations shrink layer by layer and positions are lost among the tokens, which wastes most of a short run.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -112,7 +112,7 @@ def _init_for_width(model: Dinov2Model, grid_size: int) -> None:
 
 
 def _fit_position_embedding(model: Dinov2Model, img_size: int) -> None:
-    """Resample the position embedding to the patch's grid with DINOv2's own bicubic rule, once."""
+    """Resample the position embedding to the patch's grid, with DINOv2's own bicubic interpolation."""
     embeddings = model.embeddings
     grid = img_size // model.config.patch_size
     if embeddings.position_embeddings.shape[1] == grid * grid + 1:
@@ -136,7 +136,7 @@ def _remove_dropout(model: nn.Module) -> None:
 def _attend_for_transformers(
     module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    """`attend` with the arguments and the result [B, Q, H, E] that transformers expects; a ViT has no mask."""
+    """`attend` with the signature and the result [B, Q, H, E] that transformers expects; a ViT has no mask."""
     assert mask is None
     return attend(q, k, v).transpose(1, 2).contiguous(), None
 

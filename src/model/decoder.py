@@ -1,4 +1,4 @@
-"""The hand decoder: learned queries read the image tokens by cross-attention, knowing how the camera sees each token.
+"""The hand decoder: learned queries cross-attend to the image tokens, which carry features of the camera.
 
 Shapes: B batch, N image tokens, Q queries, C backbone width, D decoder width, H heads, E width of a head.
 """
@@ -14,14 +14,13 @@ from src.config import HandDecoderConfig
 from src.model.attention import attend
 from src.model.dropout import Dropout
 
-EVIDENCE_WIDTH = 256  # of the layer between the evidence and what each query takes from it
+INIT_WIDTH = 256  # hidden width of the MLP from the predicted keypoints to the initial queries
 
 
 class Attention(nn.Module):
     """Multi-head attention.
 
-    Both dropouts are modules, the one on the attention weights too, so that whoever walks the network's modules to set
-    a rate meets every place that drops.
+    Dropout on the attention weights is a module too, so that `PoseNet.set_dropout_rate` finds every dropout.
     """
 
     def __init__(self, dim: int, num_head: int, dim_head: int, dropout: float) -> None:
@@ -47,7 +46,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm: queries look at each other, then at the image, then think."""
+    """Pre-norm layer: self-attention, cross-attention to the image tokens, MLP."""
 
     def __init__(self, cfg: HandDecoderConfig) -> None:
         super().__init__()
@@ -72,10 +71,9 @@ class DecoderLayer(nn.Module):
 
 
 class HandDecoder(nn.Module):
-    """Image tokens, their camera features and the joints seen in the patch -> one refined token per query.
+    """Image tokens, their camera features and the predicted 2D keypoints -> one refined token per query.
 
-    Each query takes from the joints what it needs, by a map of its own: a finger's query is about other joints than the
-    root's.
+    The keypoints initialise the queries through a projection per query: a finger depends on other joints than the root.
     """
 
     def __init__(
@@ -84,9 +82,15 @@ class HandDecoder(nn.Module):
         dim_token: int,
         query_joint: Sequence[tuple[int, int]],
         dim_camera: int,
-        dim_evidence: int,
+        dim_init: int,
     ) -> None:
-        """query_joint: the two of the 21 joints whose image features each query starts from."""
+        """
+        Args:
+            dim_token: width of the image tokens, C.
+            query_joint: for each query the two of the 21 joints whose image features initialise it.
+            dim_camera: number of camera features per token.
+            dim_init: number of features of the predicted keypoints that initialise the queries.
+        """
         super().__init__()
         num_query = len(query_joint)
         self.query = nn.Parameter(0.02 * torch.randn(num_query, cfg.dim))
@@ -94,10 +98,10 @@ class HandDecoder(nn.Module):
         self.from_joint = nn.Sequential(nn.LayerNorm(dim_token), nn.Linear(dim_token, 2 * cfg.dim))
         self.from_token = nn.Linear(dim_token, cfg.dim)
         self.from_camera = nn.Sequential(nn.Linear(dim_camera, cfg.dim), nn.GELU(), nn.Linear(cfg.dim, cfg.dim))
-        self.from_evidence = nn.Sequential(
-            nn.Linear(dim_evidence, EVIDENCE_WIDTH),
+        self.from_evidence = nn.Sequential(  # the name is part of the checkpoint format
+            nn.Linear(dim_init, INIT_WIDTH),
             nn.GELU(),
-            nn.Linear(EVIDENCE_WIDTH, num_query * cfg.dim),
+            nn.Linear(INIT_WIDTH, num_query * cfg.dim),
             nn.Unflatten(1, (num_query, cfg.dim)),
         )
         self.context_norm = nn.LayerNorm(cfg.dim)
@@ -105,17 +109,23 @@ class HandDecoder(nn.Module):
         self.out_norm = nn.LayerNorm(cfg.dim)
 
     def forward(
-        self, token: torch.Tensor, at_joint: torch.Tensor, camera: torch.Tensor, evidence: torch.Tensor
+        self, token: torch.Tensor, at_joint: torch.Tensor, camera: torch.Tensor, query_init: torch.Tensor
     ) -> torch.Tensor:
-        """Refine the queries.
+        """Initialise and refine the queries.
 
-        Args: token [B, N, C]; at_joint [B, 21, C] the image features where each joint was located; camera
-        [B, N, dim_camera]; evidence [B, dim_evidence]. Returns: [B, Q, D].
+        Args:
+            token: [B, N, C] image tokens.
+            at_joint: [B, 21, C] image features at each predicted keypoint.
+            camera: [B, N, dim_camera] camera features of each token.
+            query_init: [B, dim_init] features of the predicted keypoints.
+
+        Returns:
+            [B, Q, D].
         """
         context = self.context_norm(self.from_token(token) + self.from_camera(camera))
-        here, beyond = self.from_joint(at_joint).chunk(2, dim=-1)
-        query = self.query + self.from_evidence(evidence)
-        query = query + here[:, self.query_joint[:, 0]] + beyond[:, self.query_joint[:, 1]]
+        first, second = self.from_joint(at_joint).chunk(2, dim=-1)
+        query = self.query + self.from_evidence(query_init)
+        query = query + first[:, self.query_joint[:, 0]] + second[:, self.query_joint[:, 1]]
         for layer in self.layers:
             query = layer(query, context)
         return self.out_norm(query)

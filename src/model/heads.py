@@ -1,6 +1,6 @@
-"""Heads: image tokens to joints in the patch; refined queries to MANO rotations, MANO shape and the wrist.
+"""Heads: image tokens to 2D keypoints; refined queries to MANO rotations, MANO shape and the wrist.
 
-Each starts at a sensible answer (open hand, mean shape, middle of the patch) and learns what differs.
+Each is initialised to a sensible output (open hand, mean shape, centre of the patch) and learns the difference.
 Shapes: B batch, N image tokens, C backbone width, D decoder width, S patch side in px.
 """
 
@@ -15,11 +15,11 @@ from src.geometry.rotation import rotation_6d_to_matrix
 from src.hand.skeleton import NUM_MANO_JOINT
 from src.model.tokens import token_centres
 
-SCENE_WIDTH = 300.0  # mm: the width of scene that a patch shows at the hand's depth, before anything is learned
+SCENE_WIDTH = 300.0  # mm: width of the scene that a patch shows at the hand's depth, for the initial depth
 
 
 def _small_linear(dim: int, out: int) -> nn.Linear:
-    """A linear layer whose output starts near its bias of zero."""
+    """A linear layer whose initial output is close to zero."""
     linear = nn.Linear(dim, out)
     nn.init.normal_(linear.weight, std=0.002)
     nn.init.zeros_(linear.bias)
@@ -27,10 +27,10 @@ def _small_linear(dim: int, out: int) -> nn.Linear:
 
 
 class KeypointHead(nn.Module):
-    """Image tokens -> where each joint is in the patch: every token votes with a weight and an offset from its centre.
+    """Image tokens -> 2D keypoints: every token votes for each joint with a weight and an offset from its centre.
 
-    A vote needs nothing but what the token sees, so this is learned long before rotations are; the decoder's queries
-    start from it.
+    A vote needs only local image content, so keypoints are learned long before rotations; they initialise the decoder's
+    queries.
     """
 
     def __init__(self, dim_token: int, grid_size: int, patch_size: int) -> None:
@@ -40,7 +40,7 @@ class KeypointHead(nn.Module):
         self.register_buffer("centre", token_centres(grid_size, patch_size), persistent=False)
 
     def forward(self, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """token [B, N, C] -> joints [B, 21, 2] px of the patch, log of the votes' weights [B, N, 21]."""
+        """token [B, N, C] -> keypoints [B, 21, 2] px of the patch, log of the votes' weights [B, N, 21]."""
         vote = self.vote(token).unflatten(-1, (NUM_JOINT, 3))  # [B, N, 21, 3]
         log_weight = vote[..., 0].float().log_softmax(dim=1)
         place = self.centre[:, None] + self.patch_size * vote[..., 1:]
@@ -48,7 +48,7 @@ class KeypointHead(nn.Module):
 
 
 class PoseHead(nn.Module):
-    """One query per MANO joint -> its rotation, by a map of its own, through the 6D form (Zhou et al., CVPR 2019)."""
+    """One query per MANO joint -> its rotation, with a projection per joint to the 6D form (Zhou et al., CVPR 2019)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -75,9 +75,8 @@ class ShapeHead(nn.Module):
 class RootHead(nn.Module):
     """One query -> the wrist in the patch camera, as a pixel of the patch and a depth along that pixel's ray.
 
-    The pixel is predicted against the one where the wrist was seen.
-    Depth is predicted relative to `focal / S * SCENE_WIDTH`: a zoom of the patch or another lens then changes nothing
-    the network must learn, and no size of the target's hand is needed to return to millimetres.
+    The pixel is predicted as an offset from the wrist's keypoint, depth relative to `focal / S * SCENE_WIDTH`: the
+    target is then independent of zoom and focal length, and no ground-truth hand size is needed to get millimetres.
     """
 
     def __init__(self, dim: int, img_size: int) -> None:
@@ -86,10 +85,10 @@ class RootHead(nn.Module):
         self.img_size = img_size
 
     def forward(
-        self, query: torch.Tensor, seen: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor
+        self, query: torch.Tensor, keypoint: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor
     ) -> torch.Tensor:
-        """query [B, D], the wrist as seen [B, 2], focal and princpt [B, 2] px -> wrist [B, 3] mm."""
+        """query [B, D], the wrist's keypoint [B, 2] px, focal and princpt [B, 2] px -> wrist [B, 3] mm."""
         out = self.linear(query)
-        pixel = seen + self.img_size * out[:, :2]
+        pixel = keypoint + self.img_size * out[:, :2]
         depth = focal.mean(-1, keepdim=True) / self.img_size * SCENE_WIDTH * out[:, 2:].clamp(-5.0, 5.0).exp()
         return unproject(pixel[:, None], depth, focal, princpt)[:, 0]

@@ -1,6 +1,6 @@
-"""The grid of image tokens: where each lies in the patch and how the camera sees it.
+"""The grid of image tokens: position in the patch, camera features, position embedding.
 
-Shapes: B batch, J joints, N = grid_size^2 tokens, row by row as the backbone orders them.
+Shapes: B batch, N = grid_size^2 tokens, row by row as the backbone orders them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def token_centres(grid_size: int, patch_size: int) -> torch.Tensor:
 
 
 def log_zoom(focal: torch.Tensor, img_size: int) -> torch.Tensor:
-    """[B, 2] px -> [B, 1] log of the focal length over the patch side: how narrow the patch's view is."""
+    """[B, 2] px -> [B, 1] log of the focal length over the patch side: how narrow the field of view is."""
     return (focal.mean(-1, keepdim=True) / img_size).log()
 
 
 def camera_features(centre: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor, img_size: int) -> torch.Tensor:
-    """How the patch camera sees each token: ray x/z and y/z of its centre, and the zoom.
+    """Ray x/z and y/z of each token's centre in the patch camera, and the zoom.
 
     Args: centre [N, 2] px; focal, princpt [B, 2] px. Returns: [B, N, CAMERA_FEATURES].
     """

@@ -1,9 +1,9 @@
-"""Which hands to look for: a JSON file with one record per hand.
+"""Read the boxes file: JSON with one record per hand to predict.
 
     [{"image": "a.jpg", "bbox": [x0, y0, x1, y1], "handedness": "left", "focal": [fx, fy], "princpt": [cx, cy]}, ...]
 
-`image` lies beside the JSON file or in the folder that is predicted; px of the upright picture; `handedness`, `focal`
-and `princpt` may be absent or null. Other keys are ignored, so that a list of annotations will do.
+`image` is a path relative to the JSON file or to the folder of images; px refer to the upright image; `handedness`,
+`focal` and `princpt` may be absent or null. Other keys are ignored, so a list of annotations can be used.
 """
 
 from __future__ import annotations
@@ -18,51 +18,51 @@ from typing import Any
 
 @dataclass(frozen=True)
 class HandBox:
-    """One hand to look for; what the file does not say is None."""
+    """One hand to predict; None for what the file does not specify."""
 
-    box: tuple[float, float, float, float] | None  # xyxy px; None is the whole picture
+    box: tuple[float, float, float, float] | None  # xyxy px; None is the whole image
     is_right: bool | None = None
     focal: tuple[float, float] | None = None  # px
     princpt: tuple[float, float] | None = None  # px
 
 
 def read_boxes(path: Path, photos: Sequence[Path]) -> tuple[dict[Path, list[HandBox]], list[str]]:
-    """The boxes of each photograph, in the file's order, and the names in it that are none of the photographs.
+    """The boxes of each image, in the file's order, and the names of images in the file that are not in `photos`.
 
-    Raises ValueError naming the file and the record that cannot be used.
+    Raises ValueError naming the file and the invalid record.
     """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(records, list):
         raise ValueError(f'{path} must hold a list of records {{"image": ..., "bbox": [x0, y0, x1, y1], ...}}')
     known = {photo.resolve(): photo for photo in photos}
-    places = [path.parent, *{photo.parent for photo in photos}]
+    folders = [path.parent, *{photo.parent for photo in photos}]
     boxes: dict[Path, list[HandBox]] = {photo: [] for photo in photos}
-    strangers: dict[str, None] = {}
+    unknown: dict[str, None] = {}
     for index, record in enumerate(records):
         try:
             name, hand = _parse(record)
         except ValueError as error:
             raise ValueError(f"{path}, record {index}: {error}") from error
-        photo = next((known[p] for place in places if (p := (place / name).resolve()) in known), None)
+        photo = next((known[p] for folder in folders if (p := (folder / name).resolve()) in known), None)
         if photo is None:
-            strangers[name] = None
+            unknown[name] = None
         else:
             boxes[photo].append(hand)
-    return boxes, list(strangers)
+    return boxes, list(unknown)
 
 
 def _parse(record: Any) -> tuple[str, HandBox]:
-    """The image's name and the hand of one record."""
+    """Image name and hand of one record."""
     if not isinstance(record, dict):
         raise ValueError("must be an object with `image` and `bbox`")
     name, side = record.get("image"), record.get("handedness")
     if not isinstance(name, str) or not name:
-        raise ValueError("has no `image`, the name of a picture")
+        raise ValueError("has no `image`, the name of an image file")
     if side not in ("left", "right", None):
         raise ValueError(f'`handedness` must be "left" or "right", not {side!r}')
     box = _numbers(record, "bbox", 4)

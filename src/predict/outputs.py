@@ -1,4 +1,4 @@
-"""How the files of a prediction are called, and which of them exist already. Standard library only.
+"""Names of the files of a prediction, and which of them exist already. Standard library only.
 
 <name>.json  <name>.npz  <name>_<hand>_<side>.obj  <name>_overlay.jpg
 """
@@ -16,7 +16,7 @@ KINDS = ("json", "npz", "mesh", "overlay")
 
 @dataclass(frozen=True)
 class Outputs:
-    """The names of one photograph's files; nothing exists yet."""
+    """The names of one image's output files, whether or not they exist."""
 
     folder: Path
     name: str
@@ -37,13 +37,13 @@ class Outputs:
         return self.folder / f"{self.name}_{hand}_{'right' if is_right else 'left'}.obj"
 
     def existing(self) -> list[Path]:
-        """Those of an earlier prediction of a photograph of this name."""
+        """The files that an earlier prediction of this image wrote."""
         pattern = re.compile(rf"{re.escape(self.name)}_\d+_(left|right)\.obj")
         meshes = [p for p in sorted(self.folder.glob("*.obj")) if pattern.fullmatch(p.name)]
         return [p for p in (self.json, self.npz, self.overlay, *meshes) if p.exists()]
 
     def is_finished(self, kinds: Collection[str]) -> bool:
-        """Whether an earlier prediction wrote these kinds of files; the JSON comes last."""
+        """Whether an earlier prediction wrote these kinds of files completely; the JSON is written last."""
         if "json" in kinds:
             return self.json.exists()
         found = self.existing()
@@ -51,8 +51,8 @@ class Outputs:
 
 
 def name_outputs(photos: Sequence[Path], folder: Path) -> dict[Path, Outputs]:
-    """Output names after the photographs' own; with the suffix where two differ in nothing else (`a_jpg`, `a_png`), and
-    with a further `_` where another photograph has that name already (`a_jpg.png` beside these)."""
+    """Output names from the images' own names. Images that differ in their suffix alone keep it (`a_jpg`, `a_png`); an
+    underscore is appended to a name that is taken already (by `a_jpg.png` beside these)."""
     count = Counter(photo.stem for photo in photos)
     names: dict[str, Path] = {}
     for photo in photos:

@@ -1,24 +1,21 @@
-"""What is written of one photograph: JSON and npz with the numbers, an OBJ for each hand, and an overlay picture.
+"""Write the predictions of one image: JSON and npz with the numbers, an OBJ mesh per hand, and an overlay image.
 
-Their names are those of src/predict/outputs.py. Each file is written beside and renamed; the JSON comes last, so
-that a picture with a JSON is a finished one.
+src/predict/outputs.py names the files. Each is written atomically, the JSON last: an image with a JSON is finished.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from src.predict.mesh_overlay import Mesh, draw_box, draw_meshes, obj_text
 from src.predict.outputs import Outputs
 from src.predict.predictor import Hands
+from src.utils.files import encode_image, write_atomic
+from src.utils.mesh_overlay import Mesh, draw_box, draw_meshes, obj_text
 
 UNITS = "mm in the camera frame (x right, y down, z forward), px of the upright picture, axis-angle in rad"
 _ARRAYS = ("focal", "princpt", "joint_cam", "joint_img", "root_cam", "mano_pose", "mano_shape", "vert_cam")
@@ -32,35 +29,32 @@ def write_prediction(
     each: Sequence[dict[str, Any]],
     kinds: Collection[str],
 ) -> None:
-    """Write the files of one photograph, replacing those of the same name.
+    """Write the files of one image, replacing those of the same name.
 
-    Args: hands: those of this photograph; record, each: what JSON says beyond, of the photograph and of each hand;
-    kinds: some of outputs.KINDS.
+    Args: hands: those of this image; record, each: further entries of the JSON, for the image and for each hand; kinds:
+    some of outputs.KINDS.
     """
     for stale in outputs.existing():
         stale.unlink()
     meshes = [Mesh(hands.vert_cam[i], hands.faces_of(i), bool(hands.is_right[i])) for i in range(len(hands))]
     if "mesh" in kinds:
         for index, mesh in enumerate(meshes):
-            _put(outputs.mesh(index, mesh.is_right), obj_text(mesh).encode())
+            write_atomic(outputs.mesh(index, mesh.is_right), obj_text(mesh))
     if "npz" in kinds:
         buffer = io.BytesIO()
         arrays = {name: getattr(hands, name) for name in ("is_right", *_ARRAYS)}
         np.savez_compressed(buffer, **arrays, bbox=hands.box, faces=hands.faces)
-        _put(outputs.npz, buffer.getvalue())
+        write_atomic(outputs.npz, buffer.getvalue())
     if "overlay" in kinds:
-        picture = cv2.cvtColor(overlay(image, hands, meshes), cv2.COLOR_RGB2BGR)
-        ok, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])
-        assert ok
-        _put(outputs.overlay, data.tobytes())
+        write_atomic(outputs.overlay, encode_image(overlay(image, hands, meshes), jpeg_quality=92))
     if "json" in kinds:
         names = [outputs.mesh(i, mesh.is_right).name if "mesh" in kinds else None for i, mesh in enumerate(meshes)]
         found = [_hand_record(hands, i) | extra | {"mesh": names[i]} for i, extra in enumerate(each)]
-        _put(outputs.json, (json.dumps(record | {"units": UNITS, "hands": found}) + "\n").encode())
+        write_atomic(outputs.json, json.dumps(record | {"units": UNITS, "hands": found}) + "\n")
 
 
 def overlay(image: np.ndarray, hands: Hands, meshes: Sequence[Mesh]) -> np.ndarray:
-    """The photograph [H, W, 3] with its hands' meshes and boxes; hands that share a camera also hide each other."""
+    """The image [H, W, 3] with its hands' meshes and boxes; hands that share a camera occlude each other."""
     out = image
     cameras = np.concatenate([hands.focal, hands.princpt], axis=1)
     for camera in np.unique(cameras, axis=0):
@@ -80,12 +74,3 @@ def _hand_record(hands: Hands, index: int) -> dict[str, Any]:
     for name in _ARRAYS:
         record[name] = getattr(hands, name)[index].astype(float).round(digits.get(name, 3)).tolist()
     return record
-
-
-def _put(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

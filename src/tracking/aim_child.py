@@ -28,9 +28,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.run_folder import try_lock
 from src.tracking.aim_state import acknowledge, acknowledged, read_state
 from src.tracking.tracker import FALLBACK, HEADER, IMAGES, JOURNALS, METRICS, file_size, read_rows
+from src.utils.files import try_lock
 
 PROBE_TIMEOUT = 3.0  # s for a server's first answer
 SERVER_STALL = 20.0  # s without progress after which a server counts as failed

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from src.checkpoint.run_folder import write_text_atomic
 from src.tracking.tracker import CHILD_STATE, JOURNALS, file_size, read_object
+from src.utils.files import write_atomic
 
 
 def read_state(run_folder: Path) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def acknowledge(run_folder: Path, target: str, run_hash: str, offset: dict[str, 
     """Record that AIM at `target` has every row before `offset`. Raises OSError if the file cannot be written."""
     state = read_state(run_folder)
     state[target] = {"run_hash": run_hash, "offset": offset, "cuts_seen": cuts_seen}
-    write_text_atomic(run_folder / CHILD_STATE, json.dumps(state, indent=1))
+    write_atomic(run_folder / CHILD_STATE, json.dumps(state, indent=1))
 
 
 def acknowledged(run_folder: Path, known: dict[str, Any]) -> dict[str, int]:

@@ -29,11 +29,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from src.checkpoint.run_folder import write_text_atomic
 from src.utils.append_file import AppendFile
+from src.utils.files import encode_image, write_atomic
 
 logger = logging.getLogger("stage1.tracker")  # below the logger of src/utils/console.py
 
@@ -108,7 +107,7 @@ class Tracker:
             "config": config,
             "cuts": cuts,
         }
-        write_text_atomic(run_folder / HEADER, json.dumps(header, indent=1, default=str))
+        write_atomic(run_folder / HEADER, json.dumps(header, indent=1, default=str))
         if resume is not None:  # after the header: after a crash in between, the next resume cuts
             for name, at in end.items():
                 _cut(run_folder / name, at)
@@ -136,10 +135,10 @@ class Tracker:
         if self._run_folder is None:
             return
         file = Path("images") / f"{subset}_{name}_{step:07d}.jpg"
-        encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+        encoded = encode_image(image, jpeg_quality=90)
         try:
             (self._run_folder / "images").mkdir(exist_ok=True)
-            (self._run_folder / file).write_bytes(encoded.tobytes())
+            (self._run_folder / file).write_bytes(encoded)
         except OSError as error:
             logger.warning("image %s could not be written: %s", file, error)
             return

@@ -18,13 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 
 from src.batch import Batch
-from src.checkpoint.checkpoint_files import write_manifest
-from src.checkpoint.folder import MODEL, STATE
-from src.checkpoint.run_folder import write_text_atomic
+from src.checkpoint.folder import MODEL, STATE, write_manifest
 from src.checkpoint.writer import Frozen
 from src.data.dataset import HandDataset
 from src.data.shards.safe_parse import SampleError
 from src.loss import LOSS_TERMS
+from src.utils.files import write_atomic
 
 MAX_REPORT = 100  # more would fill a disk and say nothing new
 MAX_NAMED = 4  # samples in a log line
@@ -103,7 +102,7 @@ def write_report(run_folder: Path, bad: BadStep, how: dict[str, Any]) -> None:
     """`bad_batch-<step>.json`; written again by a resumed run, it comes out the same."""
     path = run_folder / f"bad_batch-{bad.step}.json"
     if path.exists() or sum(1 for _ in run_folder.glob("bad_batch-*.json")) < MAX_REPORT:
-        write_text_atomic(path, _report_text(bad, how))
+        write_atomic(path, _report_text(bad, how))
 
 
 def _report_text(bad: BadStep, how: dict[str, Any]) -> str:
@@ -128,11 +127,11 @@ def save_batch(folder: Path, rank: int, micro_batches: list[Batch]) -> None:
 
 
 def save_step(folder: Path, bad: BadStep, how: dict[str, Any], net: Frozen, texts: dict[str, str]) -> None:
-    """What the main process adds: the report, and a checkpoint of the network for `PoseNet.from_checkpoint`."""
+    """What the main process adds: the report, and a checkpoint of the network for `load_network`."""
     folder.mkdir(exist_ok=True)
     save_model(net, str(folder / MODEL))
     for name, text in {**texts, STATE: json.dumps({"step": bad.step}), _REPORT: _report_text(bad, how)}.items():
-        write_text_atomic(folder / name, text)
+        write_atomic(folder / name, text)
     write_manifest(folder)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from src.checkpoint.folder import is_released, resume_refusal
 from src.config import BackboneConfig, Config, ConfigError, named_sources
 from src.data.shards.paths import resolve_source
+from src.hand.load import STANDIN, hand_model_problem
 
 AUTO = "auto"  # GENERAL.resume_path: the newest run of this configuration
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -59,15 +60,10 @@ def _missing_weights(backbone: BackboneConfig) -> str | None:
 
 def _hand_model_problems(cfg: Config) -> Iterator[str]:
     name = cfg.MODEL.hand_model
-    if name == "standin":
-        return
-    if Path(name).suffix not in (".pkl", ".npz"):
-        yield f"MODEL.hand_model={name}: must be a .pkl or .npz file with MANO's arrays, or `standin`"
-    elif not Path(name).is_file():
-        yield (
-            f"MODEL.hand_model={name}: there is no such file. Register at https://mano.is.tue.mpg.de, get MANO and "
-            f"put MANO_RIGHT.pkl there, or use the hand that ships with MODEL.hand_model=standin"
-        )
+    if name != STANDIN and Path(name).suffix not in (".pkl", ".npz"):
+        yield f"MODEL.hand_model={name}: must be a .pkl or .npz file with MANO's arrays, or `{STANDIN}`"
+    elif problem := hand_model_problem(name):
+        yield f"MODEL.hand_model={problem}, or use the hand that ships with MODEL.hand_model={STANDIN}"
 
 
 def _source_problems(cfg: Config) -> Iterator[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from src.batch import Batch
+from src.checkpoint.network import load_network
 from src.loss import LOSS_TERMS, loss_counts, loss_sums, mean_terms
 from src.model.net import PoseNet
 from src.train.bad_batch import load_batch, load_step
@@ -29,7 +30,7 @@ def replay(folder: Path, device: str) -> list[str]:
     Raises ValueError where the folder does not hold a step.
     """
     report = load_step(folder)
-    net = PoseNet.from_checkpoint(folder, device=device).train()
+    net = load_network(folder, device=device).network.train()
     net.set_dropout_rate(report["dropout_rate"])
     shown = " ".join(f"{name}={float(value):.4g}" for name, value in report["terms"].items())
     lines = [f"step {report['step']}, {report['in_row']} left out in a row: {shown}"]

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from rich.progress import Progress
 
 from src.batch import Batch
-from src.checkpoint.folder import NETWORK_FILES, find_checkpoint
-from src.checkpoint.run_folder import lock_run_folder
-from src.checkpoint.save import CheckpointError, TrainState, load_checkpoint
-from src.checkpoint.weights import load_weights
+from src.checkpoint.network import init_from
+from src.checkpoint.run_folder import lock_run_folder, make_run_folder, write_config
+from src.checkpoint.save import CheckpointError, TrainState, load_checkpoint, network_texts
 from src.checkpoint.writer import CheckpointWriter
 from src.config import Config
 from src.data.loader import HandLoader, build_train_loader, build_val_loader
@@ -115,8 +115,6 @@ class Run:
         self.state.data_position += self.accelerator.num_processes * sum(len(batch) for batch in micro_batches)
         self.watch.push(self.state.step, micro_batches, result)
         self.writer.poll()
-        if self.is_main and not self.cfg.TRAIN.shard_weights:
-            self.writer.reserve(self.net, self.trainer.optimizer)
         self.progress.update(self.task, completed=self.state.step)
         return result
 
@@ -200,7 +198,7 @@ class Run:
                 optimizer=optimizer,
                 scaler=self.accelerator.scaler,
                 state=self.state,
-                texts=parts.network_texts(self.cfg, self.net),
+                texts=network_texts(self.cfg, self.net),
                 keep=self.cfg.GENERAL.keep_checkpoint,
                 is_best=is_best,
             )
@@ -253,7 +251,7 @@ class Run:
             scaler = self.accelerator.scaler
             return load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler, verified=True)
         if self.cfg.MODEL.init_from is not None:
-            logger.info(str(load_weights(self.net, find_checkpoint(self.cfg.MODEL.init_from, NETWORK_FILES))))
+            logger.info(str(init_from(self.net, self.cfg.MODEL.init_from)))
         return TrainState(config_name=config_name)
 
     def _build_trainer(self, optimizer: torch.optim.Optimizer) -> Trainer:
@@ -286,11 +284,12 @@ class Run:
         if newest is not None:
             folder = newest.parent.parent
         else:
-            folder = parts.make_run_folder(self.cfg, config_name, self.accelerator)
+            made = [str(make_run_folder(self.cfg, config_name)) if self.is_main else None]
+            folder = Path(broadcast_object_list(made)[0])
         if self.is_main:
             self._lock = lock_run_folder(folder)
             if newest is not None:
-                parts.write_config(self.cfg, folder / f"config.resumed-{self.state.step}.yaml")
+                write_config(self.cfg, folder / f"config.resumed-{self.state.step}.yaml")
             add_log_file(folder / "log.txt")
             logger.info(f"run folder: {folder}")
         return folder

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 
 from src.batch import Batch
-from src.checkpoint.save import TrainState
+from src.checkpoint.save import TrainState, network_texts
 from src.data.dataset import HandDataset
 from src.distributed.signals import StopRequested
 from src.loss import LOSS_TERMS
@@ -25,7 +25,6 @@ from src.train.bad_batch import (
     save_step,
     write_report,
 )
-from src.train.components import network_texts
 from src.train.sharding import gather
 from src.train.step import StepResult, Trainer
 from src.utils.console import logger

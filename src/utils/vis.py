@@ -1,4 +1,4 @@
-"""Draws what a person looks at: skeletons over patches, sheets of patches side by side. uint8 RGB throughout."""
+"""Drawing for overlays: skeletons over patches, sheets of patches side by side. uint8 RGB throughout."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import numpy as np
 
 from src.batch import Batch, Prediction
 from src.hand.skeleton import BONES
-from src.predict.mesh_overlay import Mesh, draw_meshes
+from src.utils.mesh_overlay import Mesh, draw_meshes
 
-# thumb, index, middle, ring, pinky: one hue a finger, the same in every picture of the project
+# thumb, index, middle, ring, pinky: the same hue per finger in every image of the project
 FINGER_RGB = ((235, 80, 70), (240, 180, 40), (80, 190, 90), (60, 150, 235), (180, 90, 220))
 SUBPIXEL_BITS = 4
 
@@ -23,7 +23,7 @@ def draw_skeleton(image: np.ndarray, joint: np.ndarray, valid: np.ndarray | None
     """A copy of the image with the hand's bones and joints drawn over it.
 
     Args:
-        image: [H, W, 3] uint8; joint: [21, 2] px of this image; valid: [21], all joints where absent.
+        image: [H, W, 3] uint8; joint: [21, 2] px of this image; valid: [21]; None draws all joints.
     """
     out = np.ascontiguousarray(image).copy()
     valid = np.ones(len(joint)) if valid is None else valid
@@ -40,7 +40,7 @@ def draw_skeleton(image: np.ndarray, joint: np.ndarray, valid: np.ndarray | None
 
 
 def tile(images: list[np.ndarray], num_column: int) -> np.ndarray:
-    """Images of one size on a grid, row by row; what is left over stays dark."""
+    """Images of one size on a grid, row by row; unused cells are dark."""
     height, width = images[0].shape[:2]
     num_row = -(-len(images) // num_column)
     sheet = np.full((num_row * height, num_column * width, 3), 24, np.uint8)
@@ -53,10 +53,10 @@ def tile(images: list[np.ndarray], num_column: int) -> np.ndarray:
 def overlay_sheet(
     batch: Batch, prediction: Prediction, faces: np.ndarray, num_sample: int = 8, side: int = 224
 ) -> np.ndarray:
-    """Patch, target, prediction and predicted mesh of a batch's first samples, one column each. [4*side, n*side, 3].
+    """Patch, target, prediction and predicted mesh of a batch's first samples, one column each: [4*side, n*side, 3].
 
-    faces [F, 3] are those of the hand model. Padding rows are at the end of a batch and are skipped, unless there is
-    nothing else.
+    faces [F, 3] are those of the hand model. Padding rows, at the end of a batch, are skipped unless there are no
+    others.
     """
     num_sample = max(1, min(num_sample, int((batch.position >= 0).sum())))
     scale = side / batch.patch.shape[-1]

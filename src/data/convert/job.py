@@ -33,6 +33,7 @@ from src.data.convert.mano_check import (
     find_convention,
 )
 from src.data.shards.writer import ConvertSummary, HandRecord, Progress, write_shard
+from src.utils.files import write_atomic
 
 VERSION = 1  # raise it whenever the same input would come out different
 MANIFEST = "convert.json"
@@ -100,9 +101,7 @@ def _is_done(chunk: Chunk, output: Path, notes: Path) -> bool:
 
 def _write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_atomic(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _open_output(job: Job, request: Request) -> Path:

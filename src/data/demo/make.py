@@ -41,6 +41,7 @@ from src.data.demo.scene import paint
 from src.data.rng import stream
 from src.hand.standin.build import build_standin_hand
 from src.utils.console import logger, task_bar
+from src.utils.files import encode_image, write_atomic
 
 VERSION = 4  # raise it whenever a sample of the same seed would come out different
 SAMPLE_PER_SHARD = 500
@@ -179,9 +180,7 @@ def _read_manifest(root: Path, wanted: dict[str, Any]) -> list[str]:
 
 
 def _write_manifest(root: Path, manifest: dict[str, Any]) -> None:
-    part = root / f"{MANIFEST}.{os.getpid()}.part"
-    part.write_text(json.dumps(manifest, indent=1) + "\n")
-    part.replace(root / MANIFEST)
+    write_atomic(root / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _hand_fingerprint() -> str:
@@ -272,7 +271,6 @@ def make_sample(key: str, draw: HandDraw, i: int, image: np.ndarray, rng: np.ran
         joint_img[:, 0] = image.shape[1] - 1 - joint_img[:, 0]
         princpt[0] = image.shape[1] - 1 - princpt[0]
     quality = int(rng.integers(40, 96))
-    _, jpg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     arrays = {
         "hand_bbox": np.concatenate([joint_img.min(0), joint_img.max(0)]),
         "joint_img": joint_img,
@@ -294,4 +292,4 @@ def make_sample(key: str, draw: HandDraw, i: int, image: np.ndarray, rng: np.ran
         "has_intr": [1],
     }
     npy = {f"{name}.npy": value[None].astype(np.float32) for name, value in arrays.items()}
-    return {"__key__": key, "jpg": jpg.tobytes(), "json": text, **npy}
+    return {"__key__": key, "jpg": encode_image(image, jpeg_quality=quality), "json": text, **npy}

@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import os
 import struct
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
+
+from src.utils.files import write_atomic
 
 VERSION = 4  # increase it also when the definition of a healthy frame changes
 _MAGIC = b"HANDIDX\0"
@@ -141,16 +142,7 @@ def save_index(index: ShardIndex, path: Path) -> ShardIndex:
     start = -(-(_HEAD.size + len(text)) // _ALIGN) * _ALIGN
     rest = text.ljust(start - _HEAD.size, b"\0") + tables.sample.tobytes() + tables.frame.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_HEAD.pack(_MAGIC, len(text), crc32(rest)))
-            file.write(rest)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_atomic(path, _HEAD.pack(_MAGIC, len(text), crc32(rest)) + rest)
     return replace(index, stored=(path, start), in_memory=None)
 
 

@@ -1,4 +1,4 @@
-"""Hand meshes for people: rendered over their photograph, right hands warm and left hands cool, and as OBJ files.
+"""Hand meshes rendered over an image, right hands in a warm and left hands in a cool colour, and as OBJ text.
 
 Shape legend: V vertices, F faces.
 """
@@ -15,16 +15,16 @@ from src.geometry.camera import project
 from src.utils.mesh_render import render_mesh, vertex_normals
 
 SIDE_RGB = {True: (238, 150, 92), False: (96, 160, 238)}  # right, left
-_INSIDE_RGB = (92, 84, 88)  # the wrist is open: one may look into the hand
+_INSIDE_RGB = (92, 84, 88)  # the mesh is open at the wrist, so its inside can be visible
 _OPACITY = 0.85
-_NEAR_MM = 10.0  # faces nearer to the camera than this are left out
-_SUPER = 2  # rendered larger and averaged, against jagged edges
-_MAX_PIXEL = 16_000_000  # of the enlarged rendering; above it is rendered at the photograph's own size
+_NEAR_MM = 10.0  # faces nearer to the camera are skipped
+_SUPER = 2  # supersampling factor
+_MAX_PIXEL = 16_000_000  # of the supersampled rendering; larger images are not supersampled
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One hand in the camera of the photograph."""
+    """One hand in the camera of the image."""
 
     vert: np.ndarray  # [V, 3] mm, x right, y down, z forward
     face: np.ndarray  # [F, 3], outward by the right-hand rule
@@ -32,7 +32,7 @@ class Mesh:
 
 
 def draw_meshes(image: np.ndarray, meshes: Sequence[Mesh], focal: np.ndarray, princpt: np.ndarray) -> np.ndarray:
-    """A copy of the photograph with all hands over it, the nearer ones before the others.
+    """A copy of the image with all hands rendered over it; nearer hands occlude farther ones.
 
     Args: image [H, W, 3] uint8 RGB; focal, princpt [2] px. Returns: [H, W, 3] uint8 RGB.
     """
@@ -53,14 +53,14 @@ def draw_meshes(image: np.ndarray, meshes: Sequence[Mesh], focal: np.ndarray, pr
     layer = render_mesh(inside, np.maximum(vert[:, 2], _NEAR_MM), face, colour, (fold * width, fold * height))
     layer = cv2.resize(layer, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
     window = out[low[1] : high[1], low[0] : high[0]]
-    # the averaged colours are weighted with their cover already: what is not covered came in as zero
+    # the averaged colours are premultiplied: uncovered pixels count as zero
     blend = window * (1.0 - _OPACITY * layer[..., 3:] / 255.0) + _OPACITY * layer[..., :3]
     window[:] = np.clip(np.rint(blend), 0, 255).astype(np.uint8)
     return out
 
 
 def _joined(meshes: Sequence[Mesh]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vertices, faces and lit colours of all hands, each with its inside as a second, dark skin."""
+    """Vertices, faces and shaded colours of all hands, each with its inside as a second, dark surface."""
     vert, face, colour, count = [np.zeros((0, 3))], [np.zeros((0, 3), int)], [np.zeros((0, 3))], 0
     for mesh in meshes:
         num = len(mesh.vert)
@@ -74,7 +74,7 @@ def _joined(meshes: Sequence[Mesh]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _light(normal: np.ndarray, vert: np.ndarray) -> np.ndarray:
-    """[V] brightness: a lamp above the camera's left shoulder, and less light where the surface turns from the eye."""
+    """[V] brightness: lit from the upper left behind the camera, dimmer where the surface turns away from the view."""
     lamp = np.array([-0.35, -0.55, -0.75]) / np.linalg.norm([0.35, 0.55, 0.75])
     to_eye = -vert / np.maximum(np.linalg.norm(vert, axis=1, keepdims=True), 1e-6)
     facing = np.clip((normal * to_eye).sum(axis=1), 0.0, 1.0)
@@ -82,7 +82,7 @@ def _light(normal: np.ndarray, vert: np.ndarray) -> np.ndarray:
 
 
 def draw_box(image: np.ndarray, box: np.ndarray, is_right: bool, label: str) -> None:
-    """Draw a hand's box [4] xyxy px and a word above it, in place, in the colour of its side."""
+    """Draw a hand's box [4] xyxy px and a label above it, in place, in the colour of its side."""
     scale = max(image.shape[:2]) / 640
     thick, font = max(1, round(1.5 * scale)), (cv2.FONT_HERSHEY_SIMPLEX, max(0.3, 0.5 * scale))
     limit = np.array([*image.shape[1::-1], *image.shape[1::-1]]) - 1
@@ -96,7 +96,7 @@ def draw_box(image: np.ndarray, box: np.ndarray, is_right: bool, label: str) -> 
 
 
 def obj_text(mesh: Mesh) -> str:
-    """A Wavefront OBJ of one hand in mm, turned half about the x axis: y up, and the viewer stands at the camera."""
+    """A Wavefront OBJ of one hand in mm, rotated by 180 degrees about the x axis: y up, viewed from the camera."""
     lines = ["# millimetres; x right, y up, z towards the camera; the camera is the origin"]
     lines += [f"v {x:.3f} {y:.3f} {z:.3f}" for x, y, z in (mesh.vert * (1.0, -1.0, -1.0)).tolist()]
     lines += [f"f {a} {b} {c}" for a, b, c in (mesh.face + 1).tolist()]

@@ -1,0 +1,60 @@
+"""Small helpers around files: atomic writes, locks, new folders, encoded images. Standard library only at import."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) to a temporary file and rename it to `path`.
+
+    A reader, or a crash of this process, sees the old file or the new one, never a part. Nothing is synced to the disk.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def make_new_folder(parent: Path, stem: str) -> Path:
+    """Create and return `parent/stem`, or `stem-2`, `stem-3`, ... if that exists already. Raises OSError."""
+    attempt = 1
+    while True:
+        folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            os.mkdir(folder)
+            return folder
+        except FileExistsError:
+            attempt += 1
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Take the POSIX lock of an open file. False if another process holds it; True on file systems without locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def encode_image(image: np.ndarray, suffix: str = ".jpg", jpeg_quality: int | None = None) -> bytes:
+    """The content of an image file: [H, W, 3] uint8 RGB encoded as `suffix` says. Raises ValueError."""
+    import cv2  # most users of this module do not need it
+
+    how = [] if jpeg_quality is None else [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality]
+    ok, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), how)
+    if not ok:
+        raise ValueError(f"OpenCV cannot encode an image {image.dtype} {list(image.shape)} as {suffix}")
+    return data.tobytes()
