@@ -22,9 +22,8 @@ from src.data.convert.chunk import Chunk, Job, Request, Skip
 from src.data.convert.dexycb_split import takes_sequence
 from src.data.convert.job import run
 from src.data.convert.mano_check import apply_convention, find_convention, left_shape_map
-from src.data.convert.pickle_parse import parse_pickle
 from src.data.image import image_info
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.safe_parse import SampleError, parse_pickle
 from src.data.shards.writer import HandRecord
 from src.hand.mano import ManoLayer
 from src.hand.mano_file import load_pose_components
@@ -276,7 +275,19 @@ def test_broken_pickles_have_a_reason() -> None:
         with pytest.raises(SampleError, match="bad_pickle"):
             parse_pickle(whole[:size])
     huge = b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(L99999999999999L\nt"
-    for data in (b"", b"garbage", b"\x80\x04ctests\nnothing", b"e.", b"(.", huge + b"N.", b"N" * 10 + b"."):
+    zeros = b"\x80\x04cbuiltins\nbytes\n(J\xff\xff\xff\x7ftR."  # a call that would make 2 GiB
+    announced = b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x."
+    for data in (
+        zeros,
+        announced,
+        b"",
+        b"garbage",
+        b"\x80\x04ctests\nnothing",
+        b"e.",
+        b"(.",
+        huge + b"N.",
+        b"N" * 10 + b".",
+    ):
         with pytest.raises(SampleError):
             parse_pickle(data)
 

@@ -212,5 +212,5 @@ def test_files_that_are_not_a_right_mano_hand(tmp_path):
     with pytest.raises(ValueError, match=r"v_template must be \[778, 3\]"):
         load_hand_arrays(tmp_path / "small.npz")
     (tmp_path / "text.pkl").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match="is not a MANO file that can be read"):
+    with pytest.raises(ValueError, match="cannot be read as a MANO file"):
         load_hand_arrays(tmp_path / "text.pkl")

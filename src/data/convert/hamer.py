@@ -4,7 +4,7 @@ Official files, as fetched by HaMeR's fetch_training_data.sh: folders such as fr
 sample has `jpg` and `data.pyd`, a pickled list with a dict for each hand of the image (`detection.npz`, masks, is not
 used). Keys read: keypoints_2d [21, 3] px and confidence, keypoints_3d [21, 4] m and confidence, center [2] px,
 scale [2] (box side = 200 scale), hand_pose [48], betas [10], has_hand_pose, has_betas, right, personid.
-`data.pyd` is parsed, never unpickled (pickle_parse.py).
+`data.pyd` is parsed, never unpickled (src/utils/restricted_pickle.py).
 
 Read from the official repository (geopavlakos/hamer: hamer/datasets/image_dataset.py; issues 26 and 78 for the
 authors' words): joints in OpenPose order; the pose is axis-angle and whole (flat_hand_mean=True); images, joints and
@@ -30,9 +30,8 @@ import numpy as np
 from src.data.convert.annotate import MM_PER_M, finite, known_only, plain_key, seen, tight_box
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.convert.pickle_parse import parse_pickle
 from src.data.image import image_info
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.safe_parse import SampleError, parse_pickle
 from src.data.shards.tar import Damage, TarWalk, split_name
 from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 

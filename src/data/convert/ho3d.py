@@ -7,7 +7,7 @@ Official files:
     {split}/SEQUENCE/meta/0000.pkl        a Python 2 pickle of a dict
 
 Keys read: handJoints3D, handPose [48], handBeta [10], camMat [3, 3]; in the evaluation split handJoints3D [3] is the
-wrist alone, and handBoundingBox [4] xyxy px. The pickles are parsed, never unpickled (pickle_parse.py).
+wrist alone, and handBoundingBox [4] xyxy px. The pickles are parsed, never unpickled (src/utils/restricted_pickle.py).
 
 Read from the official repository (github.com/shreyashampali/ho3d: vis_HO3D.py, utils/vis_utils.py): joints and
 translation are metres in OpenGL's camera frame (y up, z backward), so y and z change sign here and so does the frame
@@ -41,8 +41,7 @@ from src.data.convert.annotate import (
 )
 from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.convert.pickle_parse import parse_pickle
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.safe_parse import SampleError, parse_pickle
 from src.data.shards.writer import ConvertSummary, HandRecord, Progress
 
 SPLITS = ("train", "evaluation")

@@ -7,20 +7,16 @@ object types are refused; a pickled image list is only walked (pickletools) to f
 from __future__ import annotations
 
 import ast
-import pickletools
 import struct
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from src.utils.restricted_pickle import PickleError, Span, read_pickle
+
 _NPY_MAGIC = b"\x93NUMPY"
 _HEADER_LIMIT = 1 << 16
-_IMAGE_OPS = frozenset({"SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"})
-_PREFIX_SIZE = {"SHORT_BINBYTES": 2, "BINBYTES": 5, "BINBYTES8": 9, "BYTEARRAY8": 9}  # opcode and length field
-_STORE_OPS = frozenset({"BINPUT", "LONG_BINPUT", "PUT"})
-_FETCH_OPS = frozenset({"BINGET", "LONG_BINGET", "GET"})
-_MARK = object()
 
 
 class SampleError(Exception):
@@ -104,63 +100,28 @@ def _npy_layout(head: bytes) -> tuple[np.dtype, tuple[int, ...], bool, int, int]
     return dtype, shape, fortran, begin, count
 
 
-def pickled_image_spans(data: bytes) -> list[tuple[int, int]]:
-    """Where each image of a pickled list (or tuple) of bytes lies: [(offset, size)], without unpickling.
+def parse_pickle(data: bytes) -> Any:
+    """The content of a pickle of plain data and numpy arrays (src/utils/restricted_pickle.py), which runs nothing.
 
     Raises:
-        SampleError: unsafe_pickle for anything but a flat list of bytes, bad_pickle for one that does not parse.
+        SampleError: unsafe_pickle if it holds anything else, bad_pickle if it does not parse.
     """
-    machine = _ListMachine()
     try:
-        for opcode, argument, at in pickletools.genops(data):
-            machine.step(opcode.name, argument, at)
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
-        raise SampleError("bad_pickle", f"the image list does not parse ({error})") from None
-    return machine.result()
+        return read_pickle(data)
+    except PickleError as error:
+        raise SampleError(error.reason, str(error)) from None
 
 
-class _ListMachine:
-    """Follows the few pickle opcodes that build a list of bytes; its stack holds spans, lists and marks."""
+def pickled_image_spans(data: bytes) -> list[Span]:
+    """(offset, size) of each image in a pickled list (or tuple) of bytes; nothing is unpickled or copied.
 
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-
-    def step(self, name: str, argument: Any, at: int) -> None:
-        if name in _IMAGE_OPS:
-            self.stack.append((at + _PREFIX_SIZE[name], len(argument)))
-        elif name in ("EMPTY_LIST", "EMPTY_TUPLE"):
-            self.stack.append([])
-        elif name == "MARK":
-            self.stack.append(_MARK)
-        elif name in ("LIST", "TUPLE"):
-            self.stack.append(self._pop_to_mark())
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            count = int(name[-1])
-            self.stack[-count:] = [self.stack[-count:]]
-        elif name == "APPENDS":
-            items = self._pop_to_mark()
-            self.stack[-1].extend(items)
-        elif name == "APPEND":
-            item = self.stack.pop()
-            self.stack[-1].append(item)
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = self.stack[-1]
-        elif name in _STORE_OPS:
-            self.memo[argument] = self.stack[-1]
-        elif name in _FETCH_OPS:
-            self.stack.append(self.memo[argument])
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise SampleError("unsafe_pickle", f"opcode {name} is refused; only a list of encoded images is read")
-
-    def _pop_to_mark(self) -> list[Any]:
-        at = max(i for i, item in enumerate(self.stack) if item is _MARK)
-        items = self.stack[at + 1 :]
-        del self.stack[at:]
-        return items
-
-    def result(self) -> list[tuple[int, int]]:
-        spans = self.stack[-1] if len(self.stack) == 1 else None
-        if not isinstance(spans, list) or not all(isinstance(span, tuple) for span in spans):
-            raise SampleError("unsafe_pickle", "not a flat list of encoded images")
-        return spans
+    Raises:
+        SampleError: unsafe_pickle for anything but a flat list of bytes, bad_pickle if it does not parse.
+    """
+    try:
+        spans = read_pickle(data, allowed={}, spans=True)
+    except PickleError as error:
+        raise SampleError(error.reason, str(error)) from None
+    if not isinstance(spans, (list, tuple)) or not all(isinstance(span, Span) for span in spans):
+        raise SampleError("unsafe_pickle", "not a flat list of encoded images")
+    return list(spans)
