@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from script.make_shards import main
-from src.data.convert.annotate import plain_key, seen, tight_box, turn_root
+from src.data.convert.annotate import plain_key, tight_box, turn_root, visible_joints
 from src.data.convert.chunk import Chunk, Job, Request, Skip
 from src.data.convert.dexycb_split import takes_sequence
 from src.data.convert.job import run
 from src.data.convert.mano_check import apply_convention, find_convention, left_shape_map
 from src.data.image import image_info
-from src.data.shards.safe_parse import SampleError, parse_pickle
+from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import parse_pickle
 from src.data.shards.writer import HandRecord
 from src.hand.mano import ManoLayer
 from src.hand.mano_file import load_pose_components
@@ -104,7 +105,7 @@ def test_a_lost_shard_is_made_again_and_another_call_is_refused(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"was made with split='all', now it is 'val'; delete that folder"):
         run(slow_job(), Request(tmp_path, tmp_path / "out", "val"))
     (tmp_path / "out" / "convert.json").unlink()
-    with pytest.raises(ValueError, match="holds shards already that no converter noted"):
+    with pytest.raises(ValueError, match=r"has shards but no convert\.json"):
         run(slow_job(), request)
 
 
@@ -129,14 +130,14 @@ def test_a_set_without_its_images_is_no_success(tmp_path: Path, mano: Path, caps
     options = ["--input", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--num_process", "1"]
     assert main(["freihand", *options]) == 2
     said = capsys.readouterr().err
-    assert "not one hand could be used ({'missing_image': 8})" in said
-    assert "left out as missing_image, for example: " in said
+    assert "no hand could be used ({'missing_image': 8})" in said
+    assert "skipped as missing_image, for example: " in said
     (tmp_path / "set" / "training" / "rgb").rmdir()
     (tmp_path / "rgb").rename(tmp_path / "set" / "training" / "rgb")
     (tmp_path / "set" / "training" / "rgb" / "00000003.jpg").unlink()
     assert main(["freihand", *options]) == 0  # the same call takes what is there now
     assert f"{len(truth) - 1} hands in 1 shards" in (said := capsys.readouterr().out)
-    assert "left out: missing_image 1" in said
+    assert "skipped: missing_image 1" in said
 
 
 def test_a_missing_mano_file_is_named(tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,7 +306,7 @@ def test_image_headers_are_read_without_decoding() -> None:
 
 def test_seen_joints_and_their_box() -> None:
     pixel = np.array([[0.0, 0.0], [63.4, 31.4], [63.6, 5.0], [-0.6, 5.0], [np.nan, 1.0], [5.0, 6.0]])
-    valid = seen(pixel, (64, 32), np.array([1, 1, 1, 1, 1, 0]))
+    valid = visible_joints(pixel, (64, 32), np.array([1, 1, 1, 1, 1, 0]))
     assert valid.tolist() == [1, 1, 0, 0, 0, 0]
     assert tight_box(pixel, valid).tolist() == [0, 0, 63.4, 31.4]
     with pytest.raises(SampleError, match="no_valid_joint"):

@@ -18,7 +18,7 @@ from src.data.convert.dexycb import read_labels
 from src.data.convert.interhand import TO_OPENPOSE
 from src.data.loader import build_val_loader
 from src.data.shards.build_index import build_index
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 from tests import convert_sets
 from tests.convert_sets import Truth, fk, layer, put, write_mano
 from tests.data_shards import data_config
@@ -121,7 +121,7 @@ def check_loader(root: Path, truth: dict[str, Truth], mano: Path) -> None:
 def test_freihand(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Path) -> None:
     done = make("freihand", "--mano", str(mano), "--num_per_shard", "8")
     assert done.code == 0
-    assert "MANO proved: flat_hand_mean=False leaves 0.000 mm" in done.said
+    assert "MANO checked: flat_hand_mean=False: mean joint error 0.000 mm" in done.said
     assert [s.name for s in done.shards] == ["000000.tar", "000001.tar", "000002.tar"]
     check_samples(done.got, done.truth, "freihand", mano)
     check_loader(tmp_path, done.truth, mano)
@@ -135,7 +135,7 @@ def test_freihand(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Pa
 
 def test_freihand_with_another_convention_is_found_out(make: Callable[..., SimpleNamespace], mano: Path) -> None:
     done = make("freihand", "--mano", str(mano), write=lambda *a: convert_sets.write_freihand(*a, flat=True))
-    assert "MANO proved: flat_hand_mean=True leaves 0.000 mm" in done.said
+    assert "MANO checked: flat_hand_mean=True: mean joint error 0.000 mm" in done.said
     check_samples(done.got, done.truth, "freihand", mano)
 
 
@@ -147,14 +147,14 @@ def test_parameters_that_fit_no_convention_are_left_out(make: Callable[..., Simp
         return truth
 
     done = make("freihand", "--mano", str(mano), write=write)
-    assert "WARNING: MANO parameters of right hands are left out (has_mano 0)" in done.said
-    assert "the tolerance is 1.0 mm" in done.said
+    assert "WARNING: MANO parameters of right hands are omitted (has_mano 0)" in done.said
+    assert "within the tolerance of 1.0 mm" in done.said
     check_samples(done.got, done.truth, "freihand", None)
 
 
 def test_interhand(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Path) -> None:
     done = make("interhand", "--split", "val", "--mano", str(mano))
-    assert done.said.count("MANO proved: flat_hand_mean=False leaves 0.000 mm") == 2
+    assert done.said.count("MANO checked: flat_hand_mean=False: mean joint error 0.000 mm") == 2
     check_samples(done.got, done.truth, "interhand2.6m", mano)
     check_loader(tmp_path, done.truth, mano)
     cameras = [key.split("cam")[1][:6] for key in done.got]
@@ -165,8 +165,8 @@ def test_interhand(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: P
 
 def test_dexycb(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Path) -> None:
     done = make("dexycb", "--mano", str(mano), "--split", "s1/train")
-    assert done.said.count("MANO proved: flat_hand_mean=False leaves 0.000 mm") == 2
-    assert "left out: no_hand 4" in done.said
+    assert done.said.count("MANO checked: flat_hand_mean=False: mean joint error 0.000 mm") == 2
+    assert "skipped: no_hand 4" in done.said
     check_samples(done.got, done.truth, "dexycb", mano)
     check_loader(tmp_path, done.truth, mano)
     assert list(done.got) == sorted(done.got)
@@ -177,7 +177,7 @@ def test_dexycb_without_mano_and_by_setup(make: Callable[..., SimpleNamespace]) 
     check_samples(done.got, {k: t for k, t in done.truth.items() if "836212060125" in k}, "dexycb", None)
     refused = make("dexycb", "--split", "s0/train", "--output", str(done.root.parent / "other"))
     assert refused.code == 2
-    assert "has 1 sequences, but s0 goes by their number among 100" in refused.said
+    assert "has 1 sequences instead of 100, but s0 selects them by number" in refused.said
 
 
 def test_dexycb_counts_damaged_labels(tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_ho3d(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Path) 
         return truth
 
     done = make("ho3d", "--mano", str(mano), write=write)
-    assert "MANO proved: flat_hand_mean=True leaves 0.000 mm" in done.said
-    assert "left out: missing_annotation 1, unsafe_pickle 1" in done.said
+    assert "MANO checked: flat_hand_mean=True: mean joint error 0.000 mm" in done.said
+    assert "skipped: missing_annotation 1, unsafe_pickle 1" in done.said
     assert not (tmp_path / "trace").exists()
     truth = {k: t for k, t in done.truth.items() if "train" in k}
     check_samples(done.got, truth, "ho3d", mano)
@@ -253,7 +253,7 @@ def test_hamer(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Path)
         *("freihand-train/000000.tar", "freihand-train/000001.tar"),
         *("ih26m-train/000000.tar", "ih26m-train/000001.tar"),
     ]
-    assert done.said.count("MANO proved: flat_hand_mean=True leaves 0.000 mm") == 4  # two sets, two sides
+    assert done.said.count("MANO checked: flat_hand_mean=True: mean joint error 0.000 mm") == 4  # two sets, two sides
     for subset in ("freihand-train", "ih26m-train"):
         part = {k: s for k, s in done.got.items() if k.startswith(subset)}
         check_samples(part, {k: t for k, t in done.truth.items() if k.startswith(subset)}, subset, mano)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from src.data.convert.chunk import Request
 from src.data.convert.realhands import convert_realhands
 from src.data.loader import build_val_loader
 from src.data.shards.build_index import build_index
@@ -30,8 +31,7 @@ def record(number: int) -> HandRecord:
 
 def test_shards_are_the_same_to_the_byte_and_readable_by_anyone(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        summary = write_shards((record(number) for number in range(5)), tmp_path / name, num_per_shard=2)
-        assert (summary.num_hand, summary.num_shard) == (5, 3)
+        assert write_shards((record(number) for number in range(5)), tmp_path / name, num_per_shard=2) == (5, 3)
         assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["000000.tar", "000001.tar", "000002.tar"]
     shards = sorted((tmp_path / "a").iterdir())
     assert all(shard.read_bytes() == (tmp_path / "b" / shard.name).read_bytes() for shard in shards)
@@ -45,7 +45,7 @@ def test_shards_are_the_same_to_the_byte_and_readable_by_anyone(tmp_path: Path) 
 @needs_realhands
 def test_real_hands_come_through_whole(tmp_path: Path) -> None:
     entries = json.loads((REALHANDS / "annotations.json").read_text(encoding="utf-8"))
-    assert convert_realhands(REALHANDS, tmp_path / "val").num_hand == len(entries)
+    assert convert_realhands(Request(REALHANDS, tmp_path / "val", "all")).num_hand == len(entries)
     index = build_index(tmp_path / "val" / "000000.tar")
     assert (index.num_frame(), index.bad_count) == (len(entries), {})
     batches = list(build_val_loader(data_config(tmp_path, sample_per_device=32), "mano"))

@@ -17,10 +17,11 @@ from src.batch import Sample
 from src.data.image import decode_image
 from src.data.sample import make_sample
 from src.data.shards.build_index import build_index
+from src.data.shards.errors import SampleError
 from src.data.shards.format import parse_clip
 from src.data.shards.paths import resolve_source
 from src.data.shards.reader import ShardReader
-from src.data.shards.safe_parse import SampleError, parse_npy, pickled_image_spans
+from src.data.shards.safe_parse import parse_npy, pickled_image_spans
 from tests.data_shards import WIDTH, encode, image_of, lab_sample, native_sample, raw_members, write_shard, write_tar
 from tests.helpers import ROOT
 

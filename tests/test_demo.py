@@ -107,7 +107,7 @@ def test_goes_on_where_it_stopped_and_then_does_nothing(root: Path, monkeypatch:
 
 
 def test_other_parameters_are_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"seed=3, now seed=4.*delete the folder"):
+    with pytest.raises(ValueError, match=r"seed=3, but the request is seed=4.*delete the folder"):
         demo.make_demo_shards(root, NUM, seed=4, img_size=SIZE)
     with pytest.raises(ValueError, match="num_sample"):
         demo.make_demo_shards(root, {"train": 25, "val": 6}, seed=3, img_size=SIZE)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from src.geometry.camera import MIN_DEPTH_MM, pixel_ray, project, transform_points, unproject
+from src.geometry.camera import MIN_DEPTH_MM, pixel_ray, project, unproject
 from src.geometry.rotation import (
     axis_angle_to_matrix,
     matrix_to_axis_angle,
@@ -132,14 +132,3 @@ def test_points_behind_the_camera_project_to_finite_pixels():
     (grad,) = torch.autograd.grad(pixel.sum(), point)
     assert torch.isfinite(grad).all()
     assert (grad[0, :2, 2] == 0).all()
-
-
-def test_homography_of_points():
-    rng = np.random.default_rng(2)
-    matrix = np.eye(3) + rng.normal(0, 1e-3, (2, 3, 3))
-    point = rng.uniform(0, 200, (2, 5, 2))
-    expected = np.concatenate((point, np.ones((2, 5, 1))), axis=-1) @ np.swapaxes(matrix, 1, 2)
-    expected = expected[..., :2] / expected[..., 2:]
-    np.testing.assert_allclose(transform_points(matrix, point), expected, rtol=1e-12)
-    np.testing.assert_allclose(transform_points(matrix[0], point[0]), expected[0], rtol=1e-12)
-    np.testing.assert_allclose(transform_points(torch.tensor(matrix), torch.tensor(point)).numpy(), expected)

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"config", "utils"},
     "checkpoint": {"model", "config_parse", *HAND},
     "tracking": {"checkpoint", *HAND},
-    **{verb: BELOW_VERBS for verb in VERBS},
+    **dict.fromkeys(VERBS, BELOW_VERBS),
 }
 # third-party package -> the only places that may import it
 ONLY_IN = {

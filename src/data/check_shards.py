@@ -18,9 +18,9 @@ import numpy as np
 from src.data.image import decode_image
 from src.data.sample import make_sample
 from src.data.shards.build_index import build_index, index_places, worker_context
+from src.data.shards.errors import reason_of
 from src.data.shards.index import MAX_NAMED, Bad, ShardIndex, load_index
 from src.data.shards.reader import ShardReader
-from src.data.shards.safe_parse import reason_of
 from src.utils.text import printable
 
 STALE_INDEX = "stale_index"

@@ -26,9 +26,9 @@ from src.data.order.readahead import ReadAhead
 from src.data.rng import uniforms
 from src.data.sample import annotated_sample, make_sample
 from src.data.shards.annotation import Clip
+from src.data.shards.errors import SampleError, reason_of
 from src.data.shards.index import ShardIndex
 from src.data.shards.reader import ClipCache, ShardReader
-from src.data.shards.safe_parse import SampleError, reason_of
 from src.geometry.patch import Warp, plan_warps
 
 _MAX_OPEN = 512  # shards held open by one process: an order works on some 256 blocks at a time

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 
 # An EXIF orientation is ignored: annotations refer to the stored pixels.
 _DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION

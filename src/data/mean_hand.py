@@ -21,7 +21,7 @@ from src.data.augment import identity_augmentation
 from src.data.crop import PatchSample, turn_samples
 from src.data.dataset import HandDataset
 from src.data.sample import annotated_sample
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 from src.geometry.camera import project, unproject
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays

@@ -6,7 +6,7 @@ import numpy as np
 
 from src.batch import Sample
 from src.data.shards.annotation import Clip
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 from src.geometry.camera import guess_intrinsics
 
 _NO_IMAGE = np.empty((0, 0, 3), np.uint8)

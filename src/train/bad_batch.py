@@ -23,7 +23,7 @@ from src.checkpoint.folder import MODEL, STATE
 from src.checkpoint.run_folder import write_text_atomic
 from src.checkpoint.writer import Frozen
 from src.data.dataset import HandDataset
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 from src.loss import LOSS_TERMS
 
 MAX_REPORT = 100  # more would fill a disk and say nothing new

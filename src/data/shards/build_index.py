@@ -13,6 +13,7 @@ from zlib import crc32
 
 import numpy as np
 
+from src.data.shards.errors import SampleError, reason_of
 from src.data.shards.format import find_images, is_image, parse_clip
 from src.data.shards.index import (
     FRAME,
@@ -27,7 +28,6 @@ from src.data.shards.index import (
     load_index,
     save_index,
 )
-from src.data.shards.safe_parse import SampleError, reason_of
 from src.data.shards.tar import BLOCK, Damage, Member, TarWalk, split_name
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from src.data.shards.annotation import FIELDS, FLAGS, Clip, Meta, complete_clip, constant
-from src.data.shards.safe_parse import SampleError, parse_npy, pickled_image_spans
+from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import parse_npy, pickled_image_spans
 from src.utils.text import printable
 
 LAB_IMAGES = "img_bytes.pickle"

@@ -12,9 +12,9 @@ from collections import OrderedDict, deque
 from zlib import crc32
 
 from src.data.shards.annotation import Clip
+from src.data.shards.errors import SampleError
 from src.data.shards.format import parse_clip
 from src.data.shards.index import ShardIndex
-from src.data.shards.safe_parse import SampleError
 from src.data.shards.tar import BLOCK, TarError, is_plain, padded, plain_key, read_header, span_layout, split_name
 
 _WHOLE_SIZE = 1 << 18  # samples up to this size are read in one piece

@@ -1,7 +1,7 @@
-"""Reads `.npy` arrays and pickled lists of encoded images from bytes without ever running what is in them.
+"""Parses `.npy` arrays and pickles from bytes without executing anything in them.
 
-`numpy.load` may unpickle, and `pickle.loads` runs code by design. Here an array header is parsed as a literal and
-object types are refused; a pickled image list is only walked (pickletools) to find where each image's bytes lie.
+`numpy.load` may unpickle, and `pickle.loads` runs code by design. Here an array header is parsed as a literal, object
+arrays are refused, and pickles go through src/utils/restricted_pickle.py.
 """
 
 from __future__ import annotations
@@ -13,29 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from src.data.shards.errors import SampleError
 from src.utils.restricted_pickle import PickleError, Span, read_pickle
 
 _NPY_MAGIC = b"\x93NUMPY"
 _HEADER_LIMIT = 1 << 16
-
-
-class SampleError(Exception):
-    """A sample, or a frame of it, that cannot be used. `reason` is a code that is counted, `detail` is for people."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
-
-
-def reason_of(error: Exception) -> str:
-    """The code under which whatever was raised while a sample was read is counted. Hostile bytes may provoke anything:
-    it costs their sample, not the run."""
-    if isinstance(error, SampleError):
-        return error.reason
-    return "unreadable" if isinstance(error, OSError) else "unforeseen"
 
 
 def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
