@@ -157,7 +157,7 @@ def test_joint_orders_agree_by_name():
     ("change", "message"),
     [
         ({"shapedirs": np.zeros((60, 3, 9))}, "shapedirs must have shape"),
-        ({"mean_pose": np.full(45, np.nan)}, "mean_pose holds NaN"),
+        ({"mean_pose": np.full(45, np.nan)}, "mean_pose contains NaN"),
         ({"skin_weights": np.ones((60, 16))}, "skin_weights must sum to 1"),
         ({"faces": np.full((2, 3), 60)}, "faces name vertices outside 0..59"),
         ({"faces": np.zeros((2, 3))}, "faces must be"),

@@ -150,7 +150,7 @@ def _corners(patch_to_image: np.ndarray, img_size: int) -> np.ndarray:
 
 
 def plan_warps(sizes: Sequence[tuple[int, int]], views: PatchView, img_size: int) -> list[Warp | None]:
-    """The warps for N views of images of `sizes` [N] (width, height); None if a patch shows less than a pixel of one."""
+    """The warps for N views of images of `sizes` [N] (width, height); None if less than a pixel is visible."""
     limit = np.array(sizes)
     factor = np.where(views.scale <= _SHRINK_FROM, 1.0 / views.scale, 1.0).astype(np.int64)[:, None]
     corner = _corners(views.patch_to_image, img_size)

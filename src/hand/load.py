@@ -1,4 +1,4 @@
-"""The hand that a configuration names."""
+"""Loads the hand model that the configuration names."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from src.hand.standin.build import build_standin_hand
 
 
 def load_hand(hand_model: str) -> HandArrays:
-    """The hand that `MODEL.hand_model` names: a file with MANO's arrays, or `standin`."""
+    """The hand model for `MODEL.hand_model`: the path of a MANO file, or `standin`."""
     return build_standin_hand() if hand_model == "standin" else load_hand_arrays(Path(hand_model))
