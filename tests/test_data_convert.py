@@ -1,4 +1,4 @@
-"""Converters write what any webdataset reader reads, and lose nothing of what the data set says."""
+"""Converted shards are plain webdataset shards and preserve the data set's annotations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def record(number: int) -> HandRecord:
     return HandRecord(f"{number:03d}", image, "png", "left", "test", hand_model="mano", flat_hand_mean=True, **arrays)
 
 
-def test_shards_are_the_same_to_the_byte_and_readable_by_anyone(tmp_path: Path) -> None:
+def test_shards_are_byte_identical_and_readable_by_webdataset(tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert write_shards((record(number) for number in range(5)), tmp_path / name, num_per_shard=2) == (5, 3)
         assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["000000.tar", "000001.tar", "000002.tar"]
@@ -43,7 +43,7 @@ def test_shards_are_the_same_to_the_byte_and_readable_by_anyone(tmp_path: Path) 
 
 
 @needs_realhands
-def test_real_hands_come_through_whole(tmp_path: Path) -> None:
+def test_real_hands_are_preserved(tmp_path: Path) -> None:
     entries = json.loads((REALHANDS / "annotations.json").read_text(encoding="utf-8"))
     assert convert_realhands(Request(REALHANDS, tmp_path / "val", "all")).num_hand == len(entries)
     index = build_index(tmp_path / "val" / "000000.tar")
@@ -63,7 +63,7 @@ def test_real_hands_come_through_whole(tmp_path: Path) -> None:
 
 
 @needs_realhands
-def test_the_script_says_what_it_did(tmp_path: Path) -> None:
+def test_the_script_prints_a_summary(tmp_path: Path) -> None:
     def run(source: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "script/make_shards.py", "realhands", "--input", str(source)]
         return subprocess.run([*command, "--output", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)

@@ -33,7 +33,7 @@ _KEYS = {
     "f": "faces",
     "hands_mean": "mean_pose",
 }
-_GET_IT = (
+_DOWNLOAD_HINT = (
     "Register at https://mano.is.tue.mpg.de, accept its licence, download 'Models & Code' and put MANO_RIGHT.pkl at "
     "model/mano/MANO_RIGHT.pkl. `MODEL.hand_model=standin` needs no file."
 )
@@ -128,7 +128,7 @@ def load_hand_arrays(path: str | Path) -> HandArrays:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"MODEL.hand_model: {path} does not exist. {_GET_IT}")
+        raise ValueError(f"MODEL.hand_model: {path} does not exist. {_DOWNLOAD_HINT}")
     if "LEFT" in path.name.upper():
         _refuse_left(path)
     try:
@@ -140,7 +140,7 @@ def load_hand_arrays(path: str | Path) -> HandArrays:
         tree = _to_array(content["kintree_table"]) if "kintree_table" in content else None
         arrays = _build(value, tree)
     except Exception as error:  # a corrupt file can raise anything
-        raise ValueError(f"{path} cannot be read as a MANO file: {error}. {_GET_IT}") from error
+        raise ValueError(f"{path} cannot be read as a MANO file: {error}. {_DOWNLOAD_HINT}") from error
     if _is_left(arrays):
         _refuse_left(path)
     return arrays
@@ -154,13 +154,13 @@ def load_pose_components(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist. {_GET_IT}")
+        raise ValueError(f"{path} does not exist. {_DOWNLOAD_HINT}")
     try:
         components = np.asarray(_to_array(_read_file(path)["hands_components"]), np.float64)
     except Exception as error:  # a corrupt file can raise anything
-        raise ValueError(f"{path}: hands_components cannot be read: {error!r}. {_GET_IT}") from error
+        raise ValueError(f"{path}: hands_components cannot be read: {error!r}. {_DOWNLOAD_HINT}") from error
     if components.shape != (NUM_FINGER_POSE, NUM_FINGER_POSE):
-        raise ValueError(f"{path}: hands_components must be [45, 45], got shape {components.shape}. {_GET_IT}")
+        raise ValueError(f"{path}: hands_components must be [45, 45], got shape {components.shape}. {_DOWNLOAD_HINT}")
     return components
 
 
@@ -180,18 +180,18 @@ def _build(value: dict[str, np.ndarray], tree: np.ndarray | None) -> HandArrays:
 
 
 def _is_left(arrays: HandArrays) -> bool:
-    """Which side the hand is, from anatomy: the mean pose flexes the fingers towards the palm, and on a right hand
-    (radial direction) x (finger direction) points out of the palm. A hand without a mean pose passes as right."""
+    """Whether it is a left hand, from anatomy: the mean pose flexes the fingers towards the palm, and on a right hand
+    (radial direction) x (finger direction) points out of the palm. A hand without a mean pose counts as right."""
     joint = dict(zip(MANO_JOINT_NAMES, arrays.joint_regressor @ arrays.v_template))
     finger = joint["middle1"] - joint["wrist"]
     radial = joint["index1"] - joint["pinky1"]
-    flexion_axis = arrays.mean_pose.reshape(15, 3)[:12].sum(axis=0)  # all but the thumb
+    flexion_axis = arrays.mean_pose.reshape(15, 3)[:12].sum(axis=0)  # without the thumb
     palm = np.cross(flexion_axis, finger)
     return float(np.cross(radial, finger) @ palm) < 0
 
 
 def _refuse_left(path: Path) -> None:
     raise ValueError(
-        f"{path} is the left hand. This project mirrors left hands and needs the right one alone: "
+        f"{path} is the left hand. This project mirrors left hands and needs only the right one: "
         "set MODEL.hand_model=model/mano/MANO_RIGHT.pkl."
     )

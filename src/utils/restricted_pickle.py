@@ -65,7 +65,7 @@ class _Pending:
         return self.results[0]
 
 
-_OBJECT = "object"  # stands for dtype('O')
+_OBJECT = "object"  # in place of dtype('O')
 
 
 def _dtype_of(text: str, state: tuple[Any, ...]) -> np.dtype | str:
@@ -122,7 +122,7 @@ PLAIN: Allowed = {
 
 
 def read_pickle(data: bytes, allowed: Allowed = PLAIN, spans: bool = False) -> Any:
-    """The content of a pickle of plain data, arrays, and whatever else `allowed` lists.
+    """The content of a pickle of plain data, numpy arrays, and anything else that `allowed` lists.
 
     An object array comes as the list of its elements, a zero-dimensional one as its element.
 
@@ -143,7 +143,7 @@ def read_pickle(data: bytes, allowed: Allowed = PLAIN, spans: bool = False) -> A
 
 
 class _Machine:
-    """The stack machine: opcodes up to STOP, executed as `_EXECUTE` says."""
+    """The stack machine: opcodes up to STOP, executed by the functions in `_EXECUTE`."""
 
     def __init__(self, data: bytes, allowed: Allowed, spans: bool) -> None:
         self.file, self.size = io.BytesIO(data), len(data)

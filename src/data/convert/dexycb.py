@@ -74,10 +74,10 @@ def convert_dexycb(request: Request, progress: Progress | None = None) -> Conver
     Raises:
         ValueError: the input is not a DexYCB folder, lacks sequences of the setup, or --mano has no pose components.
     """
-    return run(cut_dexycb(request), request, progress)
+    return run(plan_dexycb(request), request, progress)
 
 
-def cut_dexycb(request: Request) -> Job:
+def plan_dexycb(request: Request) -> Job:
     """One chunk per sequence: camera after camera, frames in order. Raises as `convert_dexycb`."""
     sequences, serials = choose_sequences(request.input, request.split)
     components: dict[str, np.ndarray] = {}

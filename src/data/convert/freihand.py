@@ -52,10 +52,10 @@ def convert_freihand(request: Request, progress: Progress | None = None) -> Conv
     Raises:
         ValueError: the input is not a FreiHAND folder, or its lists differ in length.
     """
-    return run(cut_freihand(request), request, progress)
+    return run(plan_freihand(request), request, progress)
 
 
-def cut_freihand(request: Request) -> Job:
+def plan_freihand(request: Request) -> Job:
     """Split the images, in order of their numbers, into chunks. Raises as `convert_freihand`."""
     root, split = request.input, request.split
     lists = {name: _load(root / f"{split}_{name}.json") for name in ("K", "xyz", "mano")}

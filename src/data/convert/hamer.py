@@ -48,10 +48,10 @@ def convert_hamer(request: Request, progress: Progress | None = None) -> Convert
     Raises:
         ValueError: there is no tar to convert.
     """
-    return run(cut_hamer(request), request, progress)
+    return run(plan_hamer(request), request, progress)
 
 
-def cut_hamer(request: Request) -> Job:
+def plan_hamer(request: Request) -> Job:
     """One chunk per tar. Raises as `convert_hamer`."""
     made = request.output.resolve()
     tars = [p for p in sorted(request.input.glob("**/*.tar")) if made not in p.resolve().parents]

@@ -56,10 +56,10 @@ def convert_ho3d(request: Request, progress: Progress | None = None) -> ConvertS
     Raises:
         ValueError: the input is not an HO-3D folder.
     """
-    return run(cut_ho3d(request), request, progress)
+    return run(plan_ho3d(request), request, progress)
 
 
-def cut_ho3d(request: Request) -> Job:
+def plan_ho3d(request: Request) -> Job:
     """Split every sequence into chunks, frames in order. Raises as `convert_ho3d`."""
     folder = request.input / request.split
     if not folder.is_dir():

@@ -60,10 +60,10 @@ def convert_interhand(request: Request, progress: Progress | None = None) -> Con
     Raises:
         ValueError: the input is not an InterHand2.6M folder, or one of its json files does not parse.
     """
-    return run(cut_interhand(request), request, progress)
+    return run(plan_interhand(request), request, progress)
 
 
-def cut_interhand(request: Request) -> Job:
+def plan_interhand(request: Request) -> Job:
     """Sort the images by capture, sequence, camera and frame and split them into chunks. Raises as the converter."""
     data, camera, joint, mano = _load(request.input, request.split)
     try:

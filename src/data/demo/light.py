@@ -63,7 +63,7 @@ def closeness(vert: np.ndarray, normal: np.ndarray, joint: np.ndarray, own: np.n
 
 
 def cast_shadow(vert: np.ndarray, joint: np.ndarray, own: np.ndarray, light: Light) -> np.ndarray:
-    """Fraction of the lamp's light that reaches each hand vertex [V] past the joints [J, 3] (mm, wrist at the origin)."""
+    """Fraction of the lamp's light that reaches each hand vertex [V] past the joints [J, 3]. Wrist at origin, mm."""
     toward = (joint @ light.lamp) - (vert @ light.lamp)[:, None]  # [V, J] mm along the ray to the lamp
     dist = (vert * vert).sum(-1)[:, None] + (joint * joint).sum(-1) - 2.0 * vert @ joint.T
     beside = dist - toward * toward  # squared distance of the joint from that ray

@@ -21,7 +21,7 @@ _HEADER_LIMIT = 1 << 16
 
 
 def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
-    """(dtype, shape, fortran order) that a header dictionary states."""
+    """(dtype, shape, fortran order) from the dictionary in an array header."""
     try:
         fields = ast.literal_eval(header.decode("latin1").strip())
         descr, shape, fortran = fields["descr"], fields["shape"], fields["fortran_order"]
@@ -31,17 +31,17 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
         raise SampleError("bad_npy", "the array header does not parse") from None
     if dtype is None or dtype.hasobject or dtype.kind not in "biuf":
         reason = "object_array" if dtype is None or dtype.hasobject else "wrong_dtype"
-        raise SampleError(reason, f"an array of {descr!r} is refused; store bool, integer or float numbers")
+        raise SampleError(reason, f"arrays of {descr!r} are refused; store bool, integer or float numbers")
     if any(n < 0 for n in shape):
         raise SampleError("bad_npy", f"negative shape {shape}")
     return dtype, shape, bool(fortran)
 
 
 def parse_npy(data: bytes | memoryview) -> np.ndarray:
-    """The array in the bytes of a `.npy` file (read-only, no copy; versions 1 to 3).
+    """The array in a `.npy` file's bytes (read-only, not copied; format versions 1 to 3).
 
     Raises:
-        SampleError: bad_npy, wrong_dtype, or object_array (which only a pickle could fill).
+        SampleError: bad_npy, wrong_dtype, or object_array (whose content would be a pickle).
     """
     dtype, shape, fortran, begin, count = _npy_layout(bytes(data[: _header_end(data)]))
     if len(data) - begin != count * dtype.itemsize:
@@ -49,12 +49,12 @@ def parse_npy(data: bytes | memoryview) -> np.ndarray:
     array = np.frombuffer(data, dtype, count, begin)
     try:
         return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
-    except (ValueError, OverflowError):  # more dimensions, or (of an empty array) larger ones, than numpy can have
+    except (ValueError, OverflowError):  # more or (of an empty array) larger dimensions than numpy supports
         raise SampleError("bad_npy", f"no array can have {len(shape)} dimensions of this size") from None
 
 
 def _header_end(data: bytes | memoryview) -> int:
-    """Where the array's bytes begin; only the length field is looked at."""
+    """Offset of the array's bytes, from the length field of the header."""
     if len(data) < 12:
         return len(data)
     if data[6] >= 2:
@@ -64,17 +64,17 @@ def _header_end(data: bytes | memoryview) -> int:
 
 @lru_cache(maxsize=4096)
 def _npy_layout(head: bytes) -> tuple[np.dtype, tuple[int, ...], bool, int, int]:
-    """(dtype, shape, fortran order, where the data begins, number of items), from everything in front of the data.
+    """(dtype, shape, fortran order, offset of the data, number of items), from the bytes in front of the data.
 
-    Cached: the arrays of one field mostly have the same header in every sample of a shard.
+    Cached, because a field usually has the same header in every sample of a shard.
     """
     if len(head) < 12 or head[:6] != _NPY_MAGIC:
-        raise SampleError("bad_npy", "no numpy array")
+        raise SampleError("bad_npy", "not a numpy array")
     long = head[6] >= 2
     (size,) = struct.unpack_from("<I" if long else "<H", head, 8)
     begin = (12 if long else 10) + size
     if size > _HEADER_LIMIT or begin > len(head):
-        raise SampleError("bad_npy", "the array header is cut off")
+        raise SampleError("bad_npy", "the array header is truncated")
     dtype, shape, fortran = _parse_npy_header(head[begin - size :])
     count = 1
     for n in shape:
@@ -83,7 +83,7 @@ def _npy_layout(head: bytes) -> tuple[np.dtype, tuple[int, ...], bool, int, int]
 
 
 def parse_pickle(data: bytes) -> Any:
-    """The content of a pickle of plain data and numpy arrays (src/utils/restricted_pickle.py), which runs nothing.
+    """The content of a pickle of plain data and numpy arrays; nothing in it is executed.
 
     Raises:
         SampleError: unsafe_pickle if it holds anything else, bad_pickle if it does not parse.
