@@ -278,7 +278,13 @@ def test_malformed_pickles_have_a_reason() -> None:
     huge = b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(L99999999999999L\nt"
     zeros = b"\x80\x04cbuiltins\nbytes\n(J\xff\xff\xff\x7ftR."  # a call that would make 2 GiB
     announced = b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x."
+    deep = b")" + b"\x85" * 10**6  # a tuple in a tuple in a tuple ...: hashing it crashes Python
     for data in (
+        b"}" + deep + b"Ns.",
+        b"\x8f(" + deep + b"\x90.",
+        deep + b"N\x93.",
+        deep + b")R.",
+        b"c_codecs\nencode\n(Va\n" + deep + b"tR.",
         zeros,
         announced,
         b"",

@@ -21,7 +21,7 @@ from src.hand.skeleton import (
     NUM_SHAPE,
     HandArrays,
 )
-from src.utils.restricted_pickle import PLAIN, Allowed, PickleError, Record, read_pickle
+from src.utils.restricted_pickle import PLAIN, Allowed, Name, PickleError, Record, read_pickle
 
 # Key of the official file -> field of HandArrays.
 _KEYS = {
@@ -69,9 +69,9 @@ _RECORDS: dict[tuple[str, str], type[Record]] = {
 }
 
 
-def _reconstruct(cls: tuple[str, str], base: tuple[str, str], state: None) -> Record:
+def _reconstruct(cls: Name, base: Name, state: None) -> Record:
     """copy_reg._reconstructor, which protocols 0 and 1 use for objects."""
-    if cls not in _RECORDS or base[1] != "object" or state is not None:
+    if not isinstance(cls, Name) or cls not in _RECORDS or base[1:] != ("object",) or state is not None:
         raise PickleError("unsafe_pickle", "copy_reg._reconstructor is allowed for chumpy and scipy objects only")
     return _RECORDS[cls]()
 

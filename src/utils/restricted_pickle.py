@@ -98,8 +98,20 @@ def _scalar(dtype: np.dtype | str, value: Any) -> Any:
 def _encode(text: str, encoding: str) -> bytes:
     """Python 3 writes bytes this way at protocols 0 to 2."""
     if encoding != "latin1":
-        raise PickleError("unsafe_pickle", f"_codecs.encode to {encoding!r} is not allowed")
+        raise PickleError("unsafe_pickle", "_codecs.encode is allowed for latin1 only")
     return text.encode("latin-1")
+
+
+def _ordered_dict() -> dict[Any, Any]:
+    """Python 3 creates an empty one, then sets its items."""
+    return {}
+
+
+def _keys(keys: list[Any]) -> list[Any]:
+    """Keys of a dict or set, without nested tuples: hashing a deeply nested one would overflow Python's C stack."""
+    if any(isinstance(key, tuple) and any(isinstance(item, tuple) for item in key) for key in keys):
+        raise PickleError("unsafe_pickle", "nested tuples are not allowed as keys")
+    return keys
 
 
 # (module, name) of each global that may occur -> what a call of it returns; None for names that are only arguments
@@ -115,10 +127,16 @@ PLAIN: Allowed = {
     ("numpy", "dtype"): lambda text, *_: _Pending(lambda state: _dtype_of(text, state)),
     **{(f"{core}.{module}", name): call for (module, name), call in _NUMPY.items() for core in _NUMPY_CORE},
     ("_codecs", "encode"): _encode,
-    ("collections", "OrderedDict"): dict,
+    ("collections", "OrderedDict"): _ordered_dict,
     **{(builtins, "bytes"): lambda: b"" for builtins in ("builtins", "__builtin__")},
-    **{(builtins, "set"): set for builtins in ("builtins", "__builtin__")},
+    **{(builtins, "set"): lambda keys: set(_keys(keys)) for builtins in ("builtins", "__builtin__")},
 }
+
+
+_PARSE_ERRORS = (
+    *(ValueError, IndexError, KeyError, TypeError, AttributeError),
+    *(OverflowError, RecursionError, struct.error),
+)
 
 
 def read_pickle(data: bytes, allowed: Allowed = PLAIN, spans: bool = False) -> Any:
@@ -138,7 +156,7 @@ def read_pickle(data: bytes, allowed: Allowed = PLAIN, spans: bool = False) -> A
         return _Machine(data, allowed, spans).run()
     except PickleError:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, struct.error) as error:
+    except _PARSE_ERRORS as error:
         raise PickleError("bad_pickle", f"{type(error).__name__}: {error}") from None
 
 
@@ -163,19 +181,21 @@ class _Machine:
             raise ValueError("the pickle is incomplete")
         return value
 
-    def pop_to_mark(self) -> list[Any]:
-        begin = self.marks.pop()
+    def pop_from(self, begin: int) -> list[Any]:
         items = self.stack[begin:]
         del self.stack[begin:]
         return items
 
-    def pop_pairs(self) -> dict[Any, Any]:
-        items = self.pop_to_mark()
-        return dict(zip(items[::2], items[1::2], strict=True))
+    def pop_to_mark(self) -> list[Any]:
+        return self.pop_from(self.marks.pop())
+
+    def pop_pairs(self, begin: int) -> dict[Any, Any]:
+        items = self.pop_from(begin)
+        return dict(zip(_keys(items[::2]), items[1::2], strict=True))
 
     def gather(self, count: int) -> None:
         """Replace the last `count` values by a tuple of them."""
-        self.stack[-count:] = [tuple(self.stack[-count:])]
+        self.stack.append(tuple(self.pop_from(-count)))
 
     def update_last(self, method: str, items: Any) -> None:
         """Call a method of the container on top of the stack."""
@@ -196,15 +216,15 @@ class _Machine:
         self.stack.append(value.results[0] if isinstance(value, _Pending) and value.results else value)
 
     def push_name(self, module: Any, name: Any) -> None:
-        if (module, name) not in self.allowed:
-            raise PickleError("unsafe_pickle", f"{module}.{name} is not allowed")
+        if not (isinstance(module, str) and isinstance(name, str)) or (module, name) not in self.allowed:
+            raise PickleError("unsafe_pickle", f"{module!s:.99}.{name!s:.99} is not allowed")
         self.stack.append(Name(module, name))
 
     def call(self) -> None:
         arguments, name = self.stack.pop(), self.stack.pop()
         function = self.allowed[name] if isinstance(name, Name) else None
         if function is None:
-            raise PickleError("unsafe_pickle", f"a call of {name} is not allowed")
+            raise PickleError("unsafe_pickle", f"a call of {type(name).__name__} is not allowed")
         self.stack.append(function(*arguments))
 
     def build(self) -> None:
@@ -245,11 +265,11 @@ _EXECUTE: dict[str, Callable[[_Machine, Any], Any]] = {
     "APPEND": lambda m, _: m.update_last("append", m.stack.pop()),
     "APPENDS": lambda m, _: m.update_last("extend", m.pop_to_mark()),
     "EMPTY_DICT": lambda m, _: m.stack.append({}),
-    "DICT": lambda m, _: m.stack.append(m.pop_pairs()),
-    "SETITEM": lambda m, _: m.update_last("update", {m.stack.pop(-2): m.stack.pop()}),
-    "SETITEMS": lambda m, _: m.update_last("update", m.pop_pairs()),
+    "DICT": lambda m, _: m.stack.append(m.pop_pairs(m.marks.pop())),
+    "SETITEM": lambda m, _: m.update_last("update", m.pop_pairs(len(m.stack) - 2)),
+    "SETITEMS": lambda m, _: m.update_last("update", m.pop_pairs(m.marks.pop())),
     "EMPTY_SET": lambda m, _: m.stack.append(set()),
-    "ADDITEMS": lambda m, _: m.update_last("update", m.pop_to_mark()),
+    "ADDITEMS": lambda m, _: m.update_last("update", _keys(m.pop_to_mark())),
     "GLOBAL": lambda m, text: m.push_name(*text.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.push_name(m.stack.pop(-2), m.stack.pop()),
     "REDUCE NEWOBJ": lambda m, _: m.call(),
