@@ -148,20 +148,21 @@ def _read_hand(
     if not (valid.any() or has_mano or known_3d.any()):
         raise SampleError("no_valid_joint")
     has_3d = bool(known_3d.any())
-    box = _box(hand, joint_img, valid)
-    pose = finite("hand_pose", hand.get("hand_pose"), (48,)) if has_mano else None
-    shape = finite("betas", hand.get("betas"), (10,)) if has_mano else None
     return HandRecord(
         key=plain_key(subset, key, number),
         image=image,
         image_type=image_type,
         handedness="right" if finite("right", hand.get("right", 1), (1,))[0] > 0 else "left",
         data_source=subset,
-        hand_bbox=box,
+        hand_bbox=_box(hand, joint_img, valid),
         joint_img=known_only(joint_img, valid),
         joint_2d_valid=valid,
         joint_cam=joint_cam * MM_PER_M if has_3d else None,
         joint_3d_valid=known_3d.astype(np.float32) if has_3d else None,
-        **fields_mano(pose, shape, flat_hand_mean=True),
+        **fields_mano(
+            finite("hand_pose", hand.get("hand_pose"), (48,)) if has_mano else None,
+            finite("betas", hand.get("betas"), (10,)) if has_mano else None,
+            flat_hand_mean=True,
+        ),
         extra={"image_path": f"{key}.{image_type}", "source_index": number},
     )
