@@ -45,12 +45,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _add_converter(kind: argparse.ArgumentParser, converter: Converter) -> None:
     """The options of one converter."""
     kind.add_argument("--input", type=Path, required=True, help="folder of the data set")
-    kind.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        help="folder for the shards; repeat the call to resume",
-    )
+    kind.add_argument("--output", type=Path, required=True, help="folder for the shards; repeat the call to resume")
     if converter.splits:
         known = None if converter.open_split else converter.splits
         kind.add_argument("--split", default=converter.splits[0], choices=known, help="default: %(default)s")

@@ -14,8 +14,6 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from itertools import islice
@@ -32,7 +30,7 @@ from src.data.convert.mano_check import (
     describe,
     find_convention,
 )
-from src.data.shards.writer import HandRecord, write_shard
+from src.data.shards.writer import HandRecord, map_spawned, write_shard
 
 VERSION = 1  # increment it if the same input gives different hands
 MANIFEST = "convert.json"
@@ -56,10 +54,20 @@ def run(job: Job, request: Request, progress: Progress | None = None) -> Convert
     if progress:
         progress(done, total)
     conventions, lines = _check_mano(job, request, notes)
-    for chunk in _convert(todo, request, notes, conventions):
-        done += chunk.size
-        if progress:
-            progress(done, total)
+    work = [
+        (chunk, request.output, _note_path(notes, chunk), conventions.get(chunk.group, {}), request.mano)
+        for chunk in todo
+    ]
+    try:
+        for size in map_spawned(convert_chunk, work, request.num_process, _exit_with_parent):
+            done += size
+            if progress:
+                progress(done, total)
+    except BrokenProcessPool:
+        raise ValueError(
+            "a worker process was killed (out of memory?); repeat the call to continue, with a lower --num_process if "
+            "necessary"
+        ) from None
     for part in request.output.glob("**/.*.tar.*.part"):  # left by killed processes
         part.unlink()
     return _summary(job, notes, lines)
@@ -171,35 +179,6 @@ def _check_group(job: Job, chunks: list[Chunk], mano: Path) -> Conventions:
     return {side: convention for side, convention in found.items() if convention is not None}
 
 
-def _convert(todo: list[Chunk], request: Request, notes: Path, conventions: dict[str, Conventions]) -> Iterator[Chunk]:
-    """Write the chunks' shards; yields each chunk when it is done."""
-
-    def work(chunk: Chunk) -> tuple[Any, ...]:
-        return chunk, request.output, _note_path(notes, chunk), conventions.get(chunk.group, {}), request.mano
-
-    num_process = min(request.num_process, len(todo))
-    if num_process <= 1:
-        for chunk in todo:
-            convert_chunk(*work(chunk))
-            yield chunk
-        return
-    # spawn: forking a process with running torch threads can hang
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_process, context, initializer=_exit_with_parent) as pool:
-        try:
-            running = {pool.submit(convert_chunk, *work(chunk)): chunk for chunk in todo}
-            for future in as_completed(running):
-                future.result()
-                yield running.pop(future)
-        except BrokenProcessPool:
-            raise ValueError(
-                "a worker process was killed (out of memory?); repeat the call to continue, with a lower --num_process "
-                "if necessary"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _exit_with_parent() -> None:
     """End this worker when its parent dies; it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
@@ -212,8 +191,8 @@ def _exit_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def convert_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions, mano: Path | None) -> None:
-    """Write one chunk's shard, then its note: a chunk without a note is converted again."""
+def convert_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions, mano: Path | None) -> int:
+    """Write one chunk's shard, then its note (a chunk without a note is converted again); returns `chunk.size`."""
     path = output / f"{chunk.name}.tar"
     path.parent.mkdir(parents=True, exist_ok=True)
     skipped: list[Skip] = []
@@ -222,3 +201,4 @@ def convert_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventio
     example = {skip.reason: skip.detail for skip in reversed(skipped) if skip.detail}
     reasons = Counter(skip.reason for skip in skipped)
     _write_json(note, {"num_hand": num_hand, "skipped": reasons, "example": example})
+    return chunk.size

@@ -16,11 +16,9 @@ Shape legend: S image side.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -34,7 +32,7 @@ from src.data.demo.hand import HandDraw, draw_hands
 from src.data.demo.scene import paint
 from src.data.rng import stream
 from src.data.shards.annotation import joint_extent
-from src.data.shards.writer import HandRecord, write_shard
+from src.data.shards.writer import HandRecord, map_spawned, write_shard
 from src.geometry.patch import mirror_pose
 from src.hand.standin.build import build_standin_hand
 
@@ -106,8 +104,10 @@ def make_demo_shards(
     how = (seed, img_size, free_rotation)
     shards = [shard for subset in missing for shard in _plan(root, subset, num_sample[subset], *how)]
     total, done = sum(s.count for s in shards), sum(s.count for s in shards if s.path.exists())
-    todo = [s for s in shards if not s.path.exists()]
-    for count in _run(todo, num_process):
+    todo = [(s,) for s in shards if not s.path.exists()]
+    if num_process is None:
+        num_process = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for count in map_spawned(_write_shard, todo, num_process, _ignore_interrupt):
         done += count
         if progress is not None:
             progress(done, total)
@@ -162,24 +162,9 @@ def _plan(root: Path, subset: str, num: int, seed: int, img_size: int, free_rota
         yield _Shard(root / subset / f"{i:06d}.tar", subset, first, count, seed, img_size, free_rotation)
 
 
-def _run(shards: list[_Shard], num_process: int | None) -> Iterator[int]:
-    """Render the shards; yields the number of samples of each when it is complete."""
-    if num_process is None:
-        num_process = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_process = min(num_process, len(shards))
-    if num_process <= 1:
-        yield from map(_write_shard, shards)
-        return
-    # spawn: forking a process with running torch threads can hang
-    how = {"mp_context": multiprocessing.get_context("spawn")}
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # the parent handles Ctrl-C
-    with ProcessPoolExecutor(num_process, **how, **quiet) as pool:
-        futures = [pool.submit(_write_shard, shard) for shard in shards]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _ignore_interrupt() -> None:
+    """Leave Ctrl-C to the parent process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

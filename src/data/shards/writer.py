@@ -6,9 +6,11 @@ known field with a leading T = 1. Unknown fields are omitted. `wds.WebDataset(..
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -41,15 +43,8 @@ class HandRecord:
 
 
 _ARRAYS = (
-    "hand_bbox",
-    "joint_img",
-    "joint_2d_valid",
-    "joint_cam",
-    "joint_3d_valid",
-    "mano_pose",
-    "mano_shape",
-    "focal",
-    "princpt",
+    *("hand_bbox", "joint_img", "joint_2d_valid", "joint_cam", "joint_3d_valid"),
+    *("mano_pose", "mano_shape", "focal", "princpt"),
 )
 
 
@@ -111,3 +106,23 @@ def write_shards(records: Iterable[HandRecord], output: Path, num_per_shard: int
         shard.replace(output / shard.name)
     partial.rmdir()
     return num_hand, len(shards)
+
+
+def map_spawned(
+    function: Callable[..., int], work: Sequence[tuple[Any, ...]], num_process: int, initializer: Callable[[], None]
+) -> Iterator[int]:
+    """`function(*arguments)` for each entry of `work`, in the order of completion, from up to `num_process` processes.
+
+    They are spawned, since forking a process with running torch threads can hang; 1 runs in this process.
+    """
+    num_process = min(num_process, len(work))
+    if num_process <= 1:
+        yield from (function(*arguments) for arguments in work)
+        return
+    with ProcessPoolExecutor(num_process, multiprocessing.get_context("spawn"), initializer) as pool:
+        futures = [pool.submit(function, *arguments) for arguments in work]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
