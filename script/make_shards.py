@@ -1,4 +1,4 @@
-"""Make shards in the native format, from a data set on disk or from rendered hands.
+"""Write shards in the native format, from a data set on disk or from rendered hands.
 
 python script/make_shards.py realhands --input ../shared/realhands --output data/realhands
 python script/make_shards.py freihand --input /data/FreiHAND --output data/FreiHAND --mano model/mano/MANO_RIGHT.pkl
@@ -34,12 +34,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="kind", required=True)
     for name, converter in CONVERTERS.items():
         _add_converter(kinds.add_parser(name, help=f"convert {converter.what} from its published layout"), converter)
-    demo = kinds.add_parser("demo", help="render the stand-in hand; needs no data set")
+    demo = kinds.add_parser("demo", help="render a synthetic hand; needs no data set")
     demo.add_argument("--output", type=Path, required=True, help="folder for the shards, in train/ and val/")
     demo.add_argument("--train_sample", type=int, default=12000)
     demo.add_argument("--val_sample", type=int, default=512)
     demo.add_argument("--img_size", type=int, default=160)
-    demo.add_argument("--free_rotation", type=float, default=0.0, help="share of hands turned anywhere")
+    demo.add_argument("--free_rotation", type=float, default=0.0, help="fraction of hands rotated at random")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--num_process", type=int, default=os.cpu_count() or 1)
     return parser.parse_args(argv)
@@ -48,36 +48,36 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _add_converter(kind: argparse.ArgumentParser, converter: Converter) -> None:
     """The options of one converter."""
     kind.add_argument("--input", type=Path, required=True, help="folder of the data set")
-    kind.add_argument("--output", type=Path, required=True, help="folder for the shards; the same call goes on with it")
+    kind.add_argument("--output", type=Path, required=True, help="folder for the shards; repeat the call to resume")
     if converter.splits:
         known = None if converter.open_split else converter.splits
         kind.add_argument("--split", default=converter.splits[0], choices=known, help="default: %(default)s")
     if converter.in_parallel:
         kind.add_argument("--num_process", type=_positive, default=os.cpu_count() or 1, help="default: %(default)s")
-        kind.add_argument("--mano", type=Path, help="your MANO_RIGHT.pkl: proves how the set's parameters are meant")
+        kind.add_argument("--mano", type=Path, help="your MANO_RIGHT.pkl: used to check the parameters")
     if "num_per_shard" in converter.more:
-        kind.add_argument("--num_per_shard", type=_positive, default=2000, help="images of a shard at most")
+        kind.add_argument("--num_per_shard", type=_positive, default=2000, help="maximum number of images per shard")
     if "mano_left" in converter.more:
         kind.add_argument("--mano_left", type=Path, help="your MANO_LEFT.pkl, for the pose basis of left hands")
 
 
 def _positive(text: str) -> int:
     if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
 
 
 def _convert(args: argparse.Namespace, progress: Callable[[int, int], None]) -> list[str]:
-    """Run the converter of that name; returns what to tell people, the closing line last."""
+    """Run a converter; returns the lines to print, the summary last."""
     chosen = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)}
     summary = CONVERTERS[args.kind].convert(Request(**{"split": "all", **chosen}), progress)
     skipped = ", ".join(f"{reason} {count}" for reason, count in summary.skipped.items()) or "none"
-    closing = f"{summary.num_hand} hands in {summary.num_shard} shards in {args.output}; left out: {skipped}"
+    closing = f"{summary.num_hand} hands in {summary.num_shard} shards in {args.output}; skipped: {skipped}"
     return [*summary.note, closing]
 
 
 def make_shards(args: argparse.Namespace, bar: Progress) -> list[str]:
-    """Do what the command line asks; returns what to tell people, the closing line last."""
+    """Execute the command line; returns the lines to print, the summary last."""
     task = bar.add_task(args.kind, total=None)
 
     def progress(done: int, total: int) -> None:

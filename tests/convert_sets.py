@@ -1,7 +1,7 @@
-"""Small folders in the exact layouts that the public data sets publish, made from a hand whose truth is known.
+"""Small folders in the official layouts of the public data sets, with a hand whose ground truth is known.
 
 The hand is the stand-in thinned to MANO's 778 vertices and saved as a "MANO" .npz, so that forward kinematics, joints
-and parameters agree. Every writer returns the truth by sample key. Millimetres, camera frame, OpenPose order.
+and parameters agree. Every writer returns the ground truth by sample key. Millimetres, camera frame, OpenPose order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TO_MANO = np.argsort(MANO_TO_OPENPOSE)  # OpenPose order -> 16 joints and 5 tips
 
 @dataclass
 class Truth:
-    """What must come out of a converter for one hand; None: not known."""
+    """The expected output of a converter for one hand; None: unknown."""
 
     joint_cam: np.ndarray  # [21, 3]
     is_right: bool = True
@@ -45,7 +45,7 @@ class Truth:
 
 @lru_cache(maxsize=1)
 def hand_content() -> dict[str, np.ndarray]:
-    """The arrays of a MANO file: the stand-in hand with 778 of its vertices, tips where MANO has them."""
+    """The arrays of a MANO file: the stand-in hand with 778 of its vertices, the tips at MANO's indices."""
     hand = build_standin_hand()
     needed = set(np.flatnonzero(hand.joint_regressor.any(axis=0)).tolist()) - set(hand.tip_vertex_ids)
     others = sorted(set(range(hand.num_vertex)) - needed - set(hand.tip_vertex_ids))
@@ -68,7 +68,7 @@ def hand_content() -> dict[str, np.ndarray]:
 
 
 def write_mano(path: Path) -> Path:
-    """The hand as a file for --mano."""
+    """Write the hand as a file for --mano."""
     np.savez(path, **hand_content())
     return path
 
@@ -97,7 +97,7 @@ def draw(number: int) -> tuple[np.ndarray, np.ndarray]:
     return pose.astype(np.float32).astype(np.float64), np.float64(np.float32(rng.normal(0, 0.8, 10)))
 
 
-def picture(number: int, size: tuple[int, int], kind: str = "jpg") -> bytes:
+def encoded_image(number: int, size: tuple[int, int], kind: str = "jpg") -> bytes:
     return encode(image_of(number, *size), kind)
 
 
@@ -108,7 +108,7 @@ def put(path: Path, data: bytes) -> bytes:
 
 
 def write_freihand(root: Path, mano: Path, num: int = 5, flat: bool = False) -> dict[str, Truth]:
-    """The training split: `num` hands before four backgrounds each."""
+    """The training split: `num` hands with four backgrounds each."""
     lists: dict[str, list[Any]] = {"K": [], "xyz": [], "mano": []}
     truth = {}
     for i in range(num):
@@ -120,7 +120,7 @@ def write_freihand(root: Path, mano: Path, num: int = 5, flat: bool = False) -> 
         lists["mano"].append([[*pose, *shape, 100.0, 100.0, 0.9]])
         for version in range(4):
             number = version * num + i
-            image = put(root / "training" / "rgb" / f"{number:08d}.jpg", picture(number, (224, 224)))
+            image = put(root / "training" / "rgb" / f"{number:08d}.jpg", encoded_image(number, (224, 224)))
             truth[f"freihand_training_{number:08d}"] = Truth(joint, True, focal, princpt, image)
     for name, values in lists.items():
         (root / f"training_{name}.json").write_text(json.dumps(values))
@@ -128,13 +128,13 @@ def write_freihand(root: Path, mano: Path, num: int = 5, flat: bool = False) -> 
 
 
 def _camera(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """(camrot [3, 3], campos [3] mm) of a camera that sees the origin from about a metre."""
+    """(camrot [3, 3], campos [3] mm) of a camera that sees the origin from about 1 m."""
     rotation = cv2.Rodrigues(np.random.default_rng([12, number]).normal(0, 0.7, 3))[0]
     return rotation, -rotation.T @ np.array([10.0, -20.0, 1000.0])
 
 
 def write_interhand(root: Path, mano: Path, split: str = "val") -> dict[str, Truth]:
-    """Two frames from two cameras: both hands, then a left hand alone; some joints and one wrist not annotated."""
+    """Two frames from two cameras: both hands, then only a left hand; some joints and one wrist not annotated."""
     size, capture, sequence, cameras = (512, 334), 0, "0390_dh_touchROM", ("400262", "400263")
     camera: dict[str, dict[str, Any]] = {"campos": {}, "camrot": {}, "focal": {}, "princpt": {}}
     joints, manos, truth = {}, {}, {}
@@ -163,7 +163,7 @@ def write_interhand(root: Path, mano: Path, split: str = "val") -> dict[str, Tru
         joints[str(frame)] = {"world_coord": world.tolist(), "joint_valid": valid[:, None].tolist(), "hand_type": kind}
         for number, name in enumerate(cameras):
             file = f"Capture{capture}/{sequence}/cam{name}/image{frame}.jpg"
-            image = put(root / "images" / split / file, picture(frame + number, size))
+            image = put(root / "images" / split / file, encoded_image(frame + number, size))
             info = {"capture": capture, "seq_name": sequence, "camera": name, "frame_idx": frame, "subject": 3}
             key = len(data["images"]) + 100
             data["images"].append({"id": key, "file_name": file, "width": size[0], "height": size[1], **info})
@@ -183,7 +183,7 @@ def write_interhand(root: Path, mano: Path, split: str = "val") -> dict[str, Tru
                         known,
                         manos[str(frame)][side] is not None,
                     )
-    data["images"].reverse()  # the official order is none
+    data["images"].reverse()  # the official files are not sorted
     folder = root / "annotations" / split
     folder.mkdir(parents=True)
     content = {"data": data, "camera": camera, "joint_3d": joints, "MANO_NeuralAnnot": manos}
@@ -194,7 +194,7 @@ def write_interhand(root: Path, mano: Path, split: str = "val") -> dict[str, Tru
 
 
 def write_dexycb(root: Path, mano: Path, num_frame: int = 3) -> dict[str, Truth]:
-    """Two subjects of s1/train, a right and a left sequence; in the last frame of each no hand is seen."""
+    """Two subjects of s1/train, a right and a left sequence; no hand is visible in the last frame of each."""
     components, truth, size = hand_content()["hands_components"], {}, (640, 480)
     mirrored = (components.reshape(45, 15, 3) * [1, -1, -1]).reshape(45, 45)
     serials = ("836212060125", "932122062010")
@@ -214,7 +214,7 @@ def write_dexycb(root: Path, mano: Path, num_frame: int = 3) -> dict[str, Truth]
                 full = np.concatenate([pose[:3], coefficient @ (components if side == "right" else mirrored)])
                 joint = fk(mano, full, betas, side == "right", False) + np.array([30.0, -20.0, 800.0 + number])
                 name = f"{frame:06d}"
-                image = put(sequence / serial / f"color_{name}.jpg", picture(frame + 20 * s, size))
+                image = put(sequence / serial / f"color_{name}.jpg", encoded_image(frame + 20 * s, size))
                 hidden = frame == num_frame - 1
                 label = {
                     "seg": np.zeros((4, 4), np.uint8),
@@ -237,16 +237,15 @@ def _yaml(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_ho3d(root: Path, mano: Path, num_frame: int = 4) -> dict[str, Truth]:
-    """A training sequence (its last frame without annotation) and an evaluation sequence (the wrist alone)."""
+    """A training sequence (its last frame without annotation) and an evaluation sequence (only the wrist)."""
     truth, names = {}, {"train": [], "evaluation": []}
     focal, princpt = np.array([617.3, 617.1]), np.array([312.4, 241.4])
     lens = np.array([[focal[0], 0, princpt[0]], [0, focal[1], princpt[1]], [0, 0, 1]])
     for split, sequence in (("train", "ABF10"), ("evaluation", "AP11")):
         for frame in range(num_frame):
             pose, shape = draw(800 + frame)
-            joint = fk(mano, pose, shape, True, True) + np.array(
-                [20.0, -15.0, -600.0]
-            )  # OpenGL: in front is negative z
+            in_front = np.array([20.0, -15.0, -600.0])  # OpenGL: negative z
+            joint = fk(mano, pose, shape, True, True) + in_front
             meta: dict[str, Any] = {"camMat": lens, "objName": "021_bleach_cleanser", "camIDList": ["0", "1"]}
             if split == "train":
                 meta |= {"handPose": pose, "handBeta": shape, "handTrans": np.ones(3)}
@@ -257,7 +256,7 @@ def write_ho3d(root: Path, mano: Path, num_frame: int = 4) -> dict[str, Truth]:
                 meta |= {"handJoints3D": joint[0] / 1000, "handBoundingBox": [200, 150, 400, 320]}
             folder, name = root / split / sequence, f"{frame:04d}"
             put(folder / "meta" / f"{name}.pkl", pickle.dumps(meta, 2 * (frame % 2)))
-            image = put(folder / "rgb" / f"{name}.jpg", picture(frame, (640, 480)))
+            image = put(folder / "rgb" / f"{name}.jpg", encoded_image(frame, (640, 480)))
             names[split].append(f"{sequence}/{name}")
             known = np.ones(21) if split == "train" else np.eye(21)[0]
             if split == "evaluation" or frame < num_frame - 1:
@@ -269,7 +268,7 @@ def write_ho3d(root: Path, mano: Path, num_frame: int = 4) -> dict[str, Truth]:
 
 
 def hamer_hand(mano: Path, number: int, is_right: bool) -> tuple[dict[str, Any], Truth]:
-    """A hand as HaMeR's data.pyd holds it, and its truth: 2D of a camera that the set does not tell."""
+    """A hand as in HaMeR's data.pyd, and its ground truth: 2D by a camera that the set does not contain."""
     pose, shape = draw(900 + number)
     joint = fk(mano, pose, shape, is_right, True) + np.array([0.0, 0.0, 700.0])
     pixel = joint[:, :2] / joint[:, 2:] * 300 + 100
@@ -294,7 +293,7 @@ def hamer_hand(mano: Path, number: int, is_right: bool) -> tuple[dict[str, Any],
 def write_hamer(
     root: Path, mano: Path, subsets: tuple[str, ...] = ("freihand-train", "ih26m-train")
 ) -> dict[str, Truth]:
-    """Two tars a set; every second image shows two hands."""
+    """Two tars per set; every second image shows two hands."""
     truth = {}
     for s, subset in enumerate(subsets):
         (root / subset).mkdir(parents=True)
@@ -302,7 +301,7 @@ def write_hamer(
             with tarfile.open(root / subset / f"{number:06d}.tar", "w") as tar:
                 for i in range(2):
                     key = f"images/{subset}.{number}{i}".replace(".", "-")
-                    image = picture(10 * number + i, (200, 200))
+                    image = encoded_image(10 * number + i, (200, 200))
                     pairs = [hamer_hand(mano, 40 * s + 10 * number + 2 * i + j, bool(j == s)) for j in range(1 + i)]
                     add(tar, f"{key}.jpg", image)
                     add(tar, f"{key}.data.pyd", pickle.dumps([hand for hand, _ in pairs], 4))

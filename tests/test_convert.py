@@ -1,4 +1,4 @@
-"""What all converters share: interruptions, processes, options, the MANO proof, and annotations that would run code."""
+"""What all converters share: interruptions, processes, options, the MANO check, malicious annotations."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ import pytest
 import torch
 
 from script.make_shards import main
-from src.data.convert.annotate import plain_key, seen, tight_box, turn_root
+from src.data.convert.annotate import plain_key, tight_box, turn_root, visible_joints
 from src.data.convert.chunk import Chunk, Job, Request, Skip
 from src.data.convert.dexycb_split import takes_sequence
 from src.data.convert.job import run
 from src.data.convert.mano_check import apply_convention, find_convention, left_shape_map
-from src.data.convert.pickle_parse import parse_pickle
 from src.data.image import image_info
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import parse_pickle
 from src.data.shards.writer import HandRecord
 from src.hand.mano import ManoLayer
 from src.hand.mano_file import load_pose_components
 from src.hand.skeleton import HandArrays
-from tests.convert_sets import draw, fk, hand_content, layer, picture, write_freihand, write_mano
+from tests.convert_sets import draw, encoded_image, fk, hand_content, layer, write_freihand, write_mano
 from tests.helpers import ROOT
 
 
@@ -43,14 +43,14 @@ def tars(folder: Path) -> dict[str, bytes]:
 
 
 def read_slowly(first: int, pause: float) -> object:
-    """A chunk of three hands and a gap, one hand every `pause` seconds. Module level: it travels to processes."""
+    """A chunk of three hands and a gap, one hand every `pause` seconds. At module level, so that it can be pickled."""
     for i in range(first, first + 3):
         time.sleep(pause)
         if i % 5 == 4:
             yield Skip("gap")
             continue
         joint = np.arange(42.0).reshape(21, 2) + i
-        image = picture(i, (64, 64))
+        image = encoded_image(i, (64, 64))
         yield HandRecord(f"k{i:03d}", image, "jpg", "left", "test", joint_img=joint, joint_2d_valid=np.ones(21))
 
 
@@ -61,15 +61,15 @@ def slow_job(pause: float = 0.0) -> Job:
 def test_shards_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     for num_process in (1, 2):
         request = Request(tmp_path, tmp_path / str(num_process), "all", num_process)
-        said: list[tuple[int, int]] = []
-        summary = run(slow_job(), request, lambda done, total, said=said: said.append((done, total)))
+        reported: list[tuple[int, int]] = []
+        summary = run(slow_job(), request, lambda done, total, reported=reported: reported.append((done, total)))
         assert (summary.num_hand, summary.num_shard, summary.skipped) == (10, 4, {"gap": 2})
-        assert (said[0], said[-1], len(said)) == ((0, 12), (12, 12), 5)
+        assert (reported[0], reported[-1], len(reported)) == ((0, 12), (12, 12), 5)
     assert tars(tmp_path / "1") == tars(tmp_path / "2")
     assert list(tars(tmp_path / "1")) == [f"{i:06d}.tar" for i in range(4)]
 
 
-def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_killed_conversion_resumes(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from tests.test_convert import *; "
         f"run(slow_job(0.25), Request(Path({str(tmp_path)!r}), Path({str(tmp_path / 'out')!r}), 'all', 2))"
@@ -89,13 +89,15 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
     request = Request(tmp_path, tmp_path / "out", "all")
     summary = run(slow_job(), request)
     assert (summary.num_hand, summary.num_shard, summary.skipped) == (10, 4, {"gap": 2})
-    assert made == {name: (tmp_path / "out" / f"{name[:6]}.tar").stat().st_mtime_ns for name in kept}  # not made again
+    assert made == {
+        name: (tmp_path / "out" / f"{name[:6]}.tar").stat().st_mtime_ns for name in kept
+    }  # not converted again
     run(slow_job(), Request(tmp_path, tmp_path / "whole", "all"))
     assert tars(tmp_path / "out") == tars(tmp_path / "whole")
     assert not list((tmp_path / "out").glob("**/*.part"))
 
 
-def test_a_lost_shard_is_made_again_and_another_call_is_refused(tmp_path: Path) -> None:
+def test_a_lost_shard_is_rewritten_and_different_arguments_are_refused(tmp_path: Path) -> None:
     request = Request(tmp_path, tmp_path / "out", "all")
     run(slow_job(), request)
     before = tars(tmp_path / "out")
@@ -105,7 +107,7 @@ def test_a_lost_shard_is_made_again_and_another_call_is_refused(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"was made with split='all', now it is 'val'; delete that folder"):
         run(slow_job(), Request(tmp_path, tmp_path / "out", "val"))
     (tmp_path / "out" / "convert.json").unlink()
-    with pytest.raises(ValueError, match="holds shards already that no converter noted"):
+    with pytest.raises(ValueError, match=r"has shards but no convert\.json"):
         run(slow_job(), request)
 
 
@@ -123,21 +125,21 @@ def test_the_script_in_parallel_gives_the_same_bytes(tmp_path: Path, mano: Path)
     assert tars(tmp_path / "one") == tars(tmp_path / "two")
 
 
-def test_a_set_without_its_images_is_no_success(tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_set_without_images_fails(tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]) -> None:
     truth = write_freihand(tmp_path / "set", mano, 2)
     (tmp_path / "set" / "training" / "rgb").rename(tmp_path / "rgb")
     (tmp_path / "set" / "training" / "rgb").mkdir()
     options = ["--input", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--num_process", "1"]
     assert main(["freihand", *options]) == 2
-    said = capsys.readouterr().err
-    assert "not one hand could be used ({'missing_image': 8})" in said
-    assert "left out as missing_image, for example: " in said
+    output = capsys.readouterr().err
+    assert "no hand could be used ({'missing_image': 8})" in output
+    assert "skipped as missing_image, for example: " in output
     (tmp_path / "set" / "training" / "rgb").rmdir()
     (tmp_path / "rgb").rename(tmp_path / "set" / "training" / "rgb")
     (tmp_path / "set" / "training" / "rgb" / "00000003.jpg").unlink()
-    assert main(["freihand", *options]) == 0  # the same call takes what is there now
-    assert f"{len(truth) - 1} hands in 1 shards" in (said := capsys.readouterr().out)
-    assert "left out: missing_image 1" in said
+    assert main(["freihand", *options]) == 0  # repeating the call finds the images
+    assert f"{len(truth) - 1} hands in 1 shards" in (output := capsys.readouterr().out)
+    assert "skipped: missing_image 1" in output
 
 
 def test_a_missing_mano_file_is_named(tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,8 +149,8 @@ def test_a_missing_mano_file_is_named(tmp_path: Path, mano: Path, capsys: pytest
     assert "--mano nowhere.pkl: no such file" in capsys.readouterr().err
 
 
-def left_hands_of_the_published_file(num: int) -> list[HandRecord]:
-    """Left hands as a MANO_LEFT whose shape directions were not mirrored in x would pose them."""
+def left_hands_of_published_file(num: int) -> list[HandRecord]:
+    """Left hands posed with a MANO_LEFT whose shape directions were not mirrored in x."""
     content = hand_content()
     names = {"v_template", "posedirs"}
     hand = HandArrays(
@@ -175,23 +177,23 @@ def left_hands_of_the_published_file(num: int) -> list[HandRecord]:
     return records
 
 
-def test_betas_of_the_published_left_file_are_recognised_and_converted(mano: Path) -> None:
-    records = left_hands_of_the_published_file(6)
-    as_they_are = find_convention(records, mano, "left", 1.0, left_file_shape=False)
+def test_betas_of_the_published_left_file_are_detected_and_converted(mano: Path) -> None:
+    records = left_hands_of_published_file(6)
+    unconverted = find_convention(records, mano, "left", 1.0, left_file_shape=False)
     converted = find_convention(records, mano, "left", 100.0, left_file_shape=True)
-    assert as_they_are is not None
+    assert unconverted is not None
     assert converted is not None
-    assert not as_they_are.use
+    assert not unconverted.use
     assert (converted.use, converted.left_file_shape, converted.flat_hand_mean) == (True, True, False)
-    assert converted.error_mm < 0.7 * as_they_are.error_mm
+    assert converted.error_mm < 0.7 * unconverted.error_mm
     changed = apply_convention(records[0], {"left": converted}, mano)
     assert np.allclose(changed.mano_shape, left_shape_map(mano) @ records[0].mano_shape)
-    assert apply_convention(records[0], {"left": as_they_are}, mano).mano_pose is None
-    assert apply_convention(records[0], {"right": as_they_are}, mano) is records[0]
+    assert apply_convention(records[0], {"left": unconverted}, mano).mano_pose is None
+    assert apply_convention(records[0], {"right": unconverted}, mano) is records[0]
     assert find_convention([], mano, "left", 1.0, left_file_shape=True) is None
 
 
-def test_the_left_map_brings_the_shape_as_near_as_betas_can(mano: Path) -> None:
+def test_left_shape_map_gives_the_closest_shape(mano: Path) -> None:
     dirs = hand_content()["shapedirs"].astype(np.float64)
     wanted = dirs * np.array([-1.0, 1.0, 1.0])[:, None]
     shape = np.random.default_rng(0).normal(size=10)
@@ -205,7 +207,7 @@ def test_the_left_map_brings_the_shape_as_near_as_betas_can(mano: Path) -> None:
     assert distance(best) < distance(shape)
 
 
-def test_pose_components_are_read_from_either_hand(tmp_path: Path, mano: Path) -> None:
+def test_pose_components_are_read_from_both_files(tmp_path: Path, mano: Path) -> None:
     left = write_mano(tmp_path / "MANO_LEFT.npz")
     assert (load_pose_components(left) == hand_content()["hands_components"]).all()
     np.savez(tmp_path / "short.npz", hands_components=np.zeros((6, 45)))
@@ -215,7 +217,7 @@ def test_pose_components_are_read_from_either_hand(tmp_path: Path, mano: Path) -
 
 
 class Bomb:
-    """Unpickling this leaves a trace."""
+    """Unpickling this creates a file."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -225,7 +227,7 @@ class Bomb:
 
 
 class Plain:
-    """An object with a state, of a class that nobody promised."""
+    """An object with a state, of a class outside the allow-list."""
 
     def __init__(self) -> None:
         self.x = 1
@@ -245,8 +247,6 @@ CONTENT = {
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_plain_data_are_parsed(protocol: int, tmp_path: Path) -> None:
     plain = {"n": None, "t": (1, 2.5, "é"), "b": b"\xff\x00", "i": -(2**70), "s": {1, 2}, "o": OrderedDict(a=[True])}
-    if protocol < 4:
-        plain.pop("s")  # written as a call of `set` there, which is not among the known names
     nested = {"zero": np.array({"loss": 1.0}), "list": np.array([None, "a"], object)}
     shared = [1, 2]
     got = parse_pickle(pickle.dumps([plain, CONTENT, nested, shared, shared], protocol))
@@ -270,31 +270,49 @@ def test_pickles_of_python_2_hold_array_bytes_as_text() -> None:
     assert (parse_pickle(header + dtype + content + b"tb.") == value).all()
 
 
-def test_broken_pickles_have_a_reason() -> None:
+def test_malformed_pickles_have_a_reason() -> None:
     whole = pickle.dumps([CONTENT, list(range(50))], 4)
     for size in range(0, len(whole), 7):
         with pytest.raises(SampleError, match="bad_pickle"):
             parse_pickle(whole[:size])
     huge = b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(L99999999999999L\nt"
-    for data in (b"", b"garbage", b"\x80\x04ctests\nnothing", b"e.", b"(.", huge + b"N.", b"N" * 10 + b"."):
+    zeros = b"\x80\x04cbuiltins\nbytes\n(J\xff\xff\xff\x7ftR."  # a call that would make 2 GiB
+    announced = b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x."
+    deep = b")" + b"\x85" * 10**6  # a tuple in a tuple in a tuple ...: hashing it crashes Python
+    for data in (
+        b"}" + deep + b"Ns.",
+        b"\x8f(" + deep + b"\x90.",
+        deep + b"N\x93.",
+        deep + b")R.",
+        b"c_codecs\nencode\n(Va\n" + deep + b"tR.",
+        zeros,
+        announced,
+        b"",
+        b"garbage",
+        b"\x80\x04ctests\nnothing",
+        b"e.",
+        b"(.",
+        huge + b"N.",
+        b"N" * 10 + b".",
+    ):
         with pytest.raises(SampleError):
             parse_pickle(data)
 
 
 def test_image_headers_are_read_without_decoding() -> None:
-    assert image_info(picture(1, (333, 222), "jpg")) == ("jpg", (333, 222))
-    assert image_info(picture(1, (33, 22), "png")) == ("png", (33, 22))
+    assert image_info(encoded_image(1, (333, 222), "jpg")) == ("jpg", (333, 222))
+    assert image_info(encoded_image(1, (33, 22), "png")) == ("png", (33, 22))
     progressive = cv2.imencode(".jpg", np.zeros((20, 30, 3), np.uint8), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
     with_exif = progressive[:2] + b"\xff\xe1\x00\x06abcd" + progressive[2:]
     assert image_info(with_exif) == ("jpg", (30, 20))
-    for data in (b"", b"\xff\xd8", b"GIF89a" + bytes(40), picture(1, (64, 64))[:30], bytes(500)):
+    for data in (b"", b"\xff\xd8", b"GIF89a" + bytes(40), encoded_image(1, (64, 64))[:30], bytes(500)):
         with pytest.raises(SampleError, match="undecodable_image"):
             image_info(data)
 
 
-def test_seen_joints_and_their_box() -> None:
+def test_visible_joints_and_their_box() -> None:
     pixel = np.array([[0.0, 0.0], [63.4, 31.4], [63.6, 5.0], [-0.6, 5.0], [np.nan, 1.0], [5.0, 6.0]])
-    valid = seen(pixel, (64, 32), np.array([1, 1, 1, 1, 1, 0]))
+    valid = visible_joints(pixel, (64, 32), np.array([1, 1, 1, 1, 1, 0]))
     assert valid.tolist() == [1, 1, 0, 0, 0, 0]
     assert tight_box(pixel, valid).tolist() == [0, 0, 63.4, 31.4]
     with pytest.raises(SampleError, match="no_valid_joint"):
@@ -304,7 +322,7 @@ def test_seen_joints_and_their_box() -> None:
     assert plain_key("a.b/c", "x y", 7) == "a-b-c_x-y_7"
 
 
-def test_turning_the_root_turns_the_hand(mano: Path) -> None:
+def test_rotating_the_root_rotates_the_hand(mano: Path) -> None:
     pose, shape = draw(3)
     rotation = cv2.Rodrigues(np.array([0.3, -2.0, 0.9]))[0]
     for is_right in (True, False):
@@ -313,7 +331,7 @@ def test_turning_the_root_turns_the_hand(mano: Path) -> None:
     assert layer(mano).num_vertex == 778
 
 
-def test_dexycb_setups_are_the_official_ones() -> None:
+def test_dexycb_setups_match_the_official_ones() -> None:
     counts = {
         (s, p): sum(takes_sequence(s, p, i) for i in range(100)) for s in ("s0", "s3") for p in ("train", "val", "test")
     }

@@ -1,4 +1,4 @@
-"""Each converter on a small folder in its data set's official layout: what goes in comes out, readable by anyone."""
+"""Each converter on a small folder in its data set's official layout: nothing is lost, and webdataset reads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from src.data.convert.dexycb import read_labels
 from src.data.convert.interhand import TO_OPENPOSE
 from src.data.loader import build_val_loader
 from src.data.shards.build_index import build_index
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 from tests import convert_sets
 from tests.convert_sets import Truth, fk, layer, put, write_mano
 from tests.data_shards import data_config
@@ -42,12 +42,12 @@ def make(tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]) -> Call
         truth = (write or getattr(convert_sets, f"write_{kind}"))(root, mano) if not root.exists() else {}
         arguments = [kind, "--input", str(root), "--output", str(output), "--num_process", "1", *options]
         code = main(arguments)
-        said = capsys.readouterr()
+        printed = capsys.readouterr()
         shards = sorted(output.glob("**/*.tar"))
         samples = wds.WebDataset([str(s) for s in shards], shardshuffle=False).decode("rgb") if shards else []
         return SimpleNamespace(
             code=code,
-            said=said.out + said.err,
+            output=printed.out + printed.err,
             shards=shards,
             truth=truth,
             root=root,
@@ -58,7 +58,7 @@ def make(tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]) -> Call
 
 
 def check_samples(got: dict[str, dict], truth: dict[str, Truth], source: str, mano: Path | None) -> None:
-    """Every sample says what its set says: joints in mm, pixels that are their projection, parameters for them."""
+    """Every sample has its set's annotations: joints in mm, pixels that are their projection, matching parameters."""
     assert sorted(got) == sorted(truth)
     for key, sample in got.items():
         wanted, meta = truth[key], sample["json"]
@@ -93,7 +93,7 @@ def check_samples(got: dict[str, dict], truth: dict[str, Truth], source: str, ma
 
 
 def check_loader(root: Path, truth: dict[str, Truth], mano: Path) -> None:
-    """Our own loader reads all of it, and in the mirrored patch frame projection and parameters still agree."""
+    """Our loader reads every hand, and projection and parameters still agree in the mirrored patch frame."""
     index = [build_index(shard) for shard in sorted(root.glob("val/**/*.tar"))]
     assert (sum(i.num_frame() for i in index), [i.bad_count for i in index]) == (len(truth), [{}] * len(index))
     config = data_config(root, val=("val/**/*.tar",), sample_per_device=8)
@@ -121,7 +121,7 @@ def check_loader(root: Path, truth: dict[str, Truth], mano: Path) -> None:
 def test_freihand(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Path) -> None:
     done = make("freihand", "--mano", str(mano), "--num_per_shard", "8")
     assert done.code == 0
-    assert "MANO proved: flat_hand_mean=False leaves 0.000 mm" in done.said
+    assert "MANO checked: flat_hand_mean=False: mean joint error 0.000 mm" in done.output
     assert [s.name for s in done.shards] == ["000000.tar", "000001.tar", "000002.tar"]
     check_samples(done.got, done.truth, "freihand", mano)
     check_loader(tmp_path, done.truth, mano)
@@ -130,16 +130,16 @@ def test_freihand(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Pa
         *("background gs", "background hom", "background sample", "background auto")
     ]
     raw = wds.WebDataset(str(done.shards[0]), shardshuffle=False)
-    assert all(s["jpg"] == done.truth[s["__key__"]].image for s in raw)  # the published bytes, not encoded again
+    assert all(s["jpg"] == done.truth[s["__key__"]].image for s in raw)  # the original bytes, not re-encoded
 
 
-def test_freihand_with_another_convention_is_found_out(make: Callable[..., SimpleNamespace], mano: Path) -> None:
+def test_freihand_with_another_convention_is_detected(make: Callable[..., SimpleNamespace], mano: Path) -> None:
     done = make("freihand", "--mano", str(mano), write=lambda *a: convert_sets.write_freihand(*a, flat=True))
-    assert "MANO proved: flat_hand_mean=True leaves 0.000 mm" in done.said
+    assert "MANO checked: flat_hand_mean=True: mean joint error 0.000 mm" in done.output
     check_samples(done.got, done.truth, "freihand", mano)
 
 
-def test_parameters_that_fit_no_convention_are_left_out(make: Callable[..., SimpleNamespace], mano: Path) -> None:
+def test_parameters_that_fit_no_convention_are_omitted(make: Callable[..., SimpleNamespace], mano: Path) -> None:
     def write(root: Path, mano: Path) -> dict[str, Truth]:
         truth = convert_sets.write_freihand(root, mano)
         values = json.loads((root / "training_mano.json").read_text())
@@ -147,26 +147,28 @@ def test_parameters_that_fit_no_convention_are_left_out(make: Callable[..., Simp
         return truth
 
     done = make("freihand", "--mano", str(mano), write=write)
-    assert "WARNING: MANO parameters of right hands are left out (has_mano 0)" in done.said
-    assert "the tolerance is 1.0 mm" in done.said
+    assert "WARNING: MANO parameters of right hands are omitted (has_mano 0)" in done.output
+    assert "within the tolerance of 1.0 mm" in done.output
     check_samples(done.got, done.truth, "freihand", None)
 
 
 def test_interhand(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Path) -> None:
     done = make("interhand", "--split", "val", "--mano", str(mano))
-    assert done.said.count("MANO proved: flat_hand_mean=False leaves 0.000 mm") == 2
+    assert done.output.count("MANO checked: flat_hand_mean=False: mean joint error 0.000 mm") == 2
     check_samples(done.got, done.truth, "interhand2.6m", mano)
     check_loader(tmp_path, done.truth, mano)
     cameras = [key.split("cam")[1][:6] for key in done.got]
-    assert cameras == sorted(cameras)  # frames of one camera lie together
-    lonely = [s for key, s in done.got.items() if "image2020" in key]
-    assert all(not s["joint_3d_valid.npy"].any() and s["joint_2d_valid.npy"].any() for s in lonely)  # no wrist, no 3D
+    assert cameras == sorted(cameras)  # frames of one camera are adjacent
+    without_wrist = [s for key, s in done.got.items() if "image2020" in key]
+    assert all(
+        not s["joint_3d_valid.npy"].any() and s["joint_2d_valid.npy"].any() for s in without_wrist
+    )  # no wrist, no 3D
 
 
 def test_dexycb(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Path) -> None:
     done = make("dexycb", "--mano", str(mano), "--split", "s1/train")
-    assert done.said.count("MANO proved: flat_hand_mean=False leaves 0.000 mm") == 2
-    assert "left out: no_hand 4" in done.said
+    assert done.output.count("MANO checked: flat_hand_mean=False: mean joint error 0.000 mm") == 2
+    assert "skipped: no_hand 4" in done.output
     check_samples(done.got, done.truth, "dexycb", mano)
     check_loader(tmp_path, done.truth, mano)
     assert list(done.got) == sorted(done.got)
@@ -177,17 +179,17 @@ def test_dexycb_without_mano_and_by_setup(make: Callable[..., SimpleNamespace]) 
     check_samples(done.got, {k: t for k, t in done.truth.items() if "836212060125" in k}, "dexycb", None)
     refused = make("dexycb", "--split", "s0/train", "--output", str(done.root.parent / "other"))
     assert refused.code == 2
-    assert "has 1 sequences, but s0 goes by their number among 100" in refused.said
+    assert "has 1 sequences instead of 100, but s0 selects them by number" in refused.output
 
 
-def test_dexycb_counts_damaged_labels(tmp_path: Path) -> None:
+def test_dexycb_counts_corrupt_labels(tmp_path: Path) -> None:
     path, rng = tmp_path / "labels_000000.npz", np.random.default_rng(0)
     np.savez_compressed(path, pose_m=rng.random((1, 51), np.float32), joint_3d=rng.random((1, 21, 3), np.float32))
     healthy, reasons = path.read_bytes(), set()
     for _ in range(1500):
-        hurt = bytearray(healthy)
-        hurt[int(rng.integers(len(hurt)))] = int(rng.integers(256))
-        path.write_bytes(hurt[: rng.integers(1, 4) * len(hurt) // 3])
+        corrupt = bytearray(healthy)
+        corrupt[int(rng.integers(len(corrupt)))] = int(rng.integers(256))
+        path.write_bytes(corrupt[: rng.integers(1, 4) * len(corrupt) // 3])
         try:
             read_labels(path)
         except SampleError as error:
@@ -206,12 +208,12 @@ def test_dexycb_refuses_object_arrays(make: Callable[..., SimpleNamespace], tmp_
         return truth
 
     done = make("dexycb", write=write)
-    assert "object_array 1" in done.said
+    assert "object_array 1" in done.output
     assert not (tmp_path / "trace").exists()
 
 
 class Bomb:
-    """Unpickling this leaves a trace."""
+    """Unpickling this creates a file."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -228,16 +230,16 @@ def test_ho3d(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Path) 
         return truth
 
     done = make("ho3d", "--mano", str(mano), write=write)
-    assert "MANO proved: flat_hand_mean=True leaves 0.000 mm" in done.said
-    assert "left out: missing_annotation 1, unsafe_pickle 1" in done.said
+    assert "MANO checked: flat_hand_mean=True: mean joint error 0.000 mm" in done.output
+    assert "skipped: missing_annotation 1, unsafe_pickle 1" in done.output
     assert not (tmp_path / "trace").exists()
     truth = {k: t for k, t in done.truth.items() if "train" in k}
     check_samples(done.got, truth, "ho3d", mano)
     check_loader(tmp_path, truth, mano)
-    assert list(done.got) == sorted(done.got)  # frame order, whatever the list's
+    assert list(done.got) == sorted(done.got)  # in frame order, unlike the list
 
 
-def test_ho3d_evaluation_has_the_wrist_alone(make: Callable[..., SimpleNamespace]) -> None:
+def test_ho3d_evaluation_has_only_the_wrist(make: Callable[..., SimpleNamespace]) -> None:
     done = make("ho3d", "--split", "evaluation")
     assert len(done.got) == 4
     for key, sample in done.got.items():
@@ -253,14 +255,14 @@ def test_hamer(make: Callable[..., SimpleNamespace], mano: Path, tmp_path: Path)
         *("freihand-train/000000.tar", "freihand-train/000001.tar"),
         *("ih26m-train/000000.tar", "ih26m-train/000001.tar"),
     ]
-    assert done.said.count("MANO proved: flat_hand_mean=True leaves 0.000 mm") == 4  # two sets, two sides
+    assert done.output.count("MANO checked: flat_hand_mean=True: mean joint error 0.000 mm") == 4  # two sets, two sides
     for subset in ("freihand-train", "ih26m-train"):
         part = {k: s for k, s in done.got.items() if k.startswith(subset)}
         check_samples(part, {k: t for k, t in done.truth.items() if k.startswith(subset)}, subset, mano)
     check_loader(tmp_path, done.truth, mano)
 
 
-def test_hamer_survives_hostile_and_damaged_tars(make: Callable[..., SimpleNamespace], tmp_path: Path) -> None:
+def test_hamer_skips_malicious_and_corrupt_tars(make: Callable[..., SimpleNamespace], tmp_path: Path) -> None:
     def write(root: Path, mano: Path) -> dict[str, Truth]:
         truth = convert_sets.write_hamer(root, mano, ("coco-train",))
         first, second = sorted((root / "coco-train").iterdir())
@@ -270,7 +272,7 @@ def test_hamer_survives_hostile_and_damaged_tars(make: Callable[..., SimpleNames
             )
             hostile = pickle.dumps([Bomb(tmp_path / "trace")])
             for key, data in (("x", hostile), ("y", b"nonsense"), ("z", None), ("w", ragged)):
-                convert_sets.add(tar, f"{key}.jpg", convert_sets.picture(1, (64, 64)))
+                convert_sets.add(tar, f"{key}.jpg", convert_sets.encoded_image(1, (64, 64)))
                 if data:
                     convert_sets.add(tar, f"{key}.data.pyd", data)
         second.write_bytes(second.read_bytes()[:2000])
@@ -280,7 +282,7 @@ def test_hamer_survives_hostile_and_damaged_tars(make: Callable[..., SimpleNames
     assert done.code == 0
     assert not (tmp_path / "trace").exists()
     for reason in ("unsafe_pickle 1", "bad_pickle 1", "missing_member 1", "damaged_truncated 1", "unforeseen 2"):
-        assert reason in done.said
+        assert reason in done.output
     assert sorted(done.got) == sorted(k for k in done.truth if "coco-train-0" in k)
 
 
@@ -293,7 +295,7 @@ def test_a_wrong_folder_is_explained(kind: str, tmp_path: Path, capsys: pytest.C
 
 
 @needs_realhands
-def test_real_freihand_annotations_come_back(tmp_path: Path) -> None:
+def test_real_freihand_annotations_are_preserved(tmp_path: Path) -> None:
     entries = [e for e in _real("freihand") if e["joint_cam"]]
     for i, entry in enumerate(entries):
         put(tmp_path / "set" / "training" / "rgb" / f"{i:08d}.jpg", (REALHANDS / entry["image"]).read_bytes())
@@ -301,12 +303,12 @@ def test_real_freihand_annotations_come_back(tmp_path: Path) -> None:
     (tmp_path / "set" / "training_K.json").write_text(json.dumps(lens))
     (tmp_path / "set" / "training_xyz.json").write_text(json.dumps([_metres(e) for e in entries]))
     assert main(["freihand", "--input", str(tmp_path / "set"), "--output", str(tmp_path / "out")]) == 0
-    # the three versions with other backgrounds are missing in this folder and counted as such
+    # this folder lacks the three other backgrounds, which are counted as missing
     _check_real(tmp_path / "out", {f"freihand_training_{i:08d}": e for i, e in enumerate(entries)})
 
 
 @needs_realhands
-def test_real_interhand_annotations_come_back(tmp_path: Path) -> None:
+def test_real_interhand_annotations_are_preserved(tmp_path: Path) -> None:
     entries, images = _real("interhand2.6m"), {}
     for entry in entries:
         images.setdefault(entry["image"], []).append(entry)

@@ -1,4 +1,4 @@
-"""The demo's shards: the same bytes for a seed, annotations that agree with the picture, readable by webdataset."""
+"""The demo's shards: the same bytes for a seed, annotations that agree with the image, readable by webdataset."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def digest(root: Path) -> dict[str, str]:
     return {str(p.relative_to(root)): hashlib.sha1(p.read_bytes()).hexdigest() for p in sorted(root.glob("*/*"))}
 
 
-def test_a_subset_alone(root: Path, tmp_path: Path) -> None:
+def test_one_subset_only(root: Path, tmp_path: Path) -> None:
     """An evaluation renders the validation images without the training set, which may follow later."""
     demo.make_demo_shards(tmp_path, NUM, 3, SIZE, num_process=1, subsets=("val",))
     assert sorted(p.parent.name for p in tmp_path.glob("*/*.tar")) == ["val"]
@@ -64,11 +64,11 @@ def test_a_subset_alone(root: Path, tmp_path: Path) -> None:
     assert not done, "complete"
 
 
-def test_views_are_those_of_photographs() -> None:
-    """Palms and backs alike, upright more often than not by chance, and none of the joints beyond its limits."""
+def test_views_resemble_photographs() -> None:
+    """Palms and backs equally often, upright more often than by chance, open hands and fists."""
     rngs = [stream("views", 0, i) for i in range(2000)]
     draw = draw_hands(rngs, SIZE, free_rotation=0.0)
-    palm = -draw.root_rot[:, 2, 1]  # towards the viewer: from -1, the palm, to 1, the back of the hand
+    palm = -draw.root_rot[:, 2, 1]  # towards the camera: -1 is the palm, 1 the back of the hand
     assert 0.3 < (palm < -0.5).mean() < 0.5
     assert 0.3 < (palm > 0.5).mean() < 0.5
     fingers_up = draw.root_rot[:, 1, 0]  # the fingers point along -x of the hand, y is down
@@ -82,7 +82,7 @@ def test_views_are_those_of_photographs() -> None:
     assert (closed > 1.8).mean() > 0.3, "straight fingers"
 
 
-def test_bytes_depend_on_the_seed_alone(root: Path, tmp_path: Path) -> None:
+def test_bytes_depend_only_on_the_seed(root: Path, tmp_path: Path) -> None:
     seen = []
     demo.make_demo_shards(tmp_path / "two", NUM, 3, SIZE, num_process=2, progress=lambda *done: seen.append(done))
     assert digest(tmp_path / "two") == digest(root)
@@ -92,7 +92,7 @@ def test_bytes_depend_on_the_seed_alone(root: Path, tmp_path: Path) -> None:
     assert digest(tmp_path / "other")["val/000000.tar"] != digest(root)["val/000000.tar"]
 
 
-def test_goes_on_where_it_stopped_and_then_does_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumes_and_then_does_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest(root)
     (root / "train/000001.tar").unlink()
     manifest = root / demo.MANIFEST
@@ -107,7 +107,7 @@ def test_goes_on_where_it_stopped_and_then_does_nothing(root: Path, monkeypatch:
 
 
 def test_other_parameters_are_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"seed=3, now seed=4.*delete the folder"):
+    with pytest.raises(ValueError, match=r"seed=3, but the request is seed=4.*delete the folder"):
         demo.make_demo_shards(root, NUM, seed=4, img_size=SIZE)
     with pytest.raises(ValueError, match="num_sample"):
         demo.make_demo_shards(root, {"train": 25, "val": 6}, seed=3, img_size=SIZE)

@@ -1,4 +1,4 @@
-"""Rotations against scipy, their gradients at the singular places, and the camera in numpy and torch."""
+"""Rotations against scipy, their gradients at singularities, and the camera in numpy and torch."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from src.geometry.camera import MIN_DEPTH_MM, pixel_ray, project, transform_points, unproject
+from src.geometry.camera import MIN_DEPTH_MM, pixel_ray, project, unproject
 from src.geometry.rotation import (
     axis_angle_to_matrix,
     matrix_to_axis_angle,
@@ -21,7 +21,7 @@ ANGLES = [0.0, 1e-20, 1e-8, 1e-4, 3.1e-3, 3.2e-3, 0.1, 1.0, 2.0, 3.0, np.pi - 1e
 
 
 @pytest.mark.parametrize("angle", [*ANGLES, 4.0, 9.0])
-def test_axis_angle_to_matrix_is_scipys(angle):
+def test_axis_angle_to_matrix_agrees_with_scipy(angle):
     expected = Rotation.from_rotvec(UNIT * angle).as_matrix()
     for dtype, tol in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         got = axis_angle_to_matrix(torch.tensor(UNIT * angle, dtype=dtype))
@@ -54,7 +54,7 @@ def test_gradients_are_finite_at_identity_and_pi(dtype):
     assert torch.isfinite(torch.autograd.grad(out.sum(), exact)[0]).all()
 
 
-def test_gradients_are_right_near_zero():
+def test_gradients_are_correct_near_zero():
     for scale in (0.0, 1e-9, 2e-3, 3.2e-3, 0.5):
         vec = torch.tensor(UNIT[:4] * scale, requires_grad=True)
         assert torch.autograd.gradcheck(axis_angle_to_matrix, (vec,), eps=1e-7, atol=1e-6)
@@ -63,12 +63,12 @@ def test_gradients_are_right_near_zero():
         )
 
 
-def test_six_numbers_and_back():
+def test_rotation_6d_round_trip():
     matrix = torch.tensor(Rotation.from_rotvec(UNIT * 2.0).as_matrix())
     six = matrix_to_rotation_6d(matrix)
     np.testing.assert_allclose(six[:, :3].numpy(), matrix[:, :, 0].numpy())  # the first column comes first
     np.testing.assert_allclose(rotation_6d_to_matrix(six).numpy(), matrix.numpy(), atol=1e-12)
-    # any length, and a second part that leans towards the first: Gram-Schmidt keeps the rotation
+    # Gram-Schmidt removes any scale and any component of the second part along the first
     leaning = torch.cat((3 * six[:, :3], 0.2 * six[:, 3:] + 0.7 * six[:, :3]), dim=-1)
     np.testing.assert_allclose(rotation_6d_to_matrix(leaning).numpy(), matrix.numpy(), atol=1e-12)
     random = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -77,7 +77,7 @@ def test_six_numbers_and_back():
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.floats(-100, 100, width=32), min_size=6, max_size=6))
-def test_any_six_numbers_give_a_rotation(numbers):
+def test_any_6d_vector_gives_a_rotation(numbers):
     six = torch.tensor([numbers], dtype=torch.float32, requires_grad=True)
     matrix = rotation_6d_to_matrix(six)
     np.testing.assert_allclose((matrix.mT @ matrix).detach()[0].numpy(), np.eye(3), atol=2e-6)
@@ -86,7 +86,7 @@ def test_any_six_numbers_give_a_rotation(numbers):
 
 
 @pytest.mark.parametrize("numbers", [[0] * 6, [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0], [1, 2, 3, 2, 4, 6], [1e-30] * 6])
-def test_degenerate_six_numbers_give_a_rotation(numbers):
+def test_degenerate_6d_vectors_give_a_rotation(numbers):
     six = torch.tensor([numbers], dtype=torch.float32, requires_grad=True)
     matrix = rotation_6d_to_matrix(six)
     np.testing.assert_allclose((matrix.mT @ matrix).detach()[0].numpy(), np.eye(3), atol=2e-6)
@@ -117,7 +117,7 @@ def test_project_by_the_intrinsic_matrix():
     np.testing.assert_allclose(pixel_ray(pixel, FOCAL, PRINCPT), POINT[..., :2] / POINT[..., 2:], atol=1e-12)
 
 
-def test_camera_is_the_same_for_tensors():
+def test_camera_agrees_for_arrays_and_tensors():
     point, focal, princpt = (torch.tensor(a) for a in (POINT, FOCAL, PRINCPT))
     pixel = project(point, focal, princpt)
     np.testing.assert_array_equal(pixel.numpy(), project(POINT, FOCAL, PRINCPT))
@@ -132,14 +132,3 @@ def test_points_behind_the_camera_project_to_finite_pixels():
     (grad,) = torch.autograd.grad(pixel.sum(), point)
     assert torch.isfinite(grad).all()
     assert (grad[0, :2, 2] == 0).all()
-
-
-def test_homography_of_points():
-    rng = np.random.default_rng(2)
-    matrix = np.eye(3) + rng.normal(0, 1e-3, (2, 3, 3))
-    point = rng.uniform(0, 200, (2, 5, 2))
-    expected = np.concatenate((point, np.ones((2, 5, 1))), axis=-1) @ np.swapaxes(matrix, 1, 2)
-    expected = expected[..., :2] / expected[..., 2:]
-    np.testing.assert_allclose(transform_points(matrix, point), expected, rtol=1e-12)
-    np.testing.assert_allclose(transform_points(matrix[0], point[0]), expected[0], rtol=1e-12)
-    np.testing.assert_allclose(transform_points(torch.tensor(matrix), torch.tensor(point)).numpy(), expected)

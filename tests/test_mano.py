@@ -68,7 +68,7 @@ def test_layer_follows_the_papers_formulas(num_vertex, batch, flat_hand_mean):
     hand = random_hand(num_vertex)
     rng = np.random.default_rng(1)
     pose, shape = rng.normal(0, 0.8, (batch, 48)), rng.normal(0, 1.5, (batch, 10))
-    pose[0], shape[0] = 0, 0  # the hand at rest; its neighbour is turned by nearly half a turn in every joint
+    pose[0], shape[0] = 0, 0  # the hand at rest; the next one has almost half a turn in every joint
     pose[1] *= np.repeat(3.1 / np.linalg.norm(pose[1].reshape(16, 3), axis=1), 3)
     layer = ManoLayer(hand)
     out = layer(layer.pose_to_rotmat(torch.tensor(pose), flat_hand_mean), torch.tensor(shape))
@@ -81,8 +81,8 @@ def test_layer_follows_the_papers_formulas(num_vertex, batch, flat_hand_mean):
     assert (out.joint[:, 0] == 0).all()
 
 
-def test_other_trees_work_too():
-    """Levels and order come from `parents`, not from what MANO's happen to be."""
+def test_other_kinematic_trees_work_too():
+    """Levels and order follow from `parents`; MANO's tree is not hard-coded."""
     hand = random_hand()
     hand = HandArrays(**{**vars(hand), "parents": (-1, 0, 0, 1, 3, 2, 1, 6, 0, 8, 4, 10, 5, 0, 13, 2)})
     pose, shape = np.random.default_rng(2).normal(0, 0.8, 48), np.zeros(10)
@@ -91,7 +91,7 @@ def test_other_trees_work_too():
     np.testing.assert_allclose(out.joint[0].numpy() / 1000, reference_hand(hand, pose, shape)[1], atol=1e-6)
 
 
-def test_mean_pose_is_added_where_asked():
+def test_mean_pose_is_added_unless_flat_hand_mean():
     hand = random_hand()
     layer = ManoLayer(hand)
     pose = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
@@ -157,7 +157,7 @@ def test_joint_orders_agree_by_name():
     ("change", "message"),
     [
         ({"shapedirs": np.zeros((60, 3, 9))}, "shapedirs must have shape"),
-        ({"mean_pose": np.full(45, np.nan)}, "mean_pose holds NaN"),
+        ({"mean_pose": np.full(45, np.nan)}, "mean_pose contains NaN"),
         ({"skin_weights": np.ones((60, 16))}, "skin_weights must sum to 1"),
         ({"faces": np.full((2, 3), 60)}, "faces name vertices outside 0..59"),
         ({"faces": np.zeros((2, 3))}, "faces must be"),

@@ -1,4 +1,4 @@
-"""The MANO file reader against files in the official layout and against hostile ones."""
+"""The MANO file reader on files in the official layout and on malicious ones."""
 
 import copyreg
 import io
@@ -23,7 +23,7 @@ class Ch:
     """chumpy's array: pickled as its attributes."""
 
     def __init__(self, **state):
-        # what chumpy keeps beside the array
+        # chumpy's other attributes
         self.__dict__.update(
             {"_dirty_vars": {"x"}, "_itr": None, "_depends_on_deps": {}, "_make_dense": False}, **state
         )
@@ -35,7 +35,7 @@ class Select(Ch):
 
 @pytest.fixture
 def chumpy(monkeypatch):
-    """Modules by the names that the pickle must hold, there only while the test writes."""
+    """Modules with the names that the pickle must contain, present only while the test writes it."""
     for name, cls in (("chumpy.ch", Ch), ("chumpy.reordering", Select)):
         monkeypatch.setattr(cls, "__module__", name)
         module = types.ModuleType(name)
@@ -45,7 +45,7 @@ def chumpy(monkeypatch):
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes text and bytes as Python 2 wrote its str, the way the official file is."""
+    """Writes text and bytes as Python 2 wrote its str, like the official file."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
@@ -112,7 +112,7 @@ def assert_is_content(hand: HandArrays, content: dict[str, np.ndarray]) -> None:
 
 
 def assert_layer_poses(layer: ManoLayer, content: dict[str, np.ndarray]) -> None:
-    """The layer made of the file, against the paper's formulas on what was written into it; both flat_hand_mean."""
+    """The layer built from the file, against the paper's formulas on the written arrays, for both flat_hand_mean."""
     rng = np.random.default_rng(8)
     pose, shape = rng.normal(0, 0.6, 48), rng.normal(0, 1.5, 10)
     content = {**content, "shapedirs": content["shapedirs"][..., :10]}
@@ -140,7 +140,7 @@ def test_official_pickle_is_read_without_chumpy(tmp_path, chumpy, monkeypatch, p
     content["J_regressor"][3, 100:105] = 0.005  # a column with several entries, and rows with more than one
     content["J_regressor"][4, 100] = -0.01
     raw = write_pickle(official_object(content, csr_matrix if protocol == 4 else csc_matrix), pickler, protocol)
-    if protocol < 3:  # the module names of the years in which the file was written
+    if protocol < 3:  # module names at the time when the official file was written
         raw = raw.replace(b"cscipy.sparse._csc\n", b"cscipy.sparse.csc\n")
         raw = raw.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
     for name in ("chumpy", "chumpy.ch", "chumpy.reordering"):
@@ -162,7 +162,7 @@ def test_npz_round_trip(tmp_path):
 
 
 class Call:
-    """Pickles into a call of anything."""
+    """Pickles as a call of an arbitrary function."""
 
     def __init__(self, *call):
         self.call = call
@@ -182,7 +182,7 @@ class Call:
     ],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_hostile_pickle_runs_nothing_and_is_named(tmp_path, call, message, protocol):
+def test_a_malicious_pickle_runs_nothing_and_is_named(tmp_path, call, message, protocol):
     victim = tmp_path / "victim"
     func, args = call
     args = tuple(a.format(victim) if isinstance(a, str) else a for a in args)
@@ -212,5 +212,5 @@ def test_files_that_are_not_a_right_mano_hand(tmp_path):
     with pytest.raises(ValueError, match=r"v_template must be \[778, 3\]"):
         load_hand_arrays(tmp_path / "small.npz")
     (tmp_path / "text.pkl").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match="is not a MANO file that can be read"):
+    with pytest.raises(ValueError, match="cannot be read as a MANO file"):
         load_hand_arrays(tmp_path / "text.pkl")

@@ -43,12 +43,12 @@ def flexed(degrees: float) -> np.ndarray:
     return np.concatenate([np.eye(3)[None], angles_to_rotmat(angles)])
 
 
-def test_mesh_is_closed_manifold_and_looks_outwards(hand: HandArrays) -> None:
+def test_mesh_is_a_closed_manifold_with_outward_faces(hand: HandArrays) -> None:
     assert 400 <= hand.num_vertex <= 1000
     edges = np.concatenate([hand.faces[:, [0, 1]], hand.faces[:, [1, 2]], hand.faces[:, [2, 0]]])
     directed = {(int(a), int(b)) for a, b in edges}
     assert len(directed) == len(edges), "an edge is used twice in one direction"
-    assert all((b, a) in directed for a, b in directed), "the mesh has a border"
+    assert all((b, a) in directed for a, b in directed), "the mesh has an open edge"
     assert hand.num_vertex - len(edges) // 2 + len(hand.faces) == 2, "one piece without handles"
     volume_ml = signed_volume(hand.v_template.astype(np.float64), hand.faces) * 1e6
     assert 250 < volume_ml < 450
@@ -84,7 +84,7 @@ def test_joints_are_regressed_and_stay_inside_when_the_shape_changes(hand: HandA
             assert np.linalg.norm(moved[ids[1:]].mean(0) - mean_shift) < 1.5, (i, FINGER_NAMES[d])
 
 
-def test_weights_are_smooth_and_do_not_bleed_between_fingers(hand: HandArrays) -> None:
+def test_skinning_weights_are_smooth_and_do_not_bleed_between_fingers(hand: HandArrays) -> None:
     weight = hand.skin_weights
     assert weight.min() >= 0
     np.testing.assert_allclose(weight.sum(1), 1.0, atol=1e-5)

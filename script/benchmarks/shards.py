@@ -13,6 +13,7 @@ import numpy as np
 
 from src.data.dataset import HandDataset
 from src.data.order.plan import MixedPlan, SourcePlan
+from src.data.shards.annotation import joint_extent
 from src.data.shards.build_index import open_indexes, worker_context
 from src.data.shards.index import FRAME, SAMPLE, ShardIndex, Tables, index_path, load_index, save_index
 from src.data.shards.writer import HandRecord
@@ -64,7 +65,7 @@ def records(num: int, kind: str, seed: int, num_image: int = 16) -> Iterator[Han
             "bench",
             hand_model="mano",
             flat_hand_mean=True,
-            hand_bbox=np.concatenate([joint_img.min(axis=0), joint_img.max(axis=0)]),
+            hand_bbox=joint_extent(joint_img),
             joint_img=joint_img,
             joint_cam=joint_cam,
             mano_pose=rng.normal(0, 0.4, 48),

@@ -1,11 +1,10 @@
-"""The patch a network sees, as a camera: which pixels of a photograph it shows, and the picture it would have taken.
+"""The patch that the network sees, described as a virtual camera, and the image warp that renders it.
 
-A left hand is mirrored first. Then a virtual camera, turned by `R` against the (mirrored) source camera, looks at the
+A left hand is mirrored first. Then a virtual camera, rotated by `R` against the (mirrored) source camera, looks at the
 hand: `H = K_patch R K^-1` maps source pixels to patch pixels, exactly, for every point of the scene (Hartley &
-Zisserman, Multiple View Geometry, 2nd ed., section 8.4.2: the image of a rotating camera). Turns of the picture are
-turns of the camera about its principal axis, scale and focal changes are its zoom, so no 3D length ever changes and
-nothing is approximated. `K_patch` has one focal length for both axes: pixels of the patch are square even where those
-of the source are not.
+Zisserman, Multiple View Geometry, 2nd ed., section 8.4.2: the image of a rotating camera). In-plane rotation is a
+rotation about the principal axis, and scale is a change of focal length, so 3D lengths never change and nothing is
+approximated. `K_patch` has one focal length for both axes: patch pixels are square even if source pixels are not.
 
 Numpy and OpenCV. Training (src/data/crop.py) and prediction (src/predict/predictor.py) cut their patches here.
 Shape legend: N patches, S patch side. Computed in float64.
@@ -21,21 +20,21 @@ from typing import Any
 import cv2
 import numpy as np
 
-BORDER = (124, 116, 104)  # outside of the image: ImageNet's mean colour, close to zero after normalisation
+BORDER = (124, 116, 104)  # fills what is outside the image: ImageNet's mean colour, about zero after normalisation
 MIRROR, MIRROR_AXIS = np.array([-1.0, 1.0, 1.0]), np.array([1.0, -1.0, -1.0])  # of points, of rotation vectors
-_MIN_COS = 0.35  # a perspective turn that shows the hand at more than 70 degrees off the axis is not carried out
-_SHRINK_FROM = 0.5  # below this scale the source is averaged before it is sampled, against aliasing
+_MIN_COS = 0.35  # a perspective rotation that puts the hand more than 70 degrees off the axis is dropped
+_SHRINK_FROM = 0.5  # below this scale the source is averaged before sampling, against aliasing
 
 
 @dataclass(frozen=True)
 class Aim:
-    """Where the virtual camera looks: at a hand's box through the source camera, with the draws of augmentation."""
+    """What the virtual camera looks at: a hand's box in the source camera, plus the augmentation's random draws."""
 
     box: np.ndarray  # [4] xyxy px of the source
     focal: np.ndarray  # [2] px
     princpt: np.ndarray  # [2] px
     is_right: bool
-    expansion_ratio: float  # side of the square over the longer side of the box
+    expansion_ratio: float  # side of the square / longer side of the box
     roll: float = 0.0  # rad, about the principal axis
     tilt: tuple[float, float] = (0.0, 0.0)  # rad, rotation vector (x, y)
     zoom: float = 1.0  # factor on the side of the square
@@ -44,7 +43,7 @@ class Aim:
 
 @dataclass(frozen=True)
 class PatchView:
-    """The virtual camera of one patch, or those of N: then every field has a leading N (float64)."""
+    """The virtual camera of one patch, or of N patches: then every field has a leading N (float64)."""
 
     focal: np.ndarray  # [] px, both axes
     princpt: np.ndarray  # [2] px
@@ -54,27 +53,27 @@ class PatchView:
     scale: np.ndarray  # [] patch px per source px at the centre of the hand's box
 
     def __getitem__(self, index: Any) -> PatchView:
-        """The camera of one of N patches; of one, `view[None]` makes N = 1."""
+        """The camera of one of N patches; `view[None]` turns a single one into N = 1."""
         return PatchView(*(value[index] for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
 class Warp:
-    """How the pixels of a patch come from those of an image: the part that is read, shrunk, and where it lies."""
+    """How a patch is sampled: the part of the image that is read, its shrink factor, and the homography."""
 
     begin: tuple[int, int]  # (x, y) of the part's first pixel
-    end: tuple[int, int]  # (x, y) of the first one behind it
-    factor: int  # the part is first shrunk by it, averaging
+    end: tuple[int, int]  # (x, y) one past its last pixel
+    factor: int  # the part is first shrunk by this factor, by averaging
     matrix: np.ndarray  # [3, 3] homography from patch px to px of the shrunk part
 
 
 def view_of_patch(aim: Aim, img_size: int) -> PatchView:
-    """The camera that `aim` asks for; a perspective turn that would leave the scene is dropped."""
+    """The camera for `aim`; a perspective rotation that would leave the scene is dropped."""
     return views_of_patches([aim], img_size)[0]
 
 
 def views_of_patches(aims: Sequence[Aim], img_size: int) -> PatchView:
-    """The cameras that `aims` [N] ask for, all at once, to the bit as one by one."""
+    """The cameras for `aims` [N], vectorised; identical to the bit to one at a time."""
     rolled = np.array([_roll_of_camera(aim.roll) for aim in aims])
     rotation, tilted = rolled.copy(), [i for i, aim in enumerate(aims) if aim.tilt != (0.0, 0.0)]
     if tilted:
@@ -88,13 +87,13 @@ def views_of_patches(aims: Sequence[Aim], img_size: int) -> PatchView:
 
 
 def _roll_of_camera(roll: float) -> list[list[float]]:
-    """[3, 3] rotation about the principal axis; rad. A perspective turn comes before it."""
+    """[3, 3] rotation about the principal axis by `roll` rad. A perspective rotation is applied before it."""
     cos, sin = math.cos(roll), math.sin(roll)
     return [[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]
 
 
 def _turned_views(aims: Sequence[Aim], rotation: np.ndarray, img_size: int) -> tuple[PatchView, np.ndarray]:
-    """The cameras turned by `rotation` [N, 3, 3], and which of them [N] look too obliquely at the hand."""
+    """The cameras rotated by `rotation` [N, 3, 3], and which of them [N] see the hand too obliquely."""
     box, focal, princpt, shift = (
         np.array([getattr(aim, name) for aim in aims], np.float64) for name in ("box", "focal", "princpt", "shift")
     )
@@ -116,14 +115,14 @@ def _turned_views(aims: Sequence[Aim], rotation: np.ndarray, img_size: int) -> t
     princpt = 0.5 * (img_size - 1) - scale[:, None] * (center_on_plane[:, :2] / depth[:, None] + shift * side[:, None])
     image_to_patch = _scale_and_shift(scale, princpt) @ to_plane
     patch_to_image = np.linalg.inv(image_to_patch)
-    # Also outside: a corner of the patch looks at what lies behind the source camera.
+    # Also outside: a corner of the patch looks behind the source camera.
     is_outside |= is_tilted & (_corners(patch_to_image, img_size)[..., 2].min(axis=1) <= 0.1)
     view = PatchView(scale * focal, princpt, rotation, image_to_patch, patch_to_image, scale * magnification)
     return view, is_outside
 
 
 def _rays(focal: np.ndarray, princpt: np.ndarray, sign: np.ndarray) -> np.ndarray:
-    """[N, 3, 3] from px of the source to rays of the camera, mirrored where `sign` [N] is -1.
+    """[N, 3, 3] matrices from source px to camera rays, mirrored where `sign` [N] is -1.
 
     Mirroring the image (x' = W - 1 - x, with the principal point) mirrors the rays, so W drops out.
     """
@@ -151,7 +150,7 @@ def _corners(patch_to_image: np.ndarray, img_size: int) -> np.ndarray:
 
 
 def plan_warps(sizes: Sequence[tuple[int, int]], views: PatchView, img_size: int) -> list[Warp | None]:
-    """What of images of `sizes` [N] (width, height) the patches of N views show, and how; None for next to nothing."""
+    """The warps for N views of images of `sizes` [N] (width, height); None if less than a pixel is visible."""
     limit = np.array(sizes)
     factor = np.where(views.scale <= _SHRINK_FROM, 1.0 / views.scale, 1.0).astype(np.int64)[:, None]
     corner = _corners(views.patch_to_image, img_size)
@@ -168,7 +167,7 @@ def plan_warps(sizes: Sequence[tuple[int, int]], views: PatchView, img_size: int
 
 
 def warp_image(image: np.ndarray, view: PatchView, img_size: int) -> np.ndarray:
-    """The patch [S, S, 3] uint8 of `image` [H, W, 3] uint8; the source is sampled once, outside of it lies grey."""
+    """The patch [S, S, 3] uint8 of `image` [H, W, 3] uint8. The source is sampled once; outside it is BORDER."""
     (warp,) = plan_warps([image.shape[1::-1]], view[None], img_size)
     return apply_warp(image, warp, img_size)
 
@@ -176,8 +175,8 @@ def warp_image(image: np.ndarray, view: PatchView, img_size: int) -> np.ndarray:
 def apply_warp(image: np.ndarray, warp: Warp | None, img_size: int) -> np.ndarray:
     """As `warp_image`, for a warp that was planned for images of this size.
 
-    Only the part that the patch shows is touched. It is sampled with a fourth channel, which OpenCV does at more than
-    twice the speed of three.
+    Only the part that the patch shows is read. It is sampled with four channels, which is more than twice as fast in
+    OpenCV as with three.
     """
     if warp is None:
         return np.full((img_size, img_size, 3), BORDER, np.uint8)
@@ -196,12 +195,12 @@ def apply_warp(image: np.ndarray, warp: Warp | None, img_size: int) -> np.ndarra
 
 
 def mirror_pose(pose: np.ndarray) -> np.ndarray:
-    """Axis-angle [..., 3k] of a left hand as that of the mirrored (right) hand: y and z change sign."""
+    """Axis-angle [..., 3k] of the mirror image (x negated), left to right or back: y and z change sign."""
     return (pose.reshape(-1, 3) * MIRROR_AXIS).reshape(pose.shape)
 
 
 def turn_roots(pose: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """MANO poses [N, 48] seen from cameras turned by `rotation` [N, 3, 3]: only roots are not relative to a parent."""
+    """MANO poses [N, 48] in frames rotated by `rotation` [N, 3, 3] (or [3, 3]); only the root changes."""
     turned = pose.astype(np.float64)
     root = rotation @ np.array([cv2.Rodrigues(vector)[0] for vector in turned[:, :3]]).reshape(-1, 3, 3)
     turned[:, :3] = np.array([cv2.Rodrigues(matrix)[0] for matrix in root]).reshape(-1, 3)

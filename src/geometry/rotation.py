@@ -2,15 +2,15 @@
 
 Shape legend: `...` any batch dimensions.
 
-Angles are radians. Matrices act on column vectors from the left, x' = R x. Everything is written in elementwise
-operations, which autocast leaves alone; bfloat16 and float16 input is raised to float32, float64 stays float64.
+Angles are in radians. Matrices act on column vectors from the left, x' = R x. All operations are elementwise, so
+autocast does not change them; bfloat16 and float16 input is converted to float32, float64 stays float64.
 """
 
 from __future__ import annotations
 
 import torch
 
-# Below this squared angle (or squared half-angle sine) the Taylor series is used; its error there is below 1e-16.
+# Below this squared angle (or squared half-angle sine) a Taylor series is used; its error is below 1e-16.
 _SMALL_SQUARED = 1e-5
 # A 6D vector shorter than this, or a second part closer than this (squared sine) to the first, has no direction.
 _DEGENERATE_SQUARED = 1e-12
@@ -44,9 +44,9 @@ def axis_angle_to_matrix(axis_angle: torch.Tensor) -> torch.Tensor:
 
 
 def matrix_to_axis_angle(matrix: torch.Tensor) -> torch.Tensor:
-    """The axis-angle vector of a rotation, angle in [0, pi], by way of the unit quaternion.
+    """The axis-angle vector of a rotation, angle in [0, pi], computed through the unit quaternion.
 
-    The symmetric matrix 4 q q^T is linear in R; its row with the largest diagonal entry is q up to length, and is
+    The symmetric matrix 4 q q^T is linear in R; its row with the largest diagonal entry is q up to scale, and is
     well conditioned for every rotation (Shepperd 1978), so the gradient stays finite at 0 and at pi.
 
     Args: matrix [..., 3, 3] rotations. Returns: [..., 3].
@@ -81,7 +81,7 @@ def _quaternion_to_axis_angle(quat: torch.Tensor) -> torch.Tensor:
 
 def rotation_6d_to_matrix(rotation_6d: torch.Tensor) -> torch.Tensor:
     """Gram-Schmidt of Zhou et al., "On the Continuity of Rotation Representations", CVPR 2019: the six numbers are the
-    first two columns. Always a rotation: where a part has no direction, an axis replaces it and gets no gradient.
+    first two columns. The result is always a rotation: a degenerate column is replaced by an axis without gradient.
 
     Args: rotation_6d [..., 6]. Returns: [..., 3, 3].
     """
@@ -104,7 +104,7 @@ def _remove_along(vec: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
 
 
 def _normalise(vec: torch.Tensor) -> torch.Tensor:
-    """Unit length; the caller has made sure that there is a length."""
+    """Scale to unit length; the caller ensures a nonzero length."""
     return vec / (vec * vec).sum(-1, keepdim=True).sqrt()
 
 

@@ -1,4 +1,4 @@
-"""The hand model that a configuration names."""
+"""Loads the hand model that the configuration names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def hand_model_problem(hand_model: str) -> str | None:
 
 
 def load_hand(hand_model: str) -> HandArrays:
-    """The hand that `MODEL.hand_model` names: a file with MANO's arrays, or `standin`."""
+    """The hand model for `MODEL.hand_model`: the path of a MANO file, or `standin`."""
     from src.hand.mano_file import load_hand_arrays
     from src.hand.standin.build import build_standin_hand
 

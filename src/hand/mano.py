@@ -31,7 +31,7 @@ class HandOutput(NamedTuple):
 
 
 def _tree_levels(parents: tuple[int, ...]) -> list[list[int]]:
-    """Joint ids by depth: MANO's tree has four levels, so the chain takes three matrix products and not fifteen."""
+    """Joint ids by depth. MANO's tree has four levels, so the chain takes three batched products, not fifteen."""
     depth = [0] * len(parents)
     for joint, parent in enumerate(parents[1:], start=1):
         depth[joint] = depth[parent] + 1
@@ -40,10 +40,10 @@ def _tree_levels(parents: tuple[int, ...]) -> list[list[int]]:
 
 class ManoLayer(nn.Module):
     """Pose and shape to vertices and joints. Computes in the dtype of its buffers (float32; float64 after `.double()`)
-    with autocast off, and is made of plain tensor operations, for torch.compile and torch.export.
+    with autocast off. Uses plain tensor operations only, for torch.compile and torch.export.
 
-    The wrist joint is the origin whatever the shape: the root rotation turns about the wrist, and the hand's camera
-    translation is the camera position of its wrist.
+    The wrist joint is the origin for every shape: the root rotates about the wrist, and the hand's translation is the
+    position of its wrist in the camera.
     """
 
     faces: torch.Tensor  # [F, 3] int64
@@ -63,18 +63,18 @@ class ManoLayer(nn.Module):
         self._add_buffer("tip_weights", arrays.skin_weights[np.ix_(arrays.tip_vertex_ids, order)])
         self._add_buffer("mean_pose", arrays.mean_pose)
         self._add_index("level_order", order)
-        start = 0  # each level finds its parents by their place within the level before
+        start = 0  # each level indexes its parents within the previous level
         for depth, size in enumerate(self._level_sizes[1:], start=1):
             begin = start + self._level_sizes[depth - 1]
             self._add_index(f"level_parent{depth}", [p - start for p in parent[begin : begin + size]])
             start = begin
-        # ranks of the 16 joints; the tips 16..20 follow them as they are
+        # ranks of the 16 joints; the tips 16..20 follow unchanged
         self._add_index("joint_order", [rank.get(j, j) for j in MANO_TO_OPENPOSE])
         self._add_index("faces", arrays.faces)
 
     def _add_blend_basis(self, arrays: HandArrays, order: list[int], parent: list[int]) -> None:
-        """Everything linear in shape and pose, in mm about the wrist joint: joints are J = J_template + J_shape beta,
-        worked out once, so that the forward pass regresses nothing from vertices."""
+        """Everything linear in shape and pose, in mm relative to the wrist joint. Joints are J = J_template + J_shape
+        beta, computed once, so that the forward pass does not regress joints from vertices."""
         template = arrays.v_template.astype(np.float64) * MM_PER_M
         shapedirs = arrays.shapedirs.astype(np.float64) * MM_PER_M
         regressor = arrays.joint_regressor.astype(np.float64)
@@ -105,8 +105,8 @@ class ManoLayer(nn.Module):
     def pose_to_rotmat(self, pose: torch.Tensor, flat_hand_mean: bool | torch.Tensor) -> torch.Tensor:
         """Rotations of the 16 joints.
 
-        Args: pose [B, 48] axis-angle, root first; flat_hand_mean: True where the 45 finger angles are the rotations
-        themselves, False where the model's mean pose must be added; one bool, or a bool tensor [B].
+        Args: pose [B, 48] axis-angle, root first; flat_hand_mean: True if the 45 finger angles are absolute, False
+        if they are offsets from the model's mean pose; one bool, or a bool tensor [B].
         Returns: [B, 16, 3, 3].
         """
         pose = pose.to(self.mean_pose.dtype)
@@ -118,7 +118,7 @@ class ManoLayer(nn.Module):
         return axis_angle_to_matrix(full.unflatten(1, (-1, 3)))
 
     def forward(self, rotmat: torch.Tensor, shape: torch.Tensor) -> HandOutput:
-        """Args: rotmat [B, 16, 3, 3] rotation of each joint against its parent, MANO order, root first; shape [B, 10].
+        """Args: rotmat [B, 16, 3, 3] rotation of each joint relative to its parent (MANO order); shape [B, 10].
         Returns: HandOutput(vert [B, V, 3] mm, joint [B, 21, 3] mm), the wrist joint at the origin."""
         with torch.autocast(device_type=rotmat.device.type, enabled=False):
             return self._forward(rotmat.to(self.vert_template.dtype), shape.to(self.vert_template.dtype))
@@ -133,7 +133,7 @@ class ManoLayer(nn.Module):
         world_rot, joint = self._chain(rotmat[:, self.level_order], bone)
         shift = joint - (world_rot * rest_joint.unsqueeze(-2)).sum(-1)  # [B, K, 3]
         transform = torch.cat((world_rot.flatten(2), shift), dim=2)  # [B, K, 12]
-        # the tips apart from the mesh: a loss on joints alone then goes back through 5 vertices and not through all
+        # tips separately from the mesh: a loss on joints only then backpropagates through 5 vertices instead of all
         tip = _skin(torch.addmm(self.tip_template, blend, self.tip_basis), transform, self.tip_weights)
         vert = _skin(torch.addmm(self.vert_template, blend, self.vert_basis), transform, self.skin_weights)
         return HandOutput(vert, torch.cat((joint, tip), dim=1)[:, self.joint_order])
@@ -153,8 +153,8 @@ class ManoLayer(nn.Module):
 
 
 def _skin(rest: torch.Tensor, transform: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Linear blend skinning: v' = sum_k w_vk (R_k (v - j_k) + t_k), plane by plane, which is several times faster than
-    small matrices a vertex.
+    """Linear blend skinning: v' = sum_k w_vk (R_k (v - j_k) + t_k), coordinate by coordinate, which is several times
+    faster than a small matrix product per vertex.
 
     Args: rest [B, N * 3] vertices v after the blend shapes; transform [B, K, 12] R_k row by row and t_k - R_k j_k;
     weights [N, K]. Returns: [B, N, 3].

@@ -1,13 +1,13 @@
-"""The hand's skeleton: joint names and orders, parents, bones, fingers, and the arrays that describe a MANO-like hand.
+"""The hand skeleton: joint names and orders, parents, bones, fingers, and the arrays that define a MANO-like hand.
 
-Numpy only, no torch: data workers and the drawing code import it.
+Numpy only, no torch: data workers and drawing code import it.
 
 Shape legend: V vertices, F faces, J = 21 joints (OpenPose order), K = 16 MANO joints.
 
-Two joint orders meet here
+There are two joint orders:
   * *MANO order* (16): wrist, then index, middle, pinky, ring, thumb, three joints each, palm to tip.
   * *OpenPose order* (21), used by every Sample, Batch and Prediction: wrist, then thumb, index, middle, ring, pinky,
-    four joints each, palm to tip. The fifth joint of each finger, its tip, is a vertex of the mesh.
+    four joints each, palm to tip. The fourth of each, the fingertip, is a vertex of the mesh.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ NUM_POSE_BASIS = 135  # 15 joints x 9 entries of (R - I)
 
 @dataclass(frozen=True, eq=False)
 class HandArrays:
-    """The arrays of a hand in MANO's parameter space. Lengths are METRES (MANO's own unit), angles radians.
+    """The arrays of a hand in MANO's parameter space. Lengths are in METRES (MANO's own unit), angles in radians.
 
-    Raises ValueError when a shape, a type or a value contradicts the others.
+    Raises ValueError if shapes, types or values are inconsistent.
     """
 
-    name: str  # "mano" or "standin"; a run says which hand it uses
+    name: str  # "mano" or "standin"
     v_template: np.ndarray  # [V, 3] m
     shapedirs: np.ndarray  # [V, 3, 10] m per unit of shape
     posedirs: np.ndarray  # [V, 3, 135] m per unit of (R - I), joint-major, each 3x3 row-major
@@ -58,7 +58,7 @@ class HandArrays:
     skin_weights: np.ndarray  # [V, 16] rows sum to 1
     faces: np.ndarray  # [F, 3] int, vertex ids
     parents: tuple[int, ...]  # 16 parents in MANO order, the root's is -1
-    mean_pose: np.ndarray  # [45] axis-angle added to the fingers where flat_hand_mean is False (MANO's hands_mean)
+    mean_pose: np.ndarray  # [45] axis-angle added to the fingers if flat_hand_mean is False (MANO's hands_mean)
     tip_vertex_ids: tuple[int, ...]  # thumb, index, middle, ring, pinky
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class HandArrays:
         if value.dtype.kind != "f":
             raise ValueError(f"hand '{self.name}': {key} must be a float array, got dtype {value.dtype}")
         if not np.isfinite(value).all():
-            raise ValueError(f"hand '{self.name}': {key} holds NaN or infinite values")
+            raise ValueError(f"hand '{self.name}': {key} contains NaN or infinite values")
 
     def _check_sums(self, key: str) -> None:
         worst = float(np.abs(getattr(self, key).sum(axis=1) - 1.0).max())

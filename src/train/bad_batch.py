@@ -21,7 +21,7 @@ from src.batch import Batch
 from src.checkpoint.folder import MODEL, STATE, write_manifest
 from src.checkpoint.writer import Frozen
 from src.data.dataset import HandDataset
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.errors import SampleError
 from src.loss import LOSS_TERMS
 from src.utils.files import write_atomic
 

@@ -1,6 +1,6 @@
-"""What all converters do to an annotated hand: which joints are seen, the box around them, cameras, keys, image sizes.
+"""Shared by all converters: image files, projection, joint validity, boxes, MANO fields, sample keys.
 
-Numpy and OpenCV only. Shape legend: J = 21 joints (OpenPose order). A pixel's centre lies at integer coordinates.
+Numpy and OpenCV only. Shape legend: J = 21 joints (OpenPose order). Pixel centres are at integer coordinates.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from src.data.image import image_info
-from src.data.shards.safe_parse import SampleError
+from src.data.shards.annotation import joint_extent
+from src.data.shards.errors import SampleError
+from src.geometry.patch import turn_roots
 from src.hand.skeleton import MANO_TO_OPENPOSE
 
 MM_PER_M = 1000.0
-MIN_BOX_PX = 1.0  # a hand whose seen joints lie closer together than this cannot be cropped
+MIN_BOX_PX = 1.0  # a hand whose valid joints span less than this cannot be cropped
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0])  # x right, y up, z backward -> x right, y down, z forward
 MANO_21 = np.array(MANO_TO_OPENPOSE)  # 16 MANO joints and 5 tips (thumb to pinky) -> OpenPose order
 
@@ -37,29 +38,28 @@ def read_image(path: Path) -> tuple[bytes, str, tuple[int, int]]:
 
 
 def project_mm(joint_cam: np.ndarray, focal: np.ndarray, princpt: np.ndarray) -> np.ndarray:
-    """[J, 2] px of camera-space points [J, 3]; what lies in or behind the camera comes out far outside of any image."""
+    """[J, 2] px of camera-space points [J, 3]; points at or behind the camera project far outside any image."""
     depth = joint_cam[:, 2:]
     pixel = joint_cam[:, :2] / np.where(depth > 0, depth, 1.0) * focal + princpt
     return np.where(depth > 0, pixel, -1e6)
 
 
-def seen(joint_img: np.ndarray, size: tuple[int, int], annotated: np.ndarray | None = None) -> np.ndarray:
-    """[J] 1 where a joint is annotated, finite and lies inside of the image (width, height), else 0."""
+def visible_joints(joint_img: np.ndarray, size: tuple[int, int], annotated: np.ndarray | None = None) -> np.ndarray:
+    """[J] 1 where a joint is annotated, finite and inside the image (width, height), else 0."""
     with np.errstate(invalid="ignore"):
         inside = ((joint_img > -0.5) & (joint_img < np.array(size) - 0.5)).all(axis=-1)
     return (inside if annotated is None else inside & (np.asarray(annotated) > 0)).astype(np.float32)
 
 
 def tight_box(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """[4] xyxy px, the tight extent of the valid joints, without margin.
+    """[4] xyxy px, the extent of the valid joints, without margin.
 
     Raises:
         SampleError: no_valid_joint, or small_box for an extent below MIN_BOX_PX.
     """
-    known = joint_img[valid > 0]
-    if not len(known):
+    if not (valid > 0).any():
         raise SampleError("no_valid_joint")
-    box = np.concatenate([known.min(axis=0), known.max(axis=0)])
+    box = joint_extent(joint_img, valid)
     if ((box[2:] - box[:2]) < MIN_BOX_PX).any():
         raise SampleError("small_box")
     return box
@@ -71,31 +71,25 @@ def known_only(value: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 def fields_2d(joint_img: np.ndarray, valid: np.ndarray) -> dict[str, Any]:
-    """What a HandRecord says in pixels: the seen joints, and the box around them. Raises as `tight_box`."""
+    """The 2D fields of a HandRecord: the valid joints and their box. Raises as `tight_box`."""
     box = tight_box(joint_img, valid)
     return {"hand_bbox": box, "joint_img": known_only(joint_img, valid), "joint_2d_valid": valid}
 
 
 def fields_mano(pose: np.ndarray | None, shape: np.ndarray | None, flat_hand_mean: bool) -> dict[str, Any]:
-    """What a HandRecord says of MANO: nothing where there is no pose."""
+    """The MANO fields of a HandRecord; empty without a pose."""
     if pose is None:
         return {}
     return {"mano_pose": pose, "mano_shape": shape, "hand_model": "mano", "flat_hand_mean": flat_hand_mean}
 
 
 def turn_root(pose: np.ndarray, rotation: np.ndarray) -> np.ndarray:
-    """MANO pose [48] axis-angle with its root turned by `rotation` [3, 3] into another frame: R_root' = R R_root."""
-    root = rotation @ cv2.Rodrigues(np.asarray(pose[:3], np.float64))[0]
-    return np.concatenate([cv2.Rodrigues(root)[0][:, 0], pose[3:]])
-
-
-def mirror_pose(pose: np.ndarray) -> np.ndarray:
-    """Axis-angle [..., 3 K] of the mirror image (x negated): y and z of each axis-angle change sign."""
-    return (pose.reshape(*pose.shape[:-1], -1, 3) * [1.0, -1.0, -1.0]).reshape(pose.shape)
+    """MANO pose [48] axis-angle with its root rotated into another frame by `rotation` [3, 3]: R_root' = R R_root."""
+    return turn_roots(pose[None], rotation)[0]
 
 
 def plain_key(*parts: object) -> str:
-    """A sample key from parts: letters, digits, `-` and `_` only, since a dot ends a key and a slash makes a folder."""
+    """A sample key from parts: letters, digits, `-` and `_` only, because a dot ends a key and a slash is a folder."""
     return "_".join(re.sub(r"[^A-Za-z0-9_\-]+", "-", str(part)) for part in parts)
 
 
@@ -103,14 +97,14 @@ def finite(name: str, value: object, shape: tuple[int, ...]) -> np.ndarray:
     """`value` as a float64 array of `shape`.
 
     Raises:
-        SampleError: missing_annotation where it is None, wrong_shape, or not_finite.
+        SampleError: missing_annotation for None, wrong_shape, or not_finite.
     """
     if value is None:
         raise SampleError("missing_annotation", name)
     try:
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError):
-        raise SampleError("wrong_shape", f"{name} is no array of numbers") from None
+        raise SampleError("wrong_shape", f"{name} is not an array of numbers") from None
     if array.size != int(np.prod(shape)):
         raise SampleError("wrong_shape", f"{name} is {array.shape}, not {shape}")
     if not np.isfinite(array).all():

@@ -1,26 +1,28 @@
-"""What a converter hands to job.py: its work cut into chunks, one for each shard, and what the user asked for."""
+"""The interface between a data set's converter and job.py: work units, requests, skipped hands, the summary."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.data.shards.safe_parse import reason_of
+from src.data.shards.errors import reason_of
 from src.data.shards.writer import HandRecord
+
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A hand or image that is left out, and why: `reason` is counted, `detail` is for people."""
+    """A hand or image that is skipped: `reason` is the code it is counted under, `detail` explains."""
 
     reason: str
     detail: str = ""
 
     @classmethod
     def because_of(cls, error: Exception) -> Skip:
-        """What hostile annotations may provoke costs their hand, not the conversion."""
+        """Malformed annotations may raise anything: that costs the hand, not the conversion."""
         return cls(reason_of(error), getattr(error, "detail", repr(error)))
 
 
@@ -29,10 +31,10 @@ Records = Iterator["HandRecord | Skip"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """One shard's worth of work. `read(*arguments)` yields its hands in order; both travel to another process."""
+    """The work for one shard. `read(*arguments)` yields its hands in order; both are sent to worker processes."""
 
     name: str  # of the shard below the output folder, without .tar, e.g. "000000" or "freihand-train/000000"
-    size: int  # units of progress: images, or shards where their number is not known beforehand
+    size: int  # progress units: images, or shards where the number of images is not known in advance
     read: Callable[..., Records]
     arguments: tuple[Any, ...]
 
@@ -44,19 +46,19 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a data set's converter knows before it reads hands."""
+    """A conversion as a data set's converter plans it, before any hand is read."""
 
     name: str
     chunks: list[Chunk]
-    tolerance_mm: float  # of the MANO proof, mean joint error
+    tolerance_mm: float  # mean joint error that the MANO check accepts
     sides: tuple[str, ...] = ("left", "right")
-    left_file_shape: bool = False  # whether left betas may be those of the published MANO_LEFT.pkl
-    without_mano: str = "MANO conventions are those of the official code; give --mano to prove them on the data"
+    left_file_shape: bool = False  # whether left betas may refer to MANO_LEFT.pkl as published
+    without_mano: str = "MANO conventions are those of the official code; pass --mano to check them on the data"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for."""
+    """The user's options."""
 
     input: Path
     output: Path
@@ -67,8 +69,18 @@ class Request:
     mano_left: Path | None = None
 
 
+@dataclass(frozen=True)
+class ConvertSummary:
+    """What a converter wrote, and how many hands it skipped for each reason."""
+
+    num_hand: int
+    num_shard: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    note: tuple[str, ...] = ()  # lines to print: results of the MANO check, an example of each reason
+
+
 def take(records: Records, skipped: list[Skip] | None = None) -> Iterator[HandRecord]:
-    """The hands among what a chunk yields; what is left out is added to `skipped`."""
+    """The hands among what a chunk yields; skips are appended to `skipped`."""
     for record in records:
         if isinstance(record, HandRecord):
             yield record

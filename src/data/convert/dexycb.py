@@ -1,4 +1,4 @@
-"""DexYCB (Chao et al., CVPR 2021) -> native shards. One hand an image, right or left; 8 cameras, 1,000 sequences.
+"""DexYCB (Chao et al., CVPR 2021) -> native shards. One hand per image, right or left; 8 cameras, 1,000 sequences.
 
 Official files:
 
@@ -8,18 +8,17 @@ Official files:
     calibration/mano_{mano_calib}/mano.yml                   betas [10]
 
 Read from the official toolkit (github.com/NVlabs/dex-ycb-toolkit: README.md, dex_ycb_toolkit/dex_ycb.py, layers/
-mano_layer.py, issue 28): joints in OpenPose order, camera frame, all -1 where no hand is seen (pose_m all 0); pose_m is
-3 axis-angle, 45 coefficients of MANO's full pose basis, 3 translation, for a MANO with its mean pose added
-(flat_hand_mean=False); the setups s0-s3 by subject, camera and sequence number. Left hands were fitted with MANO_LEFT
-as published, before its unmirrored shape directions were known; see mano_check.py, which converts those betas.
+mano_layer.py, issue 28): joints are in OpenPose order and the camera frame, all -1 if no hand is visible (pose_m is
+then 0); pose_m is 3 axis-angle, 45 coefficients of MANO's full pose basis, 3 translation, with MANO's mean pose added
+(flat_hand_mean=False); the setups s0-s3 select by subject, camera and sequence number. Left hands were fitted with
+MANO_LEFT as published, before its unmirrored shape directions were known; mano_check.py converts those betas.
 
-Angles = coefficients @ hands_components, which only the user's MANO file has: without --mano there is no MANO here.
+Angles = coefficients @ hands_components, which only the user's MANO file has: without --mano no MANO is written.
 For left hands the components are those of --mano_left if given, else the right ones mirrored (axis-angle y, z negated).
-Every array of labels_*.npz is read without pickle; an object array is refused.
+Every array of labels_*.npz is read without pickle; object arrays are refused.
 
-Not tried without the download: whether MANO_LEFT's components are the right ones mirrored (the proof says so: left
-hands lose their parameters where they are not and no --mano_left is given), and how near converted betas come
-(tolerance 3 mm).
+Untested without the download: whether MANO_LEFT's components are the right ones mirrored (if not, and without
+--mano_left, the check drops the parameters of left hands), and the accuracy of converted betas (tolerance 3 mm).
 """
 
 from __future__ import annotations
@@ -41,17 +40,18 @@ from src.data.convert.annotate import (
     fields_2d,
     fields_mano,
     finite,
-    mirror_pose,
     plain_key,
     project_mm,
     read_image,
-    seen,
+    visible_joints,
 )
-from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
+from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Records, Request, Skip
 from src.data.convert.dexycb_split import SETUPS, choose_sequences
 from src.data.convert.job import run
-from src.data.shards.safe_parse import SampleError, parse_npy
-from src.data.shards.writer import ConvertSummary, HandRecord, Progress
+from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import parse_npy
+from src.data.shards.writer import HandRecord
+from src.geometry.patch import mirror_pose
 from src.hand.mano_file import load_pose_components
 
 SPLITS = (
@@ -61,7 +61,7 @@ SPLITS = (
 )
 TOLERANCE_MM = 3.0
 _MAX_ARRAY = 1 << 16  # bytes
-# What zipfile raises for a damaged archive: itself, its decompressors, and for odd offsets, flags and methods.
+# What zipfile and its decompressors raise for a corrupt archive, including odd offsets, flags and methods.
 _BAD_ZIP = (
     *(zipfile.BadZipFile, KeyError, EOFError, ValueError, OSError),
     *(zlib.error, lzma.LZMAError, struct.error, RuntimeError),
@@ -72,13 +72,13 @@ def convert_dexycb(request: Request, progress: Progress | None = None) -> Conver
     """Convert one part of one setup (or "all"), a shard for each sequence.
 
     Raises:
-        ValueError: the input is no DexYCB folder, is too incomplete for the setup, or --mano has no pose components.
+        ValueError: the input is not a DexYCB folder, lacks sequences of the setup, or --mano has no pose components.
     """
-    return run(cut_dexycb(request), request, progress)
+    return run(plan_dexycb(request), request, progress)
 
 
-def cut_dexycb(request: Request) -> Job:
-    """One chunk per sequence, its cameras one after another, frames in order. Raises as `convert_dexycb`."""
+def plan_dexycb(request: Request) -> Job:
+    """One chunk per sequence: camera after camera, frames in order. Raises as `convert_dexycb`."""
     sequences, serials = choose_sequences(request.input, request.split)
     components: dict[str, np.ndarray] = {}
     if request.mano:
@@ -94,16 +94,16 @@ def cut_dexycb(request: Request) -> Job:
         lens = {str(c): _lens(request.input, str(c)) for c in cameras if serials is None or str(c) in serials}
         work = (request.input, sequence, int(num_frame), side, betas, lens, components.get(side))
         chunks.append(Chunk(f"{len(chunks):06d}", int(num_frame) * len(lens), read_hands, work))
-    without = "no MANO parameters are written: the set stores coefficients of a basis in your MANO file; give --mano"
+    without = "no MANO parameters are written: the set stores coefficients of a basis in your MANO file; pass --mano"
     return Job("dexycb", chunks, TOLERANCE_MM, left_file_shape=True, without_mano=without)
 
 
 def _values(path: Path, *keys: str) -> list[Any]:
-    """What a yaml file says under some keys."""
+    """The values of some keys of a yaml file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ValueError(f"{path}: is missing; unpack this sequence and calibration.tar.gz of DexYCB again") from None
+        raise ValueError(f"{path}: missing; unpack this sequence and calibration.tar.gz of DexYCB again") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: does not parse ({error}); unpack it again") from None
     if not isinstance(content, dict) or any(key not in content for key in keys):
@@ -131,7 +131,7 @@ def read_hands(
     lens: dict[str, tuple[np.ndarray, np.ndarray]],
     components: np.ndarray | None,
 ) -> Records:
-    """The hand of each frame of each camera of a sequence."""
+    """The hand in each frame of each camera of a sequence."""
     for serial in lens:
         for frame in range(num_frame):
             try:
@@ -158,7 +158,7 @@ def read_labels(path: Path) -> dict[str, np.ndarray]:
 
 
 def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A small member of an archive; one that claims to be large is none of this data set."""
+    """A small member of an archive; DexYCB has no large ones, so a large size is an error."""
     if archive.getinfo(name).file_size > _MAX_ARRAY:
         raise zipfile.BadZipFile(f"{name} is too large")
     return archive.read(name)
@@ -180,7 +180,7 @@ def _read_hand(
     image, image_type, size = read_image(root / folder / f"color_{frame:06d}.jpg")
     joint_cam = joint * MM_PER_M
     joint_img = project_mm(joint_cam, *lens)
-    valid = seen(joint_img, size)
+    valid = visible_joints(joint_img, size)
     coefficient = finite("pose_m", label["pose_m"], (51,))
     has_mano = components is not None and bool(coefficient.any())
     pose = np.concatenate([coefficient[:3], coefficient[3:48] @ components]) if has_mano else None

@@ -1,7 +1,7 @@
 """DexYCB's setups s0 to s3: which subjects, cameras and sequences are train, val and test.
 
-The numbers are those of the official toolkit (dex_ycb_toolkit/dex_ycb.py). Subjects and cameras are numbered in the
-order of their names, sequences in the order of their names within a subject (100 each).
+The numbers are from the official toolkit (dex_ycb_toolkit/dex_ycb.py). Subjects and cameras are numbered in order of
+their names, sequences in order of their names within a subject (100 each).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SERIALS = (
     *("836212060125", "839512060362", "840412060917", "841412060263"),
     *("932122060857", "932122060861", "932122061900", "932122062010"),
 )
-# the day each subject was recorded, which their folders' names begin with
+# recording day of each subject, the first part of its folder name
 _DAYS = (
     *("20200709", "20200813", "20200820", "20200903", "20200908"),
     *("20200918", "20200928", "20201002", "20201015", "20201022"),
@@ -36,7 +36,7 @@ _OBJECT = {
 
 
 def takes_sequence(setup: str, part: str, number: int) -> bool:
-    """Whether the sequence of that number (0 to 99) of a subject belongs to the part."""
+    """Whether sequence `number` (0 to 99) of a subject belongs to the part."""
     if setup == "s0":
         return (number % 5 != 4) == (part == "train")
     if setup == "s3":
@@ -47,10 +47,10 @@ def takes_sequence(setup: str, part: str, number: int) -> bool:
 def choose_sequences(root: Path, split: str) -> tuple[list[str], frozenset[str] | None]:
     """("subject/sequence" in order, camera serials or None for all) of a split such as "s1/train", or of "all".
 
-    Subjects that are not there are passed over, so that a part of the download can be used.
+    Missing subjects are skipped, so that a part of the download can be used.
 
     Raises:
-        ValueError: no subject of the split is there, or a setup that counts sequences meets an incomplete subject.
+        ValueError: no subject of the split exists, or a setup that numbers sequences finds an incomplete subject.
     """
     setup, _, part = split.partition("/")
     numbers = range(len(_DAYS)) if split == "all" else _SUBJECT.get((setup, part), range(len(_DAYS)))
@@ -66,7 +66,7 @@ def choose_sequences(root: Path, split: str) -> tuple[list[str], frozenset[str] 
         names = sorted(p.name for p in subject.iterdir() if p.is_dir() and re.fullmatch(r"\d{8}_\d{6}", p.name))
         if setup in ("s0", "s3") and len(names) != NUM_SEQUENCE:
             raise ValueError(
-                f"{subject}: has {len(names)} sequences, but {setup} goes by their number among {NUM_SEQUENCE}; "
+                f"{subject}: has {len(names)} sequences instead of {NUM_SEQUENCE}, but {setup} selects them by number; "
                 "unpack the whole subject, or use s1, s2 or all"
             )
         wanted = [name for i, name in enumerate(names) if split == "all" or takes_sequence(setup, part, i)]

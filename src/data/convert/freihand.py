@@ -1,21 +1,21 @@
-"""FreiHAND (Zimmermann et al., ICCV 2019) -> native shards. Right hands only, four backgrounds for each training hand.
+"""FreiHAND (Zimmermann et al., ICCV 2019) -> native shards. Right hands only, each training hand with four backgrounds.
 
 Official files, as unpacked from FreiHAND_pub_v2 (and _eval):
 
-    training/rgb/%08d.jpg       130,240 images; image i shows hand i % 32,560 before background i // 32,560
+    training/rgb/%08d.jpg       130,240 images; image i shows hand i % 32,560 on background i // 32,560
     training_K.json             [N][3][3] px                training_xyz.json    [N][21][3] m, camera frame
     training_mano.json          [N][1][61]: pose 48 axis-angle, shape 10, then a root pixel and a scale (unused here)
-    evaluation/rgb/%08d.jpg     3,960 images; evaluation_K.json, _xyz.json, _mano.json where they were released
+    evaluation/rgb/%08d.jpg     3,960 images; evaluation_K.json, _xyz.json, _mano.json if released
 
 Read from the official toolbox (github.com/lmb-freiburg/freihand, utils/fh_utils.py, utils/model.py, view_samples.py):
-lists of equal length; versions follow one another (gs, hom, sample, auto); the pose is axis-angle for a MANO with its
-mean pose added (flat_hand_mean=False), root in the camera frame, right hand. Joints are in OpenPose order.
+lists of equal length; the versions follow one another (gs, hom, sample, auto); the pose is axis-angle with MANO's mean
+pose added (flat_hand_mean=False), root in the camera frame, right hand. Joints are in OpenPose order.
 Measured on three real samples: joints project into the image within 0.1 px, and the tips are vertices 744, 333, 444,
-555, 672 of the mesh (the toolbox' own table says 320 and 443; this project's MANO layer takes 744, 320, 443, 554, 671,
-2 to 4 mm away, so `joint_cam` of the tips and FK differ by that much).
+555, 672 of the mesh (the toolbox's own table has 320 and 443; this project's MANO layer uses 744, 320, 443, 554, 671,
+2 to 4 mm away, so `joint_cam` of the tips differs from FK by that much).
 
-Not tried without the download: the real training_mano.json (`--mano` proves its convention), and whether the released
-evaluation files have the training files' form (a list that is absent is taken as not known).
+Untested without the download: the real training_mano.json (`--mano` checks its convention), and whether the released
+evaluation files have the same form as the training files (a missing list means unknown).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from src.data.convert.annotate import (
     plain_key,
     project_mm,
     read_image,
-    seen,
+    visible_joints,
 )
-from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
+from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.shards.safe_parse import SampleError
-from src.data.shards.writer import ConvertSummary, HandRecord, Progress
+from src.data.shards.errors import SampleError
+from src.data.shards.writer import HandRecord
 
 SPLITS = ("training", "evaluation")
 VERSIONS = ("gs", "hom", "sample", "auto")
@@ -47,16 +47,16 @@ TOLERANCE_MM = 1.0  # the published joints are the model's own
 
 
 def convert_freihand(request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Convert one split; 2D and 3D joints, intrinsics and MANO where the files give them.
+    """Convert one split: 2D and 3D joints, intrinsics and MANO if the files have them.
 
     Raises:
-        ValueError: the input is no FreiHAND folder, or its lists differ in length.
+        ValueError: the input is not a FreiHAND folder, or its lists differ in length.
     """
-    return run(cut_freihand(request), request, progress)
+    return run(plan_freihand(request), request, progress)
 
 
-def cut_freihand(request: Request) -> Job:
-    """Cut the images, in the order of their numbers, into chunks. Raises as `convert_freihand`."""
+def plan_freihand(request: Request) -> Job:
+    """Split the images, in order of their numbers, into chunks. Raises as `convert_freihand`."""
     root, split = request.input, request.split
     lists = {name: _load(root / f"{split}_{name}.json") for name in ("K", "xyz", "mano")}
     if lists["K"] is None or not (root / split / "rgb").is_dir():
@@ -85,7 +85,7 @@ def _load(path: Path) -> list[Any] | None:
     except ValueError as error:
         raise ValueError(f"{path}: does not parse ({error}); unpack the archive again") from None
     if not isinstance(values, list):
-        raise ValueError(f"{path}: holds no list, as FreiHAND's files do; give the folder of FreiHAND itself")
+        raise ValueError(f"{path}: is not a list as in FreiHAND; give the folder of FreiHAND itself")
     return values
 
 
@@ -105,7 +105,7 @@ def _read_hand(root: Path, split: str, number: int, version: int, entry: dict[st
     focal, princpt = np.diag(camera)[:2], camera[:2, 2]
     joint_cam = finite("xyz", entry.get("xyz"), (21, 3)) * MM_PER_M
     joint_img = project_mm(joint_cam, focal, princpt)
-    valid = seen(joint_img, size)
+    valid = visible_joints(joint_img, size)
     mano = finite("mano", entry["mano"], (61,)) if "mano" in entry else None
     parameters = {} if mano is None else fields_mano(mano[:48], mano[48:58], flat_hand_mean=False)
     return HandRecord(

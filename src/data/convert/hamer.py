@@ -1,22 +1,22 @@
-"""HaMeR's public training tars (Pavlakos et al., CVPR 2024) -> native shards, tar to tar, without unpacking to disk.
+"""HaMeR's public training tars (Pavlakos et al., CVPR 2024) -> native shards, without unpacking to disk.
 
 Official files, as fetched by HaMeR's fetch_training_data.sh: folders such as freihand-train/ with 000000.tar, ...; a
-sample has `jpg` and `data.pyd`, a pickled list with a dict for each hand of the image (`detection.npz`, masks, is not
-used). Keys read: keypoints_2d [21, 3] px and confidence, keypoints_3d [21, 4] m and confidence, center [2] px,
+sample has `jpg` and `data.pyd`, a pickled list with a dict for each hand of the image (the masks in `detection.npz`
+are not used). Keys read: keypoints_2d [21, 3] px and confidence, keypoints_3d [21, 4] m and confidence, center [2] px,
 scale [2] (box side = 200 scale), hand_pose [48], betas [10], has_hand_pose, has_betas, right, personid.
-`data.pyd` is parsed, never unpickled (pickle_parse.py).
+`data.pyd` is parsed, never unpickled (src/utils/restricted_pickle.py).
 
 Read from the official repository (geopavlakos/hamer: hamer/datasets/image_dataset.py; issues 26 and 78 for the
-authors' words): joints in OpenPose order; the pose is axis-angle and whole (flat_hand_mean=True); images, joints and
-parameters of left hands are stored as left hands (they are mirrored on loading, axis-angle y and z negated), which is
-this project's convention too. There are no intrinsics: has_intr is 0, and of `joint_cam` only differences have a
-meaning.
-`hand_bbox` is the tight extent of the seen joints where at least 15 are seen, else the set's own box, which is wider.
-A hand has MANO only where both has_hand_pose and has_betas are set, as HaMeR itself trains.
+authors' answers): joints are in OpenPose order; the pose is axis-angle and absolute (flat_hand_mean=True); images,
+joints and parameters of left hands are stored as left hands (and mirrored on loading, axis-angle y and z negated),
+which is this project's convention too. There are no intrinsics: has_intr is 0, and `joint_cam` is only known up to a
+translation.
+`hand_bbox` is the tight box of the visible joints if there are at least 15, else the set's own, wider box.
+A hand has MANO only if both has_hand_pose and has_betas are set, as in HaMeR's own training.
 
-`data_source` is the folder's name; each folder's MANO convention is proved by itself (tolerance 12 mm: some folders'
-joints were annotated and not taken from MANO, as InterHand2.6M's).
-Not tried without the download: real tars (other member names, object arrays of another form in extra_info).
+`data_source` is the folder's name; the MANO convention is checked for each folder (tolerance 12 mm: in some folders, as
+in InterHand2.6M, the joints were annotated and not taken from MANO).
+Untested without the download: real tars (other member names, other object arrays in extra_info).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from src.data.convert.annotate import MM_PER_M, finite, known_only, plain_key, seen, tight_box
-from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
+from src.data.convert.annotate import MM_PER_M, fields_mano, finite, known_only, plain_key, tight_box, visible_joints
+from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.convert.pickle_parse import parse_pickle
 from src.data.image import image_info
 from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import parse_pickle
 from src.data.shards.tar import CorruptRegion, TarReader, split_name
-from src.data.shards.writer import ConvertSummary, HandRecord, Progress
+from src.data.shards.writer import HandRecord
 
 SPLITS = ("all",)
 TOLERANCE_MM = 12.0
@@ -43,15 +43,15 @@ _IMAGES = ("jpg", "jpeg", "png")
 
 
 def convert_hamer(request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Convert every tar below the input (or those of the folder that `split` names), one to one.
+    """Convert every tar below the input (or those of the folder that `split` names) to one shard each.
 
     Raises:
-        ValueError: there is no such tar.
+        ValueError: there is no tar to convert.
     """
-    return run(cut_hamer(request), request, progress)
+    return run(plan_hamer(request), request, progress)
 
 
-def cut_hamer(request: Request) -> Job:
+def plan_hamer(request: Request) -> Job:
     """One chunk per tar. Raises as `convert_hamer`."""
     made = request.output.resolve()
     tars = [p for p in sorted(request.input.glob("**/*.tar")) if made not in p.resolve().parents]
@@ -71,7 +71,7 @@ def cut_hamer(request: Request) -> Job:
 
 
 def read_hands(path: Path, subset: str) -> Records:
-    """The hands of each image of a tar, in order; damage is passed over."""
+    """The hands of each image of a tar, in order; corrupt members are skipped."""
     for key, members in _samples(path):
         if isinstance(members, str):
             yield Skip(members, f"{path} at {key or 'an unknown member'}")
@@ -82,7 +82,7 @@ def read_hands(path: Path, subset: str) -> Records:
                 raise SampleError("missing_member", key)
             hands = parse_pickle(members["data.pyd"])
             if not isinstance(hands, list) or not all(isinstance(hand, dict) for hand in hands):
-                raise SampleError("bad_pickle", f"{key}: data.pyd holds no list of dicts")
+                raise SampleError("bad_pickle", f"{key}: data.pyd is not a list of dicts")
             image_type, size = image_info(members[kind])
         except Exception as error:
             yield Skip.because_of(error)
@@ -95,7 +95,7 @@ def read_hands(path: Path, subset: str) -> Records:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | str]]:
-    """(key, members by suffix) of each sample of a tar, or (name, reason) where it is damaged."""
+    """(key, members by suffix) of each sample of a tar, or (name, reason) for a corrupt part."""
     key, members = "", {}
     with path.open("rb") as file:
         for item in TarReader(file, path.stat().st_size):
@@ -141,7 +141,7 @@ def _read_hand(
     key: str, number: int, hand: dict[str, Any], image: bytes, image_type: str, size: tuple[int, int], subset: str
 ) -> HandRecord:
     joint_img, known_2d = _points(hand, "keypoints_2d", 3)
-    valid = seen(joint_img, size, known_2d)
+    valid = visible_joints(joint_img, size, known_2d)
     has_3d = hand.get("keypoints_3d") is not None
     joint_cam, known_3d = _points(hand, "keypoints_3d", 4) if has_3d else (np.zeros((21, 3)), np.zeros(21, bool))
     has_mano = _flag(hand, "has_hand_pose") and _flag(hand, "has_betas")
@@ -159,9 +159,10 @@ def _read_hand(
         joint_2d_valid=valid,
         joint_cam=joint_cam * MM_PER_M if has_3d else None,
         joint_3d_valid=known_3d.astype(np.float32) if has_3d else None,
-        mano_pose=finite("hand_pose", hand.get("hand_pose"), (48,)) if has_mano else None,
-        mano_shape=finite("betas", hand.get("betas"), (10,)) if has_mano else None,
-        hand_model="mano" if has_mano else None,
-        flat_hand_mean=True if has_mano else None,
+        **fields_mano(
+            finite("hand_pose", hand.get("hand_pose"), (48,)) if has_mano else None,
+            finite("betas", hand.get("betas"), (10,)) if has_mano else None,
+            flat_hand_mean=True,
+        ),
         extra={"image_path": f"{key}.{image_type}", "source_index": number},
     )

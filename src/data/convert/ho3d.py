@@ -6,16 +6,17 @@ Official files:
     {split}/SEQUENCE/rgb/0000.jpg         640x480 (png in v2)
     {split}/SEQUENCE/meta/0000.pkl        a Python 2 pickle of a dict
 
-Keys read: handJoints3D, handPose [48], handBeta [10], camMat [3, 3]; in the evaluation split handJoints3D [3] is the
-wrist alone, and handBoundingBox [4] xyxy px. The pickles are parsed, never unpickled (pickle_parse.py).
+Keys read: handJoints3D, handPose [48], handBeta [10], camMat [3, 3]; in the evaluation split handJoints3D [3] is only
+the wrist, and there is handBoundingBox [4] xyxy px. The pickles are parsed, never unpickled
+(src/utils/restricted_pickle.py).
 
 Read from the official repository (github.com/shreyashampali/ho3d: vis_HO3D.py, utils/vis_utils.py): joints and
-translation are metres in OpenGL's camera frame (y up, z backward), so y and z change sign here and so does the frame
-of the MANO root; the 21 joints are MANO's 16 and then the tips from thumb to pinky; the pose is axis-angle for a MANO
-without mean pose (flat_hand_mean=True); all hands are right ones; frames without annotation hold None.
+translation are in metres in OpenGL's camera frame (y up, z backward), so y and z change sign here and the MANO root is
+rotated accordingly; the 21 joints are MANO's 16, then the tips from thumb to pinky; the pose is axis-angle and absolute
+(flat_hand_mean=True); all hands are right hands; frames without annotation hold None.
 
-Not tried without the download: the real pickles (protocol, further keys), and the evaluation split's joints that were
-published after the challenge (only what stands in the meta files is used).
+Untested without the download: the real pickles (protocol, further keys), and the evaluation split's joints that were
+published after the challenge (only the meta files are used).
 """
 
 from __future__ import annotations
@@ -35,31 +36,31 @@ from src.data.convert.annotate import (
     plain_key,
     project_mm,
     read_image,
-    seen,
     tight_box,
     turn_root,
+    visible_joints,
 )
-from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
+from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.convert.pickle_parse import parse_pickle
-from src.data.shards.safe_parse import SampleError
-from src.data.shards.writer import ConvertSummary, HandRecord, Progress
+from src.data.shards.errors import SampleError
+from src.data.shards.safe_parse import parse_pickle
+from src.data.shards.writer import HandRecord
 
 SPLITS = ("train", "evaluation")
 TOLERANCE_MM = 1.0  # the published joints are the model's own
 
 
 def convert_ho3d(request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Convert one split, a shard for each stretch of at most `num_per_shard` frames of a sequence.
+    """Convert one split; a shard has at most `num_per_shard` consecutive frames of one sequence.
 
     Raises:
-        ValueError: the input is no HO-3D folder.
+        ValueError: the input is not an HO-3D folder.
     """
-    return run(cut_ho3d(request), request, progress)
+    return run(plan_ho3d(request), request, progress)
 
 
-def cut_ho3d(request: Request) -> Job:
-    """Cut every sequence into chunks, frames in order. Raises as `convert_ho3d`."""
+def plan_ho3d(request: Request) -> Job:
+    """Split every sequence into chunks, frames in order. Raises as `convert_ho3d`."""
     folder = request.input / request.split
     if not folder.is_dir():
         raise ValueError(f"--input {request.input}: holds no folder {request.split}; give the folder of HO-3D_v3")
@@ -72,7 +73,7 @@ def cut_ho3d(request: Request) -> Job:
 
 
 def _frames(root: Path, split: str) -> dict[str, list[str]]:
-    """Sequence -> its frames in order, from the official list, or from the folders where that is absent."""
+    """Sequence -> its frames in order, from the official list, or from the folders if there is no list."""
     listing = root / f"{split}.txt"
     if listing.is_file():
         names = listing.read_text(encoding="utf-8").split()
@@ -88,7 +89,7 @@ def _frames(root: Path, split: str) -> dict[str, list[str]]:
 
 
 def read_hands(folder: Path, split: str, sequence: str, frames: list[str]) -> Records:
-    """The hand of each frame of a sequence."""
+    """The hand in each frame of a sequence."""
     for frame in frames:
         try:
             yield _read_hand(folder, split, sequence, frame)
@@ -104,7 +105,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     except OSError:
         raise SampleError("missing_annotation", str(path)) from None
     if not isinstance(meta, dict):
-        raise SampleError("bad_pickle", f"{path} holds no dict")
+        raise SampleError("bad_pickle", f"{path} is not a dict")
     return meta
 
 
@@ -125,7 +126,7 @@ def _read_hand(folder: Path, split: str, sequence: str, frame: str) -> HandRecor
         raise SampleError("missing_image", f"{sequence}/{frame}")
     image, image_type, size = read_image(path)
     joint_img = project_mm(joint_cam, focal, princpt)
-    valid = seen(joint_img, size, known)
+    valid = visible_joints(joint_img, size, known)
     has_mano = not only_wrist and meta.get("handPose") is not None and meta.get("handBeta") is not None
     pose = turn_root(finite("handPose", meta["handPose"], (48,)), OPENGL_TO_OPENCV) if has_mano else None
     box = finite("handBoundingBox", meta.get("handBoundingBox"), (4,)) if only_wrist else tight_box(joint_img, valid)

@@ -1,25 +1,25 @@
-"""InterHand2.6M v1.0 (Moon et al., ECCV 2020), 5 or 30 fps -> native shards. Each hand of an image is one sample.
+"""InterHand2.6M v1.0 (Moon et al., ECCV 2020), 5 or 30 fps -> native shards. Each hand in an image is one sample.
 
-Official files, `{split}` being train, val or test:
+Official files; `{split}` is train, val or test:
 
-    annotations/{split}/InterHand2.6M_{split}_data.json           images and annotations in COCO's form; older releases
-                                                                  have them below annotations/all/
+    annotations/{split}/InterHand2.6M_{split}_data.json           images and annotations, COCO format; older releases
+                                                                  have it in annotations/all/
     annotations/{split}/InterHand2.6M_{split}_camera.json         [capture] campos mm, camrot, focal, princpt [camera]
     annotations/{split}/InterHand2.6M_{split}_joint_3d.json       [capture][frame] world_coord [42][3] mm, joint_valid
     annotations/{split}/InterHand2.6M_{split}_MANO_NeuralAnnot.json   [capture][frame][side] pose 48, shape 10, trans m
     images/{split}/Capture*/{sequence}/cam*/image*.jpg            512 px, undistorted
 
 Read from the official repository (facebookresearch/InterHand2.6M: data/InterHand2.6M/dataset.py,
-tool/MANO_world_to_camera/convert.py) and mmpose's list of its key points: 21 right joints, then 21 left ones, each
+tool/MANO_world_to_camera/convert.py) and mmpose's list of its keypoints: 21 right joints, then 21 left ones, each
 finger from its tip to the palm (thumb, index, middle, ring, pinky), the wrist last; x_cam = camrot (x_world - campos);
-all joints of a hand count as unknown in 3D where its wrist is; MANO in the world frame, flat_hand_mean=False, left
-hands with the x of the shape directions mirrored (so betas are those of the right hand's mirror image).
-The set's joints were annotated, not taken from MANO: its authors state about 5 mm between the two, hence the tolerance
-of the proof. `joint_cam` are the set's joints. `mano_pose` has its root turned into the camera frame.
-The wrist is a skeleton point of the set too, so placing the MANO hand by `joint_cam[0]` inherits that difference.
+if the wrist is unknown, so are all 3D joints of that hand; MANO is in the world frame, flat_hand_mean=False, left hands
+with the x of the shape directions mirrored (so betas are those of the mirrored right hand).
+The set's joints were annotated, not taken from MANO: its authors report about 5 mm between the two, hence the tolerance
+of the check. `joint_cam` are the set's joints. The root of `mano_pose` is rotated into the camera frame.
+The wrist is an annotated joint too, so placing the MANO hand at `joint_cam[0]` inherits that difference.
 
-Memory: the json files of the train split are held by one process; expect 10 to 15 GB (val and test: below 3 GB).
-Not tried without the download: the real MANO_NeuralAnnot files (`--mano` proves their convention).
+Memory: one process loads the json files of the split; expect 10 to 15 GB for train (val and test: below 3 GB).
+Untested without the download: the real MANO_NeuralAnnot files (`--mano` checks their convention).
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ from src.data.convert.annotate import (
     plain_key,
     project_mm,
     read_image,
-    seen,
     turn_root,
+    visible_joints,
 )
-from src.data.convert.chunk import Chunk, Job, Records, Request, Skip
+from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Records, Request, Skip
 from src.data.convert.job import run
-from src.data.shards.safe_parse import SampleError
-from src.data.shards.writer import ConvertSummary, HandRecord, Progress
+from src.data.shards.errors import SampleError
+from src.data.shards.writer import HandRecord
 
 SPLITS = ("train", "val", "test")
 TOLERANCE_MM = 12.0
-# position in the set's order of one hand -> OpenPose order: the wrist, then each finger turned round
+# the set's order of one hand -> OpenPose order: the wrist, then each finger reversed
 TO_OPENPOSE = np.array([20, *(4 * finger + joint for finger in range(5) for joint in (3, 2, 1, 0))])
 _FIRST = {"right": 0, "left": 21}
 _FILES = ("data", "camera", "joint_3d", "MANO_NeuralAnnot")
 
 
 def convert_interhand(request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Convert one split: 2D and 3D joints with their validity, intrinsics, MANO where it was fitted.
+    """Convert one split: 2D and 3D joints with their validity, intrinsics, MANO if it was fitted.
 
     Raises:
-        ValueError: the input is no InterHand2.6M folder, or one of its json files does not parse.
+        ValueError: the input is not an InterHand2.6M folder, or one of its json files does not parse.
     """
-    return run(cut_interhand(request), request, progress)
+    return run(plan_interhand(request), request, progress)
 
 
-def cut_interhand(request: Request) -> Job:
-    """Sort the images by capture, sequence, camera and frame and cut them into chunks. Raises as the converter."""
+def plan_interhand(request: Request) -> Job:
+    """Sort the images by capture, sequence, camera and frame and split them into chunks. Raises as the converter."""
     data, camera, joint, mano = _load(request.input, request.split)
     try:
         image_of = {image["id"]: image for image in data["images"]}
@@ -72,7 +72,7 @@ def cut_interhand(request: Request) -> Job:
         pairs.sort(key=lambda p: (int(p[0]["capture"]), p[0]["seq_name"], str(p[0]["camera"]), int(p[0]["frame_idx"])))
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"InterHand2.6M_{request.split}_data.json: {error} is not as InterHand2.6M v1.0 has it; download it again"
+            f"InterHand2.6M_{request.split}_data.json: {error}: not the format of InterHand2.6M v1.0; download it again"
         ) from None
     folder = request.input / "images" / request.split
     chunks = []
@@ -103,7 +103,7 @@ def _load(root: Path, split: str) -> list[dict[str, Any]]:
 
 
 def _gather(image: dict[str, Any], note: dict[str, Any], camera: Any, joint: Any, mano: Any) -> dict[str, Any]:
-    """All that one image needs, so that no other process holds the whole annotation. Absent parts are None."""
+    """The annotation of one image, so that worker processes do not load all of it. Missing parts are None."""
     capture, frame, cam = str(image["capture"]), str(image["frame_idx"]), str(image["camera"])
     lens = camera.get(capture, {})
     return {
@@ -139,7 +139,7 @@ def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> Ha
     annotated &= np.isfinite(joint_cam).all(axis=1)
     image, image_type, size = read_image(folder / entry["file_name"])
     joint_img = project_mm(joint_cam, camera["focal"], camera["princpt"])
-    valid = seen(joint_img, size, annotated)
+    valid = visible_joints(joint_img, size, annotated)
     valid_3d = (annotated & annotated[0]).astype(np.float32)
     mano = entry["mano"].get(side)
     pose = turn_root(finite("pose", mano.get("pose"), (48,)), camera["camrot"]) if mano else None
@@ -170,7 +170,7 @@ def _camera(entry: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _world_joints(value: Any) -> np.ndarray:
-    """[42, 3] mm; a joint that was not annotated may be anything, None included."""
+    """[42, 3] mm; joints that were not annotated may be anything, including None."""
     if value is None:
         raise SampleError("missing_annotation", "world_coord")
     try:

@@ -1,8 +1,8 @@
-"""Runs a converter: its work is cut into chunks, a chunk becomes a shard, shards are made by processes side by side.
+"""Runs a conversion: each chunk of the job becomes one shard, written by parallel processes.
 
-A shard's content depends on its chunk alone, so it is the same to the byte for any number of processes and after any
-interruption. What is finished stays: `output/.convert/` notes each finished chunk, and a call with the same arguments
-goes on with the others. `output/convert.json` says what the folder was made from; another call is refused.
+A shard depends on its chunk only, so it is identical to the byte for any number of processes and after interruptions.
+`output/.convert/` has a note for each finished chunk, and a call with the same arguments converts the rest.
+`output/convert.json` records the arguments; a call with different ones is refused.
 """
 
 from __future__ import annotations
@@ -14,39 +14,37 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from src.data.convert.chunk import Chunk, Job, Request, Skip, take
+from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Request, Skip, take
 from src.data.convert.mano_check import (
-    NUM_PROOF,
+    NUM_CHECK,
     Convention,
     Conventions,
     apply_convention,
-    can_prove,
+    can_check,
     describe,
     find_convention,
 )
-from src.data.shards.writer import ConvertSummary, HandRecord, Progress, write_shard
+from src.data.shards.writer import HandRecord, map_spawned, write_shard
 from src.utils.files import write_atomic
 
-VERSION = 1  # raise it whenever the same input would come out different
+VERSION = 1  # increment it if the same input gives different hands
 MANIFEST = "convert.json"
 NOTES = ".convert"
-_PROOF_PER_CHUNK = 16  # hands of one side, so that the proof rests on several sequences
-_PROOF_CHUNKS = 200
+_CHECK_PER_CHUNK = 16  # hands per side, so that the check covers several sequences
+_CHECK_CHUNKS = 200
 
 
 def run(job: Job, request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Make every shard of the job that is not there yet.
+    """Write every shard of the job that does not exist yet.
 
     Raises:
-        ValueError: nothing to convert, the output folder holds something else, or a process was killed.
+        ValueError: nothing to convert, the output folder belongs to another call, or a worker process was killed.
     """
     if not job.chunks:
         raise ValueError(f"--input {request.input}: holds nothing of split {request.split!r} of {job.name}")
@@ -56,33 +54,43 @@ def run(job: Job, request: Request, progress: Progress | None = None) -> Convert
     done = total - sum(chunk.size for chunk in todo)
     if progress:
         progress(done, total)
-    conventions, lines = _prove(job, request, notes)
-    for chunk in _make(todo, request, notes, conventions):
-        done += chunk.size
-        if progress:
-            progress(done, total)
-    for part in request.output.glob("**/.*.tar.*.part"):  # what killed processes left
+    conventions, lines = _check_mano(job, request, notes)
+    work = [
+        (chunk, request.output, _note_path(notes, chunk), conventions.get(chunk.group, {}), request.mano)
+        for chunk in todo
+    ]
+    try:
+        for size in map_spawned(convert_chunk, work, request.num_process, _exit_with_parent):
+            done += size
+            if progress:
+                progress(done, total)
+    except BrokenProcessPool:
+        raise ValueError(
+            "a worker process was killed (out of memory?); repeat the call to continue, with a lower --num_process if "
+            "necessary"
+        ) from None
+    for part in request.output.glob("**/.*.tar.*.part"):  # left by killed processes
         part.unlink()
     return _summary(job, notes, lines)
 
 
 def _summary(job: Job, notes: Path, lines: list[str]) -> ConvertSummary:
-    """Add up the notes of all chunks. Raises ValueError where not one hand could be used."""
+    """Add up the notes of all chunks. Raises ValueError if not a single hand could be used."""
     found = [json.loads(_note_path(notes, chunk).read_text(encoding="utf-8")) for chunk in job.chunks]
     skipped: Counter[str] = Counter()
     example: dict[str, str] = {}
     for note in found:
         skipped.update(note["skipped"])
         example = {**note["example"], **example}
-    lines = lines + [f"{job.name}: left out as {reason}, for example: {example[reason]}" for reason in sorted(example)]
+    lines = lines + [f"{job.name}: skipped as {reason}, for example: {example[reason]}" for reason in sorted(example)]
     num_hand = [note["num_hand"] for note in found]
     if not any(num_hand):
-        shutil.rmtree(notes)  # nothing is finished, nothing proved: the input may be completed
-        raise ValueError("\n".join([f"{job.name}: not one hand could be used ({dict(skipped)})", *lines]))
+        shutil.rmtree(notes)  # so that the same call starts again once the input is complete
+        raise ValueError("\n".join([f"{job.name}: no hand could be used ({dict(skipped)})", *lines]))
     return ConvertSummary(sum(num_hand), sum(n > 0 for n in num_hand), dict(sorted(skipped.items())), tuple(lines))
 
 
-def digest(path: Path | None) -> str | None:
+def _digest(path: Path | None) -> str | None:
     """A short fingerprint of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path else None
 
@@ -92,7 +100,7 @@ def _note_path(notes: Path, chunk: Chunk) -> Path:
 
 
 def _is_done(chunk: Chunk, output: Path, notes: Path) -> bool:
-    """Whether a chunk was noted as finished, and its shard is still there where it had any hand."""
+    """Whether a chunk has a note, and its shard exists if the note counts any hand."""
     path = _note_path(notes, chunk)
     return path.exists() and (
         (output / f"{chunk.name}.tar").exists() or json.loads(path.read_text(encoding="utf-8"))["num_hand"] == 0
@@ -105,18 +113,18 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _open_output(job: Job, request: Request) -> Path:
-    """Create the output folder or check that it was begun by the same call; returns the folder of notes."""
+    """Create the output folder, or check that it belongs to the same call; returns the folder of notes."""
     for option, path in (("--mano", request.mano), ("--mano_left", request.mano_left)):
         if path is not None and not path.is_file():
-            raise ValueError(f"{option} {path}: no such file; give MANO_RIGHT.pkl (or MANO_LEFT.pkl), or leave it out")
+            raise ValueError(f"{option} {path}: no such file; give MANO_RIGHT.pkl (or MANO_LEFT.pkl), or omit {option}")
     wanted = {
         "version": VERSION,
         "converter": job.name,
         "input": str(request.input.resolve()),
         "split": request.split,
         "num_per_shard": request.num_per_shard,
-        "mano": digest(request.mano),
-        "mano_left": digest(request.mano_left),
+        "mano": _digest(request.mano),
+        "mano_left": _digest(request.mano_left),
     }
     path, notes = request.output / MANIFEST, request.output / NOTES
     if path.exists():
@@ -131,13 +139,13 @@ def _open_output(job: Job, request: Request) -> Path:
                     "delete that folder, or give another one"
                 )
     elif any(request.output.glob("**/*.tar")):
-        raise ValueError(f"--output {request.output}: holds shards already that no converter noted; give an empty one")
+        raise ValueError(f"--output {request.output}: has shards but no {MANIFEST}; give an empty folder")
     _write_json(path, wanted)
     return notes
 
 
-def _prove(job: Job, request: Request, notes: Path) -> tuple[dict[str, Conventions], list[str]]:
-    """The MANO convention of each group and side, and what to tell people. Kept in the notes for later calls."""
+def _check_mano(job: Job, request: Request, notes: Path) -> tuple[dict[str, Conventions], list[str]]:
+    """The MANO convention of each group and side, and lines to print. The notes keep it for later calls."""
     if request.mano is None:
         return {}, [f"{job.name}: {job.without_mano}"]
     conventions: dict[str, Conventions] = {}
@@ -146,67 +154,32 @@ def _prove(job: Job, request: Request, notes: Path) -> tuple[dict[str, Conventio
         path = notes / group / "mano.json"
         if not path.exists():
             chunks = [chunk for chunk in job.chunks if chunk.group == group]
-            _write_json(path, {k: asdict(v) for k, v in _prove_group(job, chunks, request.mano).items()})
+            _write_json(path, {k: asdict(v) for k, v in _check_group(job, chunks, request.mano).items()})
         found = {k: Convention(**v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
         conventions[group] = found
         if not found:
-            lines.append(f"{group or job.name}: no hand has MANO parameters and joints, so nothing could be proved")
+            lines.append(f"{group or job.name}: no hand has both MANO parameters and joints; convention not checked")
         lines += [describe(group or job.name, side, found[side], job.tolerance_mm) for side in sorted(found)]
     return conventions, lines
 
 
-def _prove_group(job: Job, chunks: list[Chunk], mano: Path) -> Conventions:
-    """Pose the first hands of each side; a side without any hand that has joints and parameters is left open."""
+def _check_group(job: Job, chunks: list[Chunk], mano: Path) -> Conventions:
+    """Find the convention from the first hands of each side; a side without hands to check is omitted."""
     hands: dict[str, list[HandRecord]] = {side: [] for side in job.sides}
-    for chunk in chunks[:_PROOF_CHUNKS]:
+    for chunk in chunks[:_CHECK_CHUNKS]:
         fresh: Counter[str] = Counter()
-        for record in filter(can_prove, take(islice(chunk.read(*chunk.arguments), 8 * _PROOF_PER_CHUNK))):
-            if fresh[record.handedness] < _PROOF_PER_CHUNK and len(hands[record.handedness]) < NUM_PROOF:
+        for record in filter(can_check, take(islice(chunk.read(*chunk.arguments), 8 * _CHECK_PER_CHUNK))):
+            if fresh[record.handedness] < _CHECK_PER_CHUNK and len(hands[record.handedness]) < NUM_CHECK:
                 hands[record.handedness].append(record)
                 fresh[record.handedness] += 1
-        if all(len(found) >= NUM_PROOF for found in hands.values()):
+        if all(len(found) >= NUM_CHECK for found in hands.values()):
             break
     found = {side: find_convention(hands[side], mano, side, job.tolerance_mm, job.left_file_shape) for side in hands}
     return {side: convention for side, convention in found.items() if convention is not None}
 
 
-def _make(todo: list[Chunk], request: Request, notes: Path, conventions: dict[str, Conventions]) -> Iterator[Chunk]:
-    """Write the chunks' shards; yields each chunk when it is done."""
-
-    def work(chunk: Chunk) -> tuple[Any, ...]:
-        return chunk, request.output, _note_path(notes, chunk), conventions.get(chunk.group, {}), request.mano
-
-    num_process = min(request.num_process, len(todo))
-    if num_process <= 1:
-        for chunk in todo:
-            make_chunk(*work(chunk))
-            yield chunk
-        return
-    # spawn: a fork of a process whose torch threads already run can hang
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_process, context, initializer=_end_with_parent) as pool:
-        running: dict[Future[None], Chunk] = {}
-        waiting = iter(todo)
-        try:
-            while True:
-                for chunk in islice(waiting, 2 * num_process - len(running)):
-                    running[pool.submit(make_chunk, *work(chunk))] = chunk
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    yield running.pop(future)
-        except BrokenProcessPool:
-            raise ValueError(
-                "a process of the conversion was killed (out of memory?); the same call goes on where it stopped, "
-                "with fewer processes if you lower --num_process"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """End this worker when its parent dies; it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -217,8 +190,8 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def make_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions, mano: Path | None) -> None:
-    """Write one chunk's shard, then its note: a chunk without a note is made again."""
+def convert_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions, mano: Path | None) -> int:
+    """Write one chunk's shard, then its note (a chunk without a note is converted again); returns `chunk.size`."""
     path = output / f"{chunk.name}.tar"
     path.parent.mkdir(parents=True, exist_ok=True)
     skipped: list[Skip] = []
@@ -227,3 +200,4 @@ def make_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions,
     example = {skip.reason: skip.detail for skip in reversed(skipped) if skip.detail}
     reasons = Counter(skip.reason for skip in skipped)
     _write_json(note, {"num_hand": num_hand, "skipped": reasons, "example": example})
+    return chunk.size

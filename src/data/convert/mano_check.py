@@ -1,18 +1,18 @@
-"""Proves on the data which MANO convention a set's parameters follow, before they are written as such.
+"""Checks on the data which MANO convention a set's parameters follow, before they are written.
 
-The first hands that have both parameters and joints are posed with the user's MANO file under every reading in
-question, and their 16 MANO joints are compared with the set's. Tips are left out: each set takes other vertices for
-them. Both hands are moved to their common centroid first, since sets differ in what their translation means; the root
-rotation is not aligned, so a wrong frame shows. The reading with the smallest error wins if it stays below the set's
+The first hands that have both parameters and joints are posed with the user's MANO file under every candidate
+convention, and their 16 MANO joints are compared with the set's. Tips are not compared: each set uses other vertices
+for them. Both hands are centred first, since sets define their translation differently; the root rotation is not
+aligned, so a wrong camera frame shows. The convention with the smallest error is used if the error is below the set's
 tolerance; otherwise no parameters are written.
 
-Readings
-    flat_hand_mean   the finger angles are whole, or the model's mean pose must be added
-    left shape       MANO_LEFT.pkl as published forgot to mirror the x of its shape directions (smplx issue 48), so a
-                     left hand fitted with it has other betas than its mirror image. Those are turned into the betas
-                     of the right hand that come closest to that shape (least squares over all vertices).
+What may differ
+    flat_hand_mean   finger angles are absolute, or offsets from the model's mean pose
+    left shape       the published MANO_LEFT.pkl does not mirror the x of its shape directions (smplx issue 48), so a
+                     left hand fitted with it has other betas than its mirror image. They are converted to the betas
+                     of the right hand closest to that shape (least squares over all vertices).
 
-Torch is imported inside functions: converters without --mano run without it.
+Torch is imported inside functions: converters without --mano do not need it.
 Shape legend: N hands, J = 21 joints (OpenPose order).
 """
 
@@ -27,32 +27,32 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from src.data.convert.annotate import mirror_pose
 from src.data.shards.writer import HandRecord
+from src.geometry.patch import mirror_pose
 from src.hand.mano_file import load_hand_arrays
 from src.hand.skeleton import TIP_JOINTS
 
 if TYPE_CHECKING:
     from src.hand.mano import ManoLayer
 
-NUM_PROOF = 64  # hands of each side
+NUM_CHECK = 64  # hands of each side
 _PALM_TO_KNUCKLE = np.array([j for j in range(21) if j not in TIP_JOINTS])  # the 16 MANO joints
 _MIN_JOINT = 10
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How the parameters of one side of one set are to be read, and what shows it."""
+    """The convention of the parameters of one side of one set, and the evidence for it."""
 
-    use: bool  # False: no reading fits, the parameters are dropped
+    use: bool  # False: no convention fits, the parameters are dropped
     flat_hand_mean: bool
-    left_file_shape: bool = False  # the betas belong to MANO_LEFT.pkl as published
-    error_mm: float | None = None  # mean joint error of this reading; None: not proved
+    left_file_shape: bool = False  # the betas refer to MANO_LEFT.pkl as published
+    error_mm: float | None = None  # mean joint error; None: not checked
     other_mm: float | None = None  # the smallest error with the other flat_hand_mean
     num_hand: int = 0
 
 
-Conventions = dict[str, Convention]  # "left", "right" -> how to read them
+Conventions = dict[str, Convention]  # by side: "left", "right"
 
 
 @lru_cache(maxsize=1)
@@ -83,7 +83,7 @@ def pose_joints(mano: Path, pose: np.ndarray, shape: np.ndarray, is_right: bool,
 
 
 def joint_error(joint: np.ndarray, target: np.ndarray, valid: np.ndarray) -> float:
-    """Mean distance in mm over the valid MANO joints of N hands, each pair moved to a common centroid.
+    """Mean distance in mm over the valid MANO joints of N hands, each pair centred on the other.
 
     Args: joint, target [N, J, 3] mm; valid [N, J].
     """
@@ -94,8 +94,8 @@ def joint_error(joint: np.ndarray, target: np.ndarray, valid: np.ndarray) -> flo
     return float(np.linalg.norm(centred, axis=-1).sum() / count.sum())
 
 
-def can_prove(record: HandRecord) -> bool:
-    """Whether a record has MANO parameters and enough joints to hold against them."""
+def can_check(record: HandRecord) -> bool:
+    """Whether a record has MANO parameters and enough joints to compare them with."""
     if record.mano_pose is None or record.joint_cam is None or record.joint_3d_valid is None:
         return False
     return int((np.asarray(record.joint_3d_valid)[_PALM_TO_KNUCKLE] > 0).sum()) >= _MIN_JOINT
@@ -104,11 +104,11 @@ def can_prove(record: HandRecord) -> bool:
 def find_convention(
     records: Iterable[HandRecord], mano: Path, side: str, tolerance_mm: float, left_file_shape: bool
 ) -> Convention | None:
-    """The reading that fits hands of one side best; None where there is no hand to try.
+    """The convention that fits hands of one side best; None without hands.
 
     Args:
-        records: hands as the set publishes them, all of `side`.
-        left_file_shape: whether betas of the published MANO_LEFT.pkl are a possible reading.
+        records: hands with the set's own parameters, all of `side`.
+        left_file_shape: whether the betas may refer to the published MANO_LEFT.pkl.
     """
     hands = list(records)
     if not hands:
@@ -128,7 +128,7 @@ def find_convention(
 
 
 def apply_convention(record: HandRecord, conventions: Conventions, mano: Path | None) -> HandRecord:
-    """The record with its parameters read as its side's convention says, or without them."""
+    """The record with its parameters in the convention of its side, or without them if none fits."""
     convention = conventions.get(record.handedness)
     if record.mano_pose is None or convention is None:
         return record
@@ -142,16 +142,17 @@ def apply_convention(record: HandRecord, conventions: Conventions, mano: Path | 
 
 
 def describe(name: str, side: str, convention: Convention, tolerance_mm: float) -> str:
-    """One line for people: what was found, with the numbers."""
+    """One line to print: the convention and its errors."""
+    flat = convention.flat_hand_mean
     found = (
-        f"flat_hand_mean={convention.flat_hand_mean} leaves {convention.error_mm:.3f} mm of mean joint error over "
-        f"{convention.num_hand} {side} hands, {not convention.flat_hand_mean} {convention.other_mm:.3f} mm"
+        f"flat_hand_mean={flat}: mean joint error {convention.error_mm:.3f} mm over {convention.num_hand} {side} hands "
+        f"({not flat}: {convention.other_mm:.3f} mm)"
     )
     if convention.left_file_shape:
-        found += "; betas are those of the published MANO_LEFT.pkl and were converted"
+        found += "; betas refer to the published MANO_LEFT.pkl and were converted"
     if convention.use:
-        return f"{name}: MANO proved: {found}"
+        return f"{name}: MANO checked: {found}"
     return (
-        f"{name}: WARNING: MANO parameters of {side} hands are left out (has_mano 0): "
-        f"even the better reading, {found}; the tolerance is {tolerance_mm} mm"
+        f"{name}: WARNING: MANO parameters of {side} hands are omitted (has_mano 0): no convention is within the "
+        f"tolerance of {tolerance_mm} mm; best: {found}"
     )

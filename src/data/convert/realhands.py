@@ -1,7 +1,7 @@
-"""The small folder of real photographs (`shared/realhands`, see its README.md) -> native shards.
+"""The project's folder of real photographs (`shared/realhands`, see its README.md) -> native shards.
 
-157 hands of five sources: 2D only and 3D, both sides, no MANO. Units, joint order and frames are ours already. An image
-with two hands becomes two samples. The encoded bytes are copied.
+157 hands of five sources, 2D only or 3D, both sides, no MANO parameters. Units, joint order and frames are already
+ours. An image with two hands becomes two samples. The encoded images are copied unchanged.
 """
 
 from __future__ import annotations
@@ -13,25 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from src.data.shards.writer import ConvertSummary, HandRecord, Progress, write_shards
+from src.data.convert.chunk import ConvertSummary, Progress, Request
+from src.data.shards.writer import HandRecord, write_shards
 
 SPLITS = ("all", "freihand", "hand_graph_cnn", "interhand2.6m", "rhd", "taco")
 
 
-def convert_realhands(
-    root: Path, output: Path, progress: Progress | None = None, source: str = "all"
-) -> ConvertSummary:
-    """Convert the hands listed in `root/annotations.json`, every one or those of one source.
+def convert_realhands(request: Request, progress: Progress | None = None) -> ConvertSummary:
+    """Convert the hands listed in `annotations.json`, all of them or those of the source that `split` names.
 
     Raises:
-        ValueError: `root` is no such folder.
+        ValueError: the input folder has no annotations.json.
     """
-    listing = root / "annotations.json"
+    root, listing = request.input, request.input / "annotations.json"
     if not listing.is_file():
         raise ValueError(f"--input {root}: holds no annotations.json; give the folder `realhands`")
     entries = json.loads(listing.read_text(encoding="utf-8"))
-    entries = [entry for entry in entries if source in ("all", entry["source"])]
-    return write_shards(_records(root, entries, progress), output)
+    entries = [entry for entry in entries if request.split in ("all", entry["source"])]
+    return ConvertSummary(*write_shards(_records(root, entries, progress), request.output))
 
 
 def _records(root: Path, entries: list[dict[str, Any]], progress: Progress | None) -> Iterator[HandRecord]:

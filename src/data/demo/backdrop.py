@@ -1,6 +1,6 @@
-"""Everything of a demo picture but the hand: background, objects before the hand, blur and noise of the sensor.
+"""Everything in a demo image but the hand: background, occluding objects, blur and sensor noise.
 
-Pictures are [S, S, 3] uint8 RGB. Everything random comes from the sample's own generator.
+Images are [S, S, 3] uint8 RGB. All randomness comes from the sample's own generator.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def _noise_bank() -> np.ndarray:
 
 
 def noise_patch(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A random cut-out [height, width, 3] of the noise bank, at most 512 px high and wide."""
+    """A random crop [height, width, 3] of the noise bank, at most 512 px high and wide."""
     y, x = int(rng.integers(0, 513 - height)), int(rng.integers(0, 513 - width))
     return _noise_bank()[y : y + height, x : x + width]
 
 
 def _colour(rng: np.random.Generator) -> tuple[float, ...]:
-    """A random colour; one in four looks like skin, so that colour alone does not find the hand."""
+    """A random colour; one in four is skin-like, so that colour alone does not reveal the hand."""
     if rng.random() < 0.25:
         return tuple(float(c) for c in SKIN_RGB[rng.integers(0, len(SKIN_RGB))] * rng.uniform(0.5, 1.1))
     vivid = rng.random() ** 2
@@ -40,7 +40,7 @@ def _colour(rng: np.random.Generator) -> tuple[float, ...]:
 
 
 def background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A procedural image [S, S, 3] uint8: a colour field, noise at several scales, patterns, clutter, people, blur."""
+    """A procedural image [S, S, 3] uint8: colour gradient, noise at several scales, patterns, clutter, people, blur."""
     corners = np.array([[_colour(rng), _colour(rng)], [_colour(rng), _colour(rng)]], np.float32)
     corners += rng.uniform(0.3, 1.0) * (corners.mean((0, 1)) - corners)
     image = cv2.resize(corners, (size, size), interpolation=cv2.INTER_LINEAR).clip(0, 255).astype(np.uint8)
@@ -65,7 +65,7 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _shelf(rng: np.random.Generator, image: np.ndarray) -> None:
-    """Rows of small upright things, as on shelves, in windows or on a keyboard, in place."""
+    """Rows of small upright objects, like shelves, windows or keyboards, in place."""
     size = image.shape[0]
     row, step = rng.uniform(0.06, 0.25) * size, rng.uniform(0.02, 0.09) * size
     shades = np.array([_colour(rng) for _ in range(4)]) * rng.uniform(0.4, 1.0)
@@ -83,7 +83,7 @@ def _shelf(rng: np.random.Generator, image: np.ndarray) -> None:
 
 
 def _person(rng: np.random.Generator, image: np.ndarray) -> None:
-    """Somebody behind the hand: a body in plain clothes and a face, in place."""
+    """A person behind the hand: a body in plain clothes and a face, in place."""
     size = image.shape[0]
     x, y, head = rng.uniform(0, size), rng.uniform(0.0, 0.7) * size, rng.uniform(0.12, 0.35) * size
     skin = SKIN_RGB[rng.integers(0, len(SKIN_RGB))] * rng.uniform(0.6, 1.05)
@@ -143,7 +143,7 @@ def _draw_shape(rng: np.random.Generator, image: np.ndarray, centre: np.ndarray,
 
 
 def occlude(rng: np.random.Generator, image: np.ndarray, joint_px: np.ndarray) -> np.ndarray:
-    """Sometimes put an object before the hand (joint_px [J, 2]), over at most MAX_HIDDEN_JOINT of its joints."""
+    """Sometimes put an object in front of the hand (joint_px [J, 2]), covering at most MAX_HIDDEN_JOINT joints."""
     if rng.random() > 0.22:
         return image
     low, high = joint_px.min(0), joint_px.max(0)
@@ -158,7 +158,7 @@ def occlude(rng: np.random.Generator, image: np.ndarray, joint_px: np.ndarray) -
 
 
 def sensor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """What a camera makes of it: tone and tint, motion or defocus blur, few pixels, noise."""
+    """Camera effects: tone and tint, motion or defocus blur, low resolution, noise."""
     image = _tone(rng, image)
     kind = rng.random()
     if kind < 0.12:

@@ -1,8 +1,8 @@
-"""Random natural hands before a random camera: the numbers behind a demo sample, drawn for many samples at once.
+"""Random natural hand poses, shapes, views and cameras for the demo, drawn for many samples at once.
 
-Every sample owns a random generator, so a sample is the same whatever it is drawn together with. Right hands only;
-`src.data.demo.make` mirrors the left ones. Torch is imported inside functions: one FK (ManoLayer) serves data and
-model.
+Every sample has its own random generator and does not depend on the samples drawn with it. Right hands only;
+`src.data.demo.make` mirrors some of them. Torch is imported inside functions; forward kinematics is the model's own
+ManoLayer.
 
 Shape legend: N samples, V vertices, J = 21 joints (OpenPose order).
 """
@@ -25,13 +25,13 @@ NUM_UNIFORM, NUM_NORMAL = 26, 83
 
 
 class Gesture(NamedTuple):
-    """A typical pose of the fingers. 0 is straight, 1 as in a fist; `bend` and `curl` from index to pinky."""
+    """A typical finger pose, from 0 (straight) to 1 (as in a fist); `bend` and `curl` from index to pinky."""
 
     weight: float
-    bend: tuple[float, float, float, float]  # of the knuckles
-    curl: tuple[float, float, float, float]  # of the two joints beyond them
-    thumb: tuple[float, float]  # how far it is opposed to the fingers, and how far its own joints are bent
-    spread: float  # of the fingers: 1 wide, 0 parallel, below that crowded
+    bend: tuple[float, float, float, float]  # knuckles
+    curl: tuple[float, float, float, float]  # the two joints beyond the knuckles
+    thumb: tuple[float, float]  # opposition to the fingers, and flexion of its own joints
+    spread: float  # of the fingers: 1 wide, 0 parallel, negative: pressed together
 
 
 OPEN, CURL = 0.04, 0.96
@@ -60,18 +60,18 @@ GESTURES = {
     "cylinder": Gesture(0.8, (0.5, 0.52, 0.54, 0.55), (0.45, 0.5, 0.5, 0.45), (0.8, 0.1), 0.2),
     "ball": Gesture(0.7, (0.25, 0.27, 0.3, 0.3), (0.3, 0.33, 0.35, 0.33), (0.6, 0.1), 0.9),
 }
-FREE = 0.25  # share of hands whose fingers are bent independently of each other
-BLEND = 0.4  # share of the others that are on the way from one gesture to another
+FREE = 0.25  # fraction of hands whose fingers bend independently of each other
+BLEND = 0.4  # fraction of the remaining hands that are between two gestures
 BEND_DEG, CURL_DEG = 85.0, (100.0, 62.0)
 THUMB_OPEN_DEG = ((0, 8, 0), (0, 0, 0), (0, 0, 0))
 THUMB_OPPOSED_DEG = (34, -26, 10)
 THUMB_BENT_DEG = (42, 62)
 SPREAD_DEG = (0.0, 11.0, 2.0, -7.0, -17.0)
-# Hand axes -> camera: fingers up, back of the hand towards the viewer.
+# Hand axes -> camera: fingers up, back of the hand towards the camera.
 UPRIGHT = np.array([[0.0, 0.0, -1.0], [1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 DEPTH_MM = (250.0, 900.0)
-SHAPE_STD = 1.6  # wider than people are: annotations place wrist and knuckles each in its own way
-CUT = 0.1  # share of hands that may be cut by the edge of the image
+SHAPE_STD = 1.6  # wider than real hands: data sets place wrist and knuckles differently
+CUT = 0.1  # fraction of hands that the image edge may cut off
 
 
 @dataclass
@@ -96,7 +96,7 @@ def _layer() -> ManoLayer:
 
 
 def rotation_anywhere(normal: np.ndarray) -> np.ndarray:
-    """Rotations [N, 3, 3], uniform on SO(3), from standard normal numbers [N, 4]: a random unit quaternion."""
+    """Rotations [N, 3, 3], uniform on SO(3), from standard normal numbers [N, 4] (a random unit quaternion)."""
     w, x, y, z = (normal / np.linalg.norm(normal, axis=1, keepdims=True)).T
     rows = (
         *(1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
@@ -109,9 +109,8 @@ def rotation_anywhere(normal: np.ndarray) -> np.ndarray:
 def random_orientation(uniform: np.ndarray, normal: np.ndarray, free_rotation: float) -> np.ndarray:
     """Root rotations [N, 3, 3], hand axes -> camera. uniform [N, 5], normal [N, 7].
 
-    A share `free_rotation` is turned anywhere on SO(3). The others are seen as hands are photographed: on the palm, on
-    the back or from a side; some reach towards the camera or away from it; half of them are upright, more or less, the
-    others rolled by any angle.
+    A fraction `free_rotation` is uniform on SO(3). The others have views typical of photographs: palm, back or side;
+    some reach towards the camera or away from it; half of them are roughly upright, the rest rolled by any angle.
     """
     side = np.select([uniform[:, 2] < 0.42, uniform[:, 2] < 0.78, uniform[:, 2] < 0.89], [180.0, 0.0, 90.0], -90.0)
     yaw = rotation_about(np.array([0.0, 1.0, 0.0]), np.radians(side + 28.0 * normal[:, 4]))
@@ -136,7 +135,7 @@ def random_angles(uniform: np.ndarray, normal: np.ndarray) -> np.ndarray:
     deg[:, root] = low + opposed * (np.array(THUMB_OPPOSED_DEG) - low)
     deg[:, root, 1] += 3.0 + 11.0 * normal[:, 10]
     deg[:, middle, 0], deg[:, last, 0] = (thumb[:, 1] * most for most in THUMB_BENT_DEG)
-    deg[:, last, 0] += 9.0 * normal[:, 11]  # some bend only its last joint, some lean it back
+    deg[:, last, 0] += 9.0 * normal[:, 11]  # some bend only the last joint, some extend it
     for d in range(1, 5):
         first, second, third = (k - 1 for k in chain(d))
         deg[:, first, 0] = BEND_DEG * bend[:, d - 1]
@@ -147,7 +146,7 @@ def random_angles(uniform: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
 
 def _fingers(uniform: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Knuckles' bend and fingers' curl [N, 4], thumb [N, 2] and spread [N] as of `Gesture`. uniform [N, 16]."""
+    """bend [N, 4], curl [N, 4], thumb [N, 2] and spread [N] as in `Gesture`. uniform [N, 16]."""
     edges = np.cumsum([gesture.weight for gesture in GESTURES.values()])
     chosen = np.searchsorted(edges, uniform[:, :2] * edges[-1]).clip(max=len(edges) - 1)  # [N, 2]
     way = np.where(uniform[:, 2] < BLEND, uniform[:, 2] / BLEND, 0.0)[:, None]
@@ -169,7 +168,7 @@ def _fingers(uniform: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _fk(rotmat: np.ndarray, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ManoLayer on float32 axis-angle, as a reader of the shard would do: pose [N, 48], vert, joint [N, ., 3] mm."""
+    """ManoLayer on float32 axis-angle, as stored in the shard: pose [N, 48], vert and joint [N, ., 3] mm."""
     import torch
 
     from src.geometry.rotation import matrix_to_axis_angle
@@ -182,8 +181,7 @@ def _fk(rotmat: np.ndarray, shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 
 def draw_hands(rngs: list[np.random.Generator], img_size: int, free_rotation: float) -> HandDraw:
-    """Draw one hand and camera per generator. Most hands are (almost) whole in a square image
-    of `img_size` px."""
+    """Draw one hand and camera per generator. Most hands are (almost) entirely inside the square image."""
     uniform = np.stack([rng.random(NUM_UNIFORM) for rng in rngs])
     normal = np.stack([rng.standard_normal(NUM_NORMAL) for rng in rngs])
     root = random_orientation(uniform[:, :5], normal[:, :7], free_rotation)
@@ -203,12 +201,12 @@ def draw_hands(rngs: list[np.random.Generator], img_size: int, free_rotation: fl
 
 
 def _place(vert: np.ndarray, focal: np.ndarray, princpt: np.ndarray, size: int, uniform: np.ndarray) -> np.ndarray:
-    """Wrist positions [N, 1, 3] mm that put the hands at a random place and size in the image. uniform [N, 4]."""
+    """Translations [N, 1, 3] mm that give the hands a random position and size in the image. uniform [N, 4]."""
     low, high = vert.min(1), vert.max(1)
     centre, extent = 0.5 * (low + high), (high - low)[:, :2].max(1)
-    share = 0.38 + 0.44 * uniform[:, 0]  # wanted share of the image's side
+    share = 0.38 + 0.44 * uniform[:, 0]  # desired fraction of the image side
     depth = np.clip(focal[:, 0] * extent / (share * size), *DEPTH_MM)
-    nearest = focal[:, 0] * extent / (0.85 * size)  # nearer, it would not fit
+    nearest = focal[:, 0] * extent / (0.85 * size)  # any nearer, the hand would not fit
     depth = np.maximum(depth, nearest) + 0.25 * (high - low)[:, 2]
     half = 0.5 * focal * (high - low)[:, :2] / depth[:, None]
     room = np.maximum(0.5 * size - half - 0.02 * size, 0.0)

@@ -1,4 +1,4 @@
-"""The light of the demo's images: sky, a lamp with its shadows, a weaker second lamp, a little gloss.
+"""The light of the demo's images: sky, a lamp with shadows, a weaker second lamp, slight gloss.
 
 Shape legend: N samples, V vertices, J = 21 joints.
 """
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 VIEWER = np.array([0.0, 0.0, -1.0], np.float32)
-SHADOW_MM = 9.0  # a joint keeps the lamp's light from what is behind it within about this radius
+SHADOW_MM = 9.0  # radius of the shadow that a joint casts
 
 
 @dataclass(frozen=True)
 class Light:
-    """One drawn light: unit vectors towards sky, lamp and second lamp [3], their colours [3], strength of the gloss."""
+    """One light setup: unit vectors towards sky, lamp and second lamp [3], their colours [3], strengths."""
 
     sky: np.ndarray
     lamp: np.ndarray
@@ -29,7 +29,7 @@ class Light:
 
 
 def draw_light(rng: np.random.Generator) -> Light:
-    """A random light, mostly from above and from the viewer's side, sometimes from behind the hand."""
+    """A random light setup, mostly from above and the camera's side, sometimes from behind the hand."""
     lamp, second, sky = rng.normal((0.0, -0.8, -0.8), 1.0), rng.normal((0.0, -0.2, -0.6), 1.0), rng.normal(0.0, 0.5, 3)
     if rng.random() < 0.85:
         lamp[2] = -abs(lamp[2]) - 0.1
@@ -55,7 +55,7 @@ def _unit(vec: np.ndarray) -> np.ndarray:
 
 
 def closeness(vert: np.ndarray, normal: np.ndarray, joint: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """How much of the sky the digits leave to each hand vertex, [N, V] in 0..1 (1 is open). Wrist at the origin, mm."""
+    """Ambient visibility of each hand vertex past the digits, [N, V] in 0..1 (1 is open). Wrist at the origin, mm."""
     dist = (vert * vert).sum(-1)[..., None] + (joint * joint).sum(-1)[:, None] - 2.0 * vert @ joint.transpose(0, 2, 1)
     toward = normal @ joint.transpose(0, 2, 1) - (normal * vert).sum(-1)[..., None]
     block = np.exp(dist / -450.0) * np.clip(toward / 14.0 + 0.2, 0.0, 1.2) * (1.0 - own)
@@ -63,7 +63,7 @@ def closeness(vert: np.ndarray, normal: np.ndarray, joint: np.ndarray, own: np.n
 
 
 def cast_shadow(vert: np.ndarray, joint: np.ndarray, own: np.ndarray, light: Light) -> np.ndarray:
-    """Share of the lamp's light that reaches each hand vertex [V] past the joints [J, 3]. Wrist at the origin, mm."""
+    """Fraction of the lamp's light that reaches each hand vertex [V] past the joints [J, 3]. Wrist at origin, mm."""
     toward = (joint @ light.lamp) - (vert @ light.lamp)[:, None]  # [V, J] mm along the ray to the lamp
     dist = (vert * vert).sum(-1)[:, None] + (joint * joint).sum(-1) - 2.0 * vert @ joint.T
     beside = dist - toward * toward  # squared distance of the joint from that ray
@@ -74,7 +74,7 @@ def cast_shadow(vert: np.ndarray, joint: np.ndarray, own: np.ndarray, light: Lig
 def shade(
     albedo: np.ndarray, normal: np.ndarray, open_sky: np.ndarray, in_lamp: np.ndarray | float, light: Light
 ) -> np.ndarray:
-    """Lit vertex colours [V, 3]: Lambert with wrapped light, hemispherical ambient, Blinn's gloss."""
+    """Lit vertex colours [V, 3]: wrapped Lambert, hemispherical ambient light, Blinn's specular term."""
     wrap = np.clip((normal @ light.lamp + 0.15) / 1.15, 0.0, 1.0) * in_lamp
     second = np.clip((normal @ light.second + 0.3) / 1.3, 0.0, 1.0) * open_sky
     sky = (0.78 + 0.3 * (normal @ light.sky)) * open_sky

@@ -1,8 +1,8 @@
-"""Paints demo samples: skin, forearm, sleeve and light for the hands of `src.data.demo.hand`, before a backdrop.
+"""Renders demo images: the hands of `src.data.demo.hand` with skin, forearm, sleeve and light on a background.
 
-The hand and its forearm are rasterised together at twice the resolution with vertex colours (Lambert with wrapped
-light, hemispherical ambient, a little gloss, darkening where fingers come close), then averaged down and laid over a
-procedural background. Everything random comes from the sample's own generator.
+Hand and forearm are rasterised together at twice the resolution with vertex colours (wrapped Lambert, hemispherical
+ambient light, slight gloss, occlusion between fingers), averaged down, and composited over a procedural background. All
+randomness comes from the sample's own generator.
 
 Shape legend: N samples, V hand vertices, A arm vertices, F faces of both, S image side.
 """
@@ -22,10 +22,10 @@ from src.data.demo.skin import ARM_RING, ARM_SIDE, paint_arm, paint_skin, region
 from src.hand.standin.build import build_standin_hand
 from src.utils.mesh_render import incident_faces, render_mesh, vertex_normals
 
-SUPER = 2  # supersampling
-SECOND_HAND = 0.22  # share of pictures with another hand behind the first
-NEAR_MM = 60.0  # faces nearer than this are left out
-MAX_TOWARD_CAMERA = 0.55  # sine of the forearm's angle against the image plane
+SUPER = 2  # supersampling factor
+SECOND_HAND = 0.22  # fraction of images with another hand behind the first
+NEAR_MM = 60.0  # faces nearer than this are dropped
+MAX_TOWARD_CAMERA = 0.55  # sine of the angle between forearm and image plane
 
 
 @lru_cache(maxsize=1)
@@ -44,7 +44,7 @@ def _faces() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _arm(draw: HandDraw, sleeve: np.ndarray, girth: np.ndarray) -> np.ndarray:
-    """Forearms [N, A, 3] camera mm that leave the wrist along `arm_rot`. sleeve [N] mm: where the cloth begins."""
+    """Forearms [N, A, 3] camera mm that leave the wrist along `arm_rot`. sleeve [N] mm: start of the cloth."""
     num = len(sleeve)
     along = np.empty((num, ARM_RING))
     along[:, :3], along[:, 3] = (6.0, 17.0, 27.0), np.maximum(sleeve - 3.0, 29.0)
@@ -56,7 +56,7 @@ def _arm(draw: HandDraw, sleeve: np.ndarray, girth: np.ndarray) -> np.ndarray:
     high = wide * (0.70 + 0.2 * np.clip((along - 30.0) / 150.0, 0.0, 1.0))
     thick = np.zeros((num, ARM_RING))
     thick[:, 5:] = girth[:, None] * np.array([1.0, 1.35, 1.35, 0.95, 1.0, 1.3, 1.3, 1.6])
-    # an arm that comes at the camera would hide the hand: it stays inside the wrist, which has a round end of its own
+    # an arm pointing at the camera would hide the hand: it is shrunk into the wrist, whose end is rounded
     hidden = draw.arm_rot[:, 2, 0] < -MAX_TOWARD_CAMERA
     along[hidden], wide[hidden], high[hidden], thick[hidden] = 4.0, 20.0, 12.0, 0.0
     turn = np.linspace(0, 2 * np.pi, ARM_SIDE, endpoint=False)
@@ -72,7 +72,7 @@ def _arm(draw: HandDraw, sleeve: np.ndarray, girth: np.ndarray) -> np.ndarray:
 
 
 def paint(draw: HandDraw, rngs: list[np.random.Generator], size: int) -> list[np.ndarray]:
-    """The pictures [S, S, 3] uint8 RGB of all hands of a draw."""
+    """The images [S, S, 3] uint8 RGB of all hands of a draw."""
     sleeve = np.array([rng.uniform(28.0, 48.0) if rng.random() < 0.6 else rng.uniform(48.0, 110.0) for rng in rngs])
     girth = np.array([rng.uniform(2.0, 9.0) * (rng.random() > 0.28) for rng in rngs])  # 0: a bare arm
     faces, table = _faces()
@@ -94,13 +94,13 @@ def paint(draw: HandDraw, rngs: list[np.random.Generator], size: int) -> list[np
         view = _View(draw.focal[i], draw.princpt[i], size)
         if rng.random() < SECOND_HAND:
             _second_hand(rng, image, vert[i], albedo, open_sky[i], light, view)
-        _lay_over(rng, image, vert[i], faces, shade(albedo, normal[i], open_sky[i], in_lamp, light), view)
+        _composite(rng, image, vert[i], faces, shade(albedo, normal[i], open_sky[i], in_lamp, light), view)
         images.append(sensor(rng, occlude(rng, image, view.project(draw.joint[i]))))
     return images
 
 
 class _View(NamedTuple):
-    """The camera of one picture."""
+    """The camera of one image."""
 
     focal: np.ndarray  # [2] px
     princpt: np.ndarray  # [2] px
@@ -120,8 +120,8 @@ def _second_hand(
     light: Light,
     view: _View,
 ) -> None:
-    """Lay the mirror image of a hand with its arm [V + A, 3] mm over the image, turned anywhere, beside and behind the
-    place where the hand itself will be."""
+    """Draw the mirror image of a hand with its arm [V + A, 3] mm, rotated at random, beside and behind the position of
+    the hand itself, in place."""
     faces, table = _faces()
     centre = vert[: build_standin_hand().num_vertex].mean(0)
     rotation = rotation_anywhere(rng.standard_normal((1, 4)))[0]
@@ -131,10 +131,10 @@ def _second_hand(
     turned = (turned + place).astype(np.float32)
     faces = faces[:, ::-1]
     colour = shade(albedo, vertex_normals(turned[None], faces, table)[0], open_sky, 1.0, light)
-    _lay_over(rng, image, turned, faces, colour, view)
+    _composite(rng, image, turned, faces, colour, view)
 
 
-def _lay_over(
+def _composite(
     rng: np.random.Generator, image: np.ndarray, vert: np.ndarray, face: np.ndarray, colour: np.ndarray, view: _View
 ) -> None:
     """Rasterise a hand and its arm at twice the resolution over `image`, in place. vert, colour [V + A, 3]."""

@@ -1,4 +1,4 @@
-"""Colours of the demo's hands: skin, creases, nails, rings, watches, sleeves. demo_light.py lights them.
+"""Colours of the demo's hands: skin, creases, nails, rings, watches, sleeves. light.py shades them.
 
 Shape legend: V hand vertices, A arm vertices, D = 5 digits.
 """
@@ -18,7 +18,7 @@ from src.hand.standin.flesh import RADIUS
 from src.utils.mesh_render import vertex_normals
 
 ARM_RING, ARM_SIDE = 13, 14
-# Lines of the palm at rest, mm in (distal, radial): head and heart line, and the one around the ball of the thumb.
+# Palm creases at rest, mm in (distal, radial): head line, heart line, and the one around the ball of the thumb.
 PALM_LINES = (
     ((72, 26), (62, 10), (52, -8), (48, -24)),
     ((88, 14), (80, 2), (72, -12), (70, -28)),
@@ -28,10 +28,10 @@ PALM_LINES = (
 
 @lru_cache(maxsize=1)
 def regions() -> dict[str, np.ndarray]:
-    """Where on the hand's skin colours differ, [V] in 0..1: `palm`, `knuckle`, `nail`, `tip`, `crease`.
+    """Regions of the skin with their own colours, [V] in 0..1: `palm`, `knuckle`, `nail`, `tip`, `crease`.
 
-    Also `ring` [D, V], a band around the first bone of each finger, `rest` [V, 3] the place at rest in units of the
-    hand, and `own` [V, 21], 1 where a joint cannot shade a vertex because both belong to one digit.
+    Also `ring` [D, V], a band around the first bone of each finger; `rest` [V, 3], the scaled position at rest; and
+    `own` [V, 21], 1 for a joint that cannot shade a vertex because both belong to one digit.
     """
     arrays, des = build_standin_hand(), design()
     vert = arrays.v_template.astype(np.float64) * 1e3
@@ -60,7 +60,7 @@ def regions() -> dict[str, np.ndarray]:
         tip = np.maximum(tip, np.exp(-(np.linalg.norm(vert - des.tip[d], axis=1) ** 2) / 150.0))
     owner = np.where(digit.max(1) > 0.4, digit.argmax(1), -1)
     own = owner[:, None] == np.array([-2, *(j // 4 for j in range(20))])
-    own[:, [0, 1]] = True  # the wrist, and the thumb's root deep in the palm, shade nothing
+    own[:, [0, 1]] = True  # the wrist and the thumb's root, deep in the palm, cast no shadow
     own[owner < 0] |= np.isin(np.arange(21), [0, 1, 5, 9, 13, 17])
     palm = np.clip(0.5 - 1.1 * facing, 0.0, 1.0)
     crease = np.maximum(crease, _palm_lines(vert) * (facing < -0.3))
@@ -70,7 +70,7 @@ def regions() -> dict[str, np.ndarray]:
 
 
 def _palm_lines(vert: np.ndarray) -> np.ndarray:
-    """How near [V] to a line of the palm; vert [V, 3] mm at rest."""
+    """Closeness [V] to a palm crease; vert [V, 3] mm at rest."""
     near = np.zeros(len(vert))
     flat = np.stack([-vert[:, 0], vert[:, 2]], axis=1)
     for line in np.array(PALM_LINES, float):
@@ -83,13 +83,13 @@ def _palm_lines(vert: np.ndarray) -> np.ndarray:
 
 
 def paint_skin(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Skin of one person: colour of each hand vertex [V, 3] and of the arm [3], RGB 0..255."""
+    """Skin of one random person: colour of each hand vertex [V, 3] and of the arm [3], RGB 0..255."""
     region = regions()
     tone = rng.random() ** 1.4 * (len(SKIN_RGB) - 1)
     i = min(int(tone), len(SKIN_RGB) - 2)
     base = SKIN_RGB[i] + (tone - i) * (SKIN_RGB[i + 1] - SKIN_RGB[i])
     base = base * (1.0 + rng.normal(0.0, (0.05, 0.05, 0.07)).astype(np.float32))
-    pale = 0.5 * base + 0.5 * np.array([226, 160, 140], np.float32)  # palms are paler, most of all on dark hands
+    pale = 0.5 * base + 0.5 * np.array([226, 160, 140], np.float32)  # palms are paler, especially on dark skin
     colour = base + (rng.uniform(0.3, 0.9) * region["palm"])[:, None] * (pale - base)
     red = rng.uniform(0.03, 0.2) * (region["knuckle"] + 0.8 * region["tip"])
     red = red + rng.uniform(0.0, 0.09) * _mottle(rng, 4.0) + rng.uniform(0.0, 0.12) * _mottle(rng, 1.3)
@@ -112,7 +112,7 @@ def _mottle(rng: np.random.Generator, frequency: float) -> np.ndarray:
 
 
 def paint_arm(rng: np.random.Generator, skin: np.ndarray, bare: bool) -> np.ndarray:
-    """Colours [A, 3] of the forearm: skin, then cloth unless `bare`, often patterned; sometimes a watch."""
+    """Colours [A, 3] of the forearm: skin, then a (often patterned) sleeve unless `bare`; sometimes a watch."""
     colour = np.tile(skin, (ARM_RING * ARM_SIDE + 1, 1)).astype(np.float32)
     rings = colour[: ARM_RING * ARM_SIDE].reshape(ARM_RING, ARM_SIDE, 3)
     if not bare:
@@ -130,7 +130,7 @@ def paint_arm(rng: np.random.Generator, skin: np.ndarray, bare: bool) -> np.ndar
 
 
 def _cloth_colour(rng: np.random.Generator) -> np.ndarray:
-    """Mostly muted: blacks, greys, blues, whites; now and then any colour."""
+    """Mostly muted (black, grey, blue, white), sometimes any colour."""
     if rng.random() < 0.35:
         return rng.uniform(15, 240, 3).astype(np.float32)
     grey = rng.uniform(18, 235) * (1.0 + rng.normal(0.0, 0.1, 3) + np.array([-0.05, 0.0, 0.08]) * rng.random())

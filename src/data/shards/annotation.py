@@ -114,7 +114,7 @@ def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, 
     joint_img = _known(arrays, "joint_img", valid_2d)
     values = {
         "joint_img": joint_img,
-        "hand_bbox": arrays["hand_bbox"] if "hand_bbox" in arrays else _extent(joint_img, valid_2d),
+        "hand_bbox": arrays["hand_bbox"] if "hand_bbox" in arrays else joint_extent(joint_img, valid_2d),
         "joint_cam": _known(arrays, "joint_cam", valid_3d),
         "mano_pose": _known(arrays, "mano_pose", has_mano),
         "mano_shape": _known(arrays, "mano_shape", has_mano),
@@ -137,12 +137,12 @@ def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, 
     )
 
 
-def _extent(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """[T, 4] tight box of the valid joints, for a sample that states none; NaN where no joint is valid."""
-    known = valid[..., None] > 0
-    low = np.where(known, joint_img, np.inf).min(axis=1)
-    high = np.where(known, joint_img, -np.inf).max(axis=1)
-    return np.concatenate([low, high], axis=-1).astype(np.float32)
+def joint_extent(joint_img: np.ndarray, valid: np.ndarray | float = 1.0) -> np.ndarray:
+    """[..., 4] xyxy px, the tight box of the valid joints ([..., J, 2], [..., J]); infinite if no joint is valid."""
+    known = np.broadcast_to(valid, joint_img.shape[:-1])[..., None] > 0
+    low = np.where(known, joint_img, np.inf).min(axis=-2)
+    high = np.where(known, joint_img, -np.inf).max(axis=-2)
+    return np.concatenate([low, high], axis=-1)
 
 
 def _bad_frames(values: Mapping[str, np.ndarray], has_intr: np.ndarray) -> dict[int, str]:

@@ -1,28 +1,29 @@
-"""Writes hands of any data set as shards in the native format: ordinary image and array members, no pickle.
+"""Writes hands as shards in the native format: plain image, json and array members, no pickle.
 
-One tar sample is one hand in one image: `{key}.jpg` (the encoded bytes as they came), `{key}.json`, and a `.npy` per
-known field with a leading T = 1. What is not known is left out. Stock `wds.WebDataset(...).decode("rgb")` reads it.
+One tar sample is one hand in one image: `{key}.jpg` (the encoded bytes, unchanged), `{key}.json`, and one `.npy` per
+known field with a leading T = 1. Unknown fields are omitted. `wds.WebDataset(...).decode("rgb")` reads the result.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class HandRecord:
-    """One annotated hand; arrays without the leading T, units and frames as in src/batch.py. None: not known."""
+    """One annotated hand; arrays without the leading T, units and frames as in src/batch.py. None: unknown."""
 
-    key: str  # without dots: they end the key
+    key: str  # without dots: the first dot ends the key
     image: bytes
     image_type: str  # jpg, jpeg, png or webp
     handedness: str  # left or right
@@ -36,57 +37,41 @@ class HandRecord:
     mano_shape: np.ndarray | None = None  # [10]
     focal: np.ndarray | None = None  # [2] px
     princpt: np.ndarray | None = None  # [2] px
-    hand_model: str | None = None  # whose parameters mano_pose and mano_shape are
+    hand_model: str | None = None  # the model that mano_pose and mano_shape are parameters of
     flat_hand_mean: bool | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # goes into the json, e.g. image_path, additional_desc
-
-
-@dataclass(frozen=True)
-class ConvertSummary:
-    """What a converter wrote, and what it left out by reason."""
-
-    num_hand: int
-    num_shard: int
-    skipped: dict[str, int] = field(default_factory=dict)
-    note: tuple[str, ...] = ()  # lines for people: what was proved, what was left out and why
+    extra: dict[str, Any] = field(default_factory=dict)  # further json entries, e.g. image_path, additional_desc
 
 
 _ARRAYS = (
-    "hand_bbox",
-    "joint_img",
-    "joint_2d_valid",
-    "joint_cam",
-    "joint_3d_valid",
-    "mano_pose",
-    "mano_shape",
-    "focal",
-    "princpt",
+    *("hand_bbox", "joint_img", "joint_2d_valid", "joint_cam", "joint_3d_valid"),
+    *("mano_pose", "mano_shape", "focal", "princpt"),
 )
 
 
 def to_members(record: HandRecord) -> dict[str, Any]:
-    """The record as webdataset writes it: bytes, json and arrays [1, ...] by suffix."""
+    """The record as a webdataset sample: image bytes, json and float32 arrays [1, ...] by suffix."""
     assert "." not in record.key, record.key
-    known = {name: value for name in _ARRAYS if (value := getattr(record, name)) is not None}
-    meta: dict[str, Any] = {
-        "handedness": record.handedness,
-        "data_source": record.data_source,
+    meta: dict[str, Any] = {"handedness": record.handedness, "data_source": record.data_source}
+    if record.mano_pose is not None:
+        assert None not in (record.hand_model, record.flat_hand_mean), record.key
+        meta |= {"hand_model": record.hand_model, "flat_hand_mean": record.flat_hand_mean}
+    meta |= {
         "intr_type": "real" if record.focal is not None else "none",
         "has_mano": [int(record.mano_pose is not None)],
         "has_intr": [int(record.focal is not None)],
         **record.extra,
     }
-    if record.mano_pose is not None:
-        assert None not in (record.hand_model, record.flat_hand_mean), record.key
-        meta |= {"hand_model": record.hand_model, "flat_hand_mean": record.flat_hand_mean}
+    known = {name: value for name in _ARRAYS if (value := getattr(record, name)) is not None}
     arrays = {f"{name}.npy": np.asarray(value, np.float32)[None] for name, value in known.items()}
     return {"__key__": record.key, record.image_type: record.image, "json": meta, **arrays}
 
 
 def write_shard(records: Iterable[HandRecord], path: Path) -> int:
-    """Write one shard; returns its number of hands. It stands under `path` only when it is complete, and not at all
-    where there is no record. The same records give the same bytes."""
-    import webdataset as wds  # brings torch along: not for --help
+    """Write one shard and return its number of hands. The same records give the same bytes.
+
+    The file appears under `path` only when it is complete, and not at all if there are no records.
+    """
+    import webdataset as wds  # imports torch, which --help does not need
 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     num_hand = 0
@@ -102,23 +87,42 @@ def write_shard(records: Iterable[HandRecord], path: Path) -> int:
     return num_hand
 
 
-def write_shards(records: Iterable[HandRecord], output: Path, num_per_shard: int = 2000) -> ConvertSummary:
-    """Write `output/000000.tar`, ... in order. The same records give the same bytes.
+def write_shards(records: Iterable[HandRecord], output: Path, num_per_shard: int = 2000) -> tuple[int, int]:
+    """Write `output/000000.tar`, ... in order and return the numbers of hands and shards.
 
-    Shards appear in `output` when all are complete; until then they lie in `output/.partial`.
+    The shards are written to `output/.partial` and moved to `output` when all of them are complete.
     """
-    import webdataset as wds
-
     partial = output / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    num_hand = 0
-    with wds.ShardWriter(str(partial / "%06d.tar"), maxcount=num_per_shard, verbose=0, mtime=0) as writer:
-        for record in records:
-            writer.write(to_members(record))
-            num_hand += 1
+    records, num_hand = iter(records), 0
+    for number in count():
+        written = write_shard(islice(records, num_per_shard), partial / f"{number:06d}.tar")
+        if not written:
+            break
+        num_hand += written
     shards = sorted(partial.glob("*.tar"))
     for shard in shards:
         shard.replace(output / shard.name)
     partial.rmdir()
-    return ConvertSummary(num_hand, len(shards))
+    return num_hand, len(shards)
+
+
+def map_spawned(
+    function: Callable[..., int], work: Sequence[tuple[Any, ...]], num_process: int, initializer: Callable[[], None]
+) -> Iterator[int]:
+    """`function(*arguments)` for each entry of `work`, in the order of completion, from up to `num_process` processes.
+
+    They are spawned, since forking a process with running torch threads can hang; 1 runs in this process.
+    """
+    num_process = min(num_process, len(work))
+    if num_process <= 1:
+        yield from (function(*arguments) for arguments in work)
+        return
+    with ProcessPoolExecutor(num_process, multiprocessing.get_context("spawn"), initializer) as pool:
+        futures = [pool.submit(function, *arguments) for arguments in work]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,12 +1,14 @@
-"""The stand-in hand: a right hand of our own making in MANO's parameter space, for runs without the MANO file.
+"""The stand-in hand: a hand mesh of our own design that can replace MANO where its licensed file is not available.
 
-Numpy only. Nothing here comes from MANO's data; only its parameter space is shared (16 joints in its order, pose 48,
-shape 10, rest pose flat, axes), so that a network, a loss or a shard need not know which hand is loaded.
-`standin_design` holds the skeleton and the sources of its proportions, `standin_flesh` the surface around it,
-`standin_mesh` the mesh on that surface; here they get weights, shape and pose directions and a joint regressor.
+It has MANO's parameter space (16 joints in the same order, 48 pose and 10 shape parameters, flat rest pose, the same
+axes) but our own mesh, so a network, a loss or a shard works the same way with either hand. Nothing here was derived
+from MANO's data. Numpy only.
 
-Shape legend: V vertices, K = 16 joints in MANO order, D = 5 digits (thumb, index, middle, ring, pinky). Millimetres;
-only the finished HandArrays are metres.
+`design` has the skeleton and the sources of its proportions, `flesh` the implicit surface around it, `mesh` the mesh on
+that surface; this module adds skinning weights, shape and pose directions and the joint regressor.
+
+Shape legend: V vertices, K = 16 joints in MANO order, D = 5 digits (thumb, index, middle, ring, pinky). Lengths are in
+mm; only the finished HandArrays are in metres.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def _smoothstep(x: np.ndarray) -> np.ndarray:
 
 
 def _thumb_root_share(vert: np.ndarray, mesh: Mesh, des: Design) -> np.ndarray:
-    """How far [V] the thumb's root joint moves a vertex: its ball follows, the rest of the palm does not."""
+    """Weight [V] of the thumb's root joint: the ball of the thumb follows it, the rest of the palm does not."""
     root = chain(0)[0]
     offset = vert - des.joint[root]
     axial = offset @ des.bone[root]
@@ -47,7 +49,7 @@ def _thumb_root_share(vert: np.ndarray, mesh: Mesh, des: Design) -> np.ndarray:
 
 
 def _knuckle_share(vert: np.ndarray, mesh: Mesh, des: Design, digit: int) -> np.ndarray:
-    """How far [V] a knuckle moves a vertex: a smooth step along the finger, in the palm on its own ray only."""
+    """Weight [V] of a knuckle: a smooth step along the finger; in the palm on its own ray only."""
     root = chain(digit)[0]
     on_ray = np.clip(1.6 * (1.0 - np.abs(mesh.column - digit)), 0.0, 1.0)
     on_ray = np.where(mesh.digit >= 0, mesh.digit == digit, on_ray)
@@ -56,7 +58,7 @@ def _knuckle_share(vert: np.ndarray, mesh: Mesh, des: Design, digit: int) -> np.
 
 
 def _skin_weights(mesh: Mesh, des: Design) -> np.ndarray:
-    """Linear-blend weights [V, K]: smooth steps along each digit; fingers share vertices only in the webs."""
+    """Linear blend skinning weights [V, K]: smooth steps along each digit; fingers share vertices only in the webs."""
     num = len(mesh.vert)
     weight = np.zeros((num, 16))
     weight[:, 0] = 1.0
@@ -86,12 +88,12 @@ def _shapedirs(vert: np.ndarray, weight: np.ndarray, des: Design) -> np.ndarray:
     palm_weight = 1.0 - digit_weight.sum(1)
 
     def palm_scale(strain: tuple[float, float, float]) -> np.ndarray:
-        """Stretch the palm; digits ride on their first joint."""
+        """Stretch the palm; digits move with their first joint."""
         first = des.joint[[chain(d)[0] for d in range(5)]]
         return palm_weight[:, None] * vert * strain + digit_weight @ (first * strain)
 
     def length(strain: dict[int, float]) -> np.ndarray:
-        """Stretch digits along their bones, each point moving with all the bone behind it."""
+        """Stretch digits along their bones."""
         out = np.zeros_like(vert)
         for d, amount in strain.items():
             ends = [*des.joint[list(chain(d))], des.tip[d]]
@@ -128,8 +130,8 @@ def _shapedirs(vert: np.ndarray, weight: np.ndarray, des: Design) -> np.ndarray:
 
 
 def _posedirs(vert: np.ndarray, weight: np.ndarray, des: Design) -> np.ndarray:
-    """Corrections [V, 3, 135] mm that are linear in R - I: a bent knuckle keeps its height, the flesh of its palm side
-    swells beside the crease. 1 - cos(angle) = -trace(R - I) / 2 is the amount of bending about any axis."""
+    """Pose corrections [V, 3, 135] mm, linear in R - I: a bent knuckle keeps its height, the flesh on its palm side
+    bulges beside the crease. 1 - cos(angle) = -trace(R - I) / 2 measures bending about any axis."""
     dirs = np.zeros((len(vert), 3, 15, 9))
     for k in range(1, 16):
         offset, parent = vert - des.joint[k], MANO_PARENTS[k]
@@ -146,9 +148,9 @@ def _posedirs(vert: np.ndarray, weight: np.ndarray, des: Design) -> np.ndarray:
 
 
 def _regressor(vert: np.ndarray, weight: np.ndarray, des: Design) -> np.ndarray:
-    """[K, V]: each joint as a convex mean of the vertices around it (non-negative, rows sum to 1).
+    """[K, V]: each joint as a convex combination of the vertices around it (non-negative, rows sum to 1).
 
-    The nearest vertices that both the joint and its parent move, weighted as evenly as hitting the joint allows.
+    Uses the nearest vertices that both the joint and its parent move, with weights as even as possible.
     """
     out = np.zeros((16, len(vert)))
     for k in range(16):
@@ -168,7 +170,7 @@ def _regressor(vert: np.ndarray, weight: np.ndarray, des: Design) -> np.ndarray:
 
 
 def _even_convex(point: np.ndarray, target: np.ndarray) -> np.ndarray | None:
-    """Non-negative weights [N] with sum 1 and weights @ point = target, near to even; None where there are none."""
+    """Non-negative, nearly even weights [N] with sum 1 and weights @ point = target; None if there are none."""
     system = np.concatenate([point.T, np.ones((1, len(point)))])
     goal = np.concatenate([target, [1.0]])
     active = np.ones(len(point), bool)
@@ -186,7 +188,7 @@ def _even_convex(point: np.ndarray, target: np.ndarray) -> np.ndarray | None:
 
 @lru_cache(maxsize=1)
 def build_standin_hand() -> HandArrays:
-    """The stand-in hand's arrays in metres; the same arrays to the bit on every call and in every process."""
+    """The stand-in hand's arrays in metres, identical to the bit on every call and in every process."""
     des = design()
     tubes = finger_tubes(des)
     mesh = build_mesh(*palm_rays(des), tubes, Flesh(des, tubes).field)

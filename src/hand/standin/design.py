@@ -1,7 +1,7 @@
-"""The skeleton of the stand-in hand: bone lengths, where they lie at rest, how far its joints turn. Numpy only.
+"""The skeleton of the stand-in hand (see build.py): bone lengths, rest positions, joint limits. Numpy only.
 
 Axes, as in MANO's right hand: fingers point to -x, the back of the hand to +y, the thumb to +z; the wrist joint is the
-origin. Positive rotation about +z bends a finger towards the palm. Lengths are MILLIMETRES here.
+origin. Positive rotation about +z bends a finger towards the palm. Lengths here are in MILLIMETRES.
 
 Proportions
   * Bone lengths and the soft tissue beyond the last bone: Buryanov & Kotiuk, "Proportions of hand segments",
@@ -31,7 +31,7 @@ BONE_MM = {
     "ring": (58.00, 41.37, 25.65, 17.30 + 3.95),
     "pinky": (53.69, 32.74, 18.11, 15.96 + 3.73),
 }
-# Our layout, mm in (distal, dorsal, radial): where each metacarpal begins, and the directions of ray and finger.
+# Our layout, mm in (distal, dorsal, radial): the base of each metacarpal, and the directions of ray and finger.
 BASE = {
     "thumb": (14, -8, 20),
     "index": (21, 0, 11),
@@ -42,7 +42,7 @@ BASE = {
 RAY = {"index": (1, 0.01, 0.19), "middle": (1, 0.01, 0.015), "ring": (1, 0.0, -0.19), "pinky": (1, -0.03, -0.40)}
 FINGER = {"index": (1, 0, 0.13), "middle": (1, 0, 0.015), "ring": (1, 0, -0.11), "pinky": (1, -0.01, -0.27)}
 THUMB = ((0.76, -0.33, 0.56), (0.83, -0.24, 0.50), (0.87, -0.20, 0.45))  # its three bones
-THUMB_UP = (-0.15, 0.72, 0.68)  # the nail faces half upwards, half away from the hand
+THUMB_UP = (-0.15, 0.72, 0.68)  # the nail faces upwards and away from the hand
 
 
 def to_xyz(point: tuple[float, float, float]) -> np.ndarray:
@@ -75,7 +75,7 @@ def chain(digit: int) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=1)
 def design() -> Design:
-    """Lay the bones out."""
+    """Compute joints, bones and frames from the constants above."""
     joint, bone, up = np.zeros((16, 3)), np.zeros((16, 3)), np.tile([0.0, 1.0, 0.0], (16, 1))
     tip = np.zeros((5, 3))
     bone[0] = [-1, 0, 0]

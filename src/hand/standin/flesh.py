@@ -1,7 +1,7 @@
-"""The flesh of the stand-in hand: an implicit surface of smoothly joined cones and ellipsoids around its skeleton.
+"""The flesh of the stand-in hand (see build.py): an implicit surface of smoothly joined cones and ellipsoids.
 
-Numpy only, millimetres, axes of `src.hand.standin.design`. The surface is the zero level of `Flesh.field`; the rays and
-tubes tell `src.hand.standin.mesh` along which lines to lay its mesh.
+Numpy only, millimetres, axes of `src.hand.standin.design`. The surface is the zero level of `Flesh.field`; the palm
+rays and finger tubes define the layout of the mesh in `src.hand.standin.mesh`.
 
 Shape legend: N query points, S cone segments, R rings of the palm.
 """
@@ -24,14 +24,14 @@ RADIUS = {
     "pinky": (9.3, 8.5, 8.7, 7.8, 7.6, 7.6, 6.4),
 }
 FLAT = 0.9  # depth over breadth of a finger
-WEB_MM = 15.0  # the fingers part this far beyond the knuckle joint
-WRIST_END_MM = 27.0  # the hand ends this far behind the wrist joint
+WEB_MM = 15.0  # distance from the knuckle joint to the web between fingers
+WRIST_END_MM = 27.0  # distance from the wrist joint to the end of the hand
 UP = np.array([0.0, 1.0, 0.0])
 
 
 @dataclass(frozen=True)
 class Cones:
-    """A chain of cones with spherical joints: node [S + 1, 3] mm, radius [S + 1] mm, squashed to `flat` of its breadth
+    """A chain of cones with spherical joints: node [S + 1, 3] mm, radius [S + 1] mm, flattened by `flat`
     along the unit vector `up` [3]."""
 
     node: np.ndarray

@@ -1,13 +1,13 @@
-"""The skin of the stand-in hand: a quad mesh pulled onto the implicit surface of `src.hand.standin.flesh`.
+"""The mesh of the stand-in hand (see build.py): quads projected onto the implicit surface of `src.hand.standin.flesh`.
 
-Numpy only. Lengths in this file are MILLIMETRES in MANO's axes: the fingers of the right hand point to -x, the back of
-the hand to +y, the thumb to +z; the wrist joint is the origin. All of it is our own design, no vertex was taken from
-another hand model.
+Numpy only. Lengths are in MILLIMETRES in MANO's axes: the fingers of the right hand point to -x, the back of the hand
+to +y, the thumb to +z; the wrist joint is the origin. The mesh is our own design; no vertex was taken from another
+hand model.
 
-The mesh is planned like a knitted glove: the palm is a flat tube of rings (16 stitches on the back, 16 on the palm
-side, one on each edge), each finger continues four columns of the back and four of the palm as a tube of ten, webs of
-two quads close the gaps between fingers, and the thumb grows from a window in the radial edge. Every vertex then
-moves along the gradient of the implicit surface until it lies on it.
+The topology resembles a knitted glove: the palm is a flat tube of rings (16 vertices on the back, 16 on the palm side,
+one on each edge), each finger continues four columns of the back and four of the palm as a tube of ten, webs of two
+quads close the gaps between fingers, and the thumb grows from a window in the radial edge. Every vertex then moves
+along the gradient of the implicit surface until it is on the surface.
 
 Shape legend: V vertices, F triangles, N query points.
 """
@@ -22,10 +22,10 @@ import numpy as np
 from src.hand.standin.design import unit
 from src.hand.standin.flesh import Tube
 
-THUMB_WINDOW = (2, 6)  # palm rings between which the thumb leaves the radial edge
+THUMB_WINDOW = (2, 6)  # palm rings between which the thumb starts at the radial edge
 COLUMN = (-1.0, -0.4, 0.4, 1.0)  # position of a finger's four columns across its breadth
 NUM_RELAX = 8
-# Where the vertices of a ring lie around the axis: 0 to the radial side, 90 degrees to the nail.
+# Angles of a ring's vertices around the axis: 0 is the radial side, 90 degrees the nail.
 FINGER_ANGLE = np.radians([0, 48, 76, 104, 132, 180, 228, 256, 284, 312])
 THUMB_ANGLE = np.radians([180, 216, 243, 270, 297, 324, 0, 36, 63, 90, 117, 144])
 
@@ -120,7 +120,7 @@ def _tube(builder: _Builder, base: list[int], tube: Tube, digit: int, angle: np.
         axis = unit(cones.node[k + 1] - cones.node[k])
         centre = cones.node[k] + (s - length[k]) * axis
         up = unit(cones.up - axis * (cones.up @ axis))
-        beyond = max(s - length[-1], 0.0)  # within the ball at the tip
+        beyond = max(s - length[-1], 0.0)  # within the spherical tip
         radius = np.sqrt(max(np.interp(s, length, cones.radius) ** 2 - beyond**2, 1.0))
         around = np.cos(angle)[:, None] * np.cross(up, axis) + cones.flat * np.sin(angle)[:, None] * up
         ring = [builder.add(centre + radius * p, digit, digit) for p in around]
@@ -160,7 +160,7 @@ def signed_volume(vert: np.ndarray, face: np.ndarray) -> float:
 
 
 def build_mesh(path: np.ndarray, half: np.ndarray, tubes: list[Tube], field: Field) -> Mesh:
-    """Knit the glove and pull it onto the zero level of `field` ([N, 3] -> [N]).
+    """Build the topology and project it onto the zero level of `field` ([N, 3] -> [N]).
 
     path [4, R, 3] and half [4, R] mm describe the palm's rays (index to pinky), tubes the five fingers (thumb first).
     """
@@ -213,7 +213,7 @@ def _finish(builder: _Builder, tip: np.ndarray, field: Field) -> Mesh:
     quad = [tuple(new_id[list(q)]) for q in builder.quad]
     digit, column = np.array(builder.digit)[used], np.array(builder.column)[used]
     mean = neighbour_mean(_triangles(quad, vert), len(vert))
-    loose = (digit < 0).astype(float)  # palm, webs and the feet of the fingers; rings at finger joints stay
+    loose = (digit < 0).astype(float)  # palm, webs and finger bases move; rings at finger joints stay
     for _ in range(2):
         loose = np.maximum(loose, mean @ loose)
     loose = 0.5 * np.minimum(1.5 * loose, 1.0)[:, None]
