@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import Config, ConfigError, cross_problems
+from src.config import Config, ConfigError, cross_problems, flatten
 
 # `${env:NAME,default}` in a configuration: as in a shell, a variable that is set but empty counts as unset.
 OmegaConf.register_new_resolver("env", lambda name, default=None: os.environ.get(name) or default, replace=True)
@@ -28,7 +28,7 @@ def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
         ConfigError: naming every wrong key with its value and the fix.
     """
     plain = OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else dict(composed)
-    problems = [unknown_key_message(key) for key in _flat_keys(plain) if not is_known_key(key)]
+    problems = [unknown_key_message(key) for key in flatten(plain) if not is_known_key(key)]
     if problems:
         raise ConfigError("\n".join(problems))
     typed = OmegaConf.structured(Config)
@@ -130,14 +130,6 @@ def unknown_key_message(key: str) -> str:
     near = near or [k for k in known if k.rsplit(".", 1)[-1].lower() == leaf.lower()][:1]
     hint = f"did you mean {near[0]}?" if near else "all keys stand in config/stage1-base.yaml"
     return f"{key}: there is no such key; {hint}"
-
-
-def _flat_keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat_keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def _bound_problems(section: Any, prefix: str) -> Iterator[str]:

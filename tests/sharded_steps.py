@@ -17,13 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.batch import Batch
 from src.config import Config
-from src.distributed.processes import build_accelerator, part
+from src.distributed.processes import build_accelerator, shut_down
 from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
-from src.train import components as parts
 from src.train import sharding
 from src.train.optimizer import build_optimizer
-from src.train.step import Trainer
+from src.train.step import Trainer, prepare_model
 from tests.helpers import random_batch, small_config
 
 CFG = small_config(
@@ -42,7 +41,7 @@ def make_trainer(cfg: Config, is_sharded: bool, warm: int = 0) -> Trainer:
         net(random_batch(2, 56, step)).joint_cam.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    model = parts.training_form(net, cfg)
+    model = prepare_model(net, cfg)
     if is_sharded:
         sharding.shard(net, optimizer, accelerator)
         return Trainer(cfg, accelerator, model, accelerator.prepare(optimizer))
@@ -119,7 +118,7 @@ def main(file: Path) -> None:
     accelerator = whole.accelerator
     if accelerator.is_main_process:
         file.write_text(json.dumps(result))
-    part(accelerator)
+    shut_down(accelerator)
 
 
 def sharding_size(tensor: torch.Tensor) -> int:

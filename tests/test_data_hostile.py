@@ -23,7 +23,7 @@ from src.data.shards.index import FRAME, index_path, load_index
 from src.data.shards.reader import ShardReader
 from src.data.shards.tar import BLOCK, TarWalk, padded
 from src.geometry.patch import PatchView
-from src.utils.console import add_log_file, log_said, logger, set_up_logging
+from src.utils.console import add_log_file, log_to_file, logger, set_up_logging
 from tests.data_shards import (
     data_config,
     encode,
@@ -166,7 +166,7 @@ def test_what_another_process_has_said_goes_to_the_file_alone(
     log_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger.warning("mine")
-    log_said("another's")
+    log_to_file("another's")
     assert log_file.read_text(encoding="utf-8") == "mine\nanother's\n"
     assert capsys.readouterr().out == "mine\n"
 

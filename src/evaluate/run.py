@@ -10,6 +10,7 @@ import numpy as np
 from rich.progress import Progress
 
 from src.config import Config
+from src.data.demo.make import make_demo_data
 from src.data.loader import HandLoader, build_val_loader
 from src.distributed.processes import build_accelerator
 from src.evaluate import hand_sheets as overlay
@@ -19,7 +20,6 @@ from src.evaluate.collect import Samples, collect
 from src.evaluate.settings import source_labels
 from src.evaluate.submission import write_submission
 from src.model.net import PoseNet
-from src.train import components as parts
 from src.utils.console import logger, task_bar, track
 
 UNKNOWN = "unknown"  # what a shard's hands are called that do not say which data set they are of
@@ -56,7 +56,7 @@ def run_evaluation(checkpoint: Path, cfg: Config, options: Options, progress: Pr
     accelerator = build_accelerator(cfg)
     net = PoseNet.from_checkpoint(checkpoint, hand_model=cfg.MODEL.hand_model, device=accelerator.device)
     assert net.saved is not None
-    parts.make_demo_data(cfg, progress, subsets=("val",))
+    make_demo_data(cfg, progress, subsets=("val",))
     with task_bar(progress, "indexing shards") as advance:
         pin_memory = accelerator.device.type == "cuda"
         loader = build_val_loader(cfg, net.hand.name, half=options.half, progress=advance, pin_memory=pin_memory)

@@ -33,11 +33,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+from rich.progress import Progress
 
+from src.config import Config
 from src.data.demo.hand import HandDraw, draw_hands
 from src.data.demo.scene import paint
 from src.data.rng import stream
 from src.hand.standin.build import build_standin_hand
+from src.utils.console import logger, task_bar
 
 VERSION = 4  # raise it whenever a sample of the same seed would come out different
 SAMPLE_PER_SHARD = 500
@@ -113,6 +116,37 @@ def make_demo_shards(
         if progress is not None:
             progress(done, total)
     _write_manifest(root, {**manifest, "complete": sorted([*complete, *missing])})
+
+
+def make_demo_data(cfg: Config, display: Progress, subsets: Sequence[str] | None = None) -> None:
+    """Render the demo shards that the configuration asks for and that are missing; `subsets` as in `make_demo_shards`.
+
+    Progress goes to a bar on `display`, or to the log at each quarter if that is disabled.
+    """
+    demo = cfg.DATA.demo
+    if demo is None:
+        return
+    with task_bar(display, "rendering demo hands") as advance:
+        quarter = 0
+
+        def report(done: int, total: int) -> None:
+            nonlocal quarter
+            if done == 0:
+                logger.info(f"rendering {total} demo hands into {cfg.DATA.root}; this happens once")
+            elif display.disable and done * 4 // total > quarter:
+                quarter = done * 4 // total
+                logger.info(f"rendered {done} of {total}")
+            advance(done, total)
+
+        make_demo_shards(
+            Path(cfg.DATA.root),
+            {"train": demo.train_sample, "val": demo.val_sample},
+            seed=demo.seed,
+            img_size=demo.img_size,
+            free_rotation=demo.free_rotation,
+            progress=report,
+            subsets=subsets,
+        )
 
 
 def _check(manifest: dict[str, Any]) -> None:
