@@ -188,10 +188,9 @@ class Torture:
             if not self.journal.startswith(journal):
                 faults.append("metrics.jsonl differs")
         if attempt.signal != "SIGKILL" and (attempt.seconds > STOP_TIMEOUT or code not in (0, 75)):
-            early = (
-                attempt.where == "start-up" and code == -signal.Signals[attempt.signal]
-            )  # while Python itself started
-            faults += [] if early else [f"ended with {code} after {attempt.seconds:.0f} s"]
+            # a signal before Python installs its handlers
+            is_early = attempt.where == "start-up" and code == -signal.Signals[attempt.signal]
+            faults += [] if is_early else [f"ended with {code} after {attempt.seconds:.0f} s"]
         if "Traceback" in text and attempt.signal != "SIGKILL":  # data workers may print one when the trainer is gone
             faults.append("a traceback was printed")
         mine = run / "checkpoints" / f"checkpoint-{resumed}" if resumed else None
@@ -242,11 +241,9 @@ def table(attempts: list[Attempt]) -> str:
         "| kill | signal | interrupted | resumed from | ended in | ok |",
         "|---|---|---|---|---|---|",
     ]
-    for number, attempt in enumerate(attempts, 1):
-        verdict = attempt.faults or "yes"
-        lines.append(
-            f"| {number} | {attempt.signal} | {attempt.where} | {attempt.resumed} | {attempt.seconds:.1f} s | {verdict} |"
-        )
+    for number, each in enumerate(attempts, 1):
+        cells = (number, each.signal, each.where, each.resumed, f"{each.seconds:.1f} s", each.faults or "yes")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

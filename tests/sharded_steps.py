@@ -87,9 +87,8 @@ def bad_steps() -> dict[str, object]:
     is_skipped = same(weights_and_moments(one), before)
     for trainer in (one, other):
         trainer.train_step(2, batches(2, rank))
-    changes_nothing = same(weights_and_moments(one), weights_and_moments(other)) and not same(
-        weights_and_moments(one), before
-    )
+    after = weights_and_moments(one)
+    changes_nothing = same(after, weights_and_moments(other)) and not same(after, before)
     for step in (3, 4):
         skipped.append(one.train_step(step, batches(step, rank, bad=True)).skipped.tolist())
     halted = weights_and_moments(one)

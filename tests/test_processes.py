@@ -124,9 +124,7 @@ def assert_same_curve(run: Path, other: Path) -> None:
     first, second = (checkpoint_health(each) for each in (run, other))
     assert first == second
     assert bad_frame_lines(run) == bad_frame_lines(other)
-    assert (
-        len(bad_frame_lines(run)) == 12
-    )  # 2 of training, 1 of each validation, 1 of each evaluation of the training sample
+    assert len(bad_frame_lines(run)) == 12, "2 of training, 5 of validation, 5 of the training sample"
     assert first["num_read"] == 160
     assert next(text.rpartition(" ")[2] for text in first["example"]) == "20"
 
