@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT_STEP = 8
-STEP_PER_ATTEMPT = 9  # of the whole run, per kill
+STEP_PER_ATTEMPT = 9  # average steps between kills
 TIMEOUT = 240.0  # s without progress
 STOP_TIMEOUT = 30.0  # s that a stop on request may take
 SMALL = (

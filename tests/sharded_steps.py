@@ -32,7 +32,7 @@ CFG = small_config(
 
 
 def make_trainer(cfg: Config, is_sharded: bool, warm: int = 0) -> Trainer:
-    """`warm`: number of unsharded steps first, so that the moments are sharded, too."""
+    """`warm`: number of unsharded steps first, so that there are moments to shard."""
     accelerator = build_accelerator(cfg)
     torch.manual_seed(0)
     net = PoseNet(cfg.MODEL, build_standin_hand())
@@ -102,12 +102,12 @@ def bad_steps() -> dict[str, object]:
 
 
 def main(file: Path) -> None:
-    whole, sharded = make_trainer(CFG, False, warm=2), make_trainer(CFG, True, warm=2)
+    unsharded, sharded = make_trainer(CFG, False, warm=2), make_trainer(CFG, True, warm=2)
     result = {
-        "start_is_equal": same(weights_and_moments(whole), weights_and_moments(sharded)),
-        "numbers_held": [sum(sharding_size(p) for p in each.parameters) for each in (whole, sharded)],
-        "moments_held": [moments_size(each) for each in (whole, sharded)],
-        "whole": curve(whole),
+        "start_is_equal": same(weights_and_moments(unsharded), weights_and_moments(sharded)),
+        "numbers_held": [sum(sharding_size(p) for p in each.parameters) for each in (unsharded, sharded)],
+        "moments_held": [moments_size(each) for each in (unsharded, sharded)],
+        "unsharded": curve(unsharded),
         "sharded": curve(sharded),
         "bad": bad_steps(),
     }
@@ -116,7 +116,7 @@ def main(file: Path) -> None:
     result["float32"] = curve(make_trainer(CFG, False), 3)
     AcceleratorState._reset_state()  # it keeps the first precision for the whole process
     result["bf16"] = both_ways(replace(CFG, TRAIN=bf16))
-    accelerator = whole.accelerator
+    accelerator = unsharded.accelerator
     if accelerator.is_main_process:
         file.write_text(json.dumps(result))
     shut_down(accelerator)

@@ -112,7 +112,7 @@ def test_rate_zero_is_the_identity() -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_trainer_compiles_twice_and_validates_eagerly(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through Accelerate's wrapping, autocast and accumulation included; `prepare_model` asks for one whole graph."""
+    """Through Accelerate's wrapping, autocast and accumulation included; `prepare_model` requires a single graph."""
     torch._dynamo.reset()
     counter, real = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda net, **how: real(net, backend=counter, **how))
@@ -132,7 +132,7 @@ def test_the_trainer_compiles_twice_and_validates_eagerly(precision: str, monkey
     assert int(results[-1].skipped[1]) == 0
     assert counter.frame_count == 2, "one graph without dropout, one with it"
     assert math.isfinite(evaluate(net, batches, accelerator, cfg.LOSS, draw=False).metrics["loss_total"])
-    assert counter.frame_count == 2, "validation runs the network as it is"
+    assert counter.frame_count == 2, "validation runs the uncompiled network"
 
 
 def test_checkpointed_activations_change_no_gradient(net: PoseNet) -> None:

@@ -175,15 +175,17 @@ def test_curve_is_the_same_for_any_number_of_processes(
 def test_killed_worker_is_restarted(place: Path, rank: int) -> None:
     """SIGKILL at step 13; torchrun restarts both, they resume from step 10 and end with the same result."""
     cut = (DROPOUT, "TRAIN.sample_per_device=4", "GENERAL.resume_path=auto", "GENERAL.num_worker=1")
-    whole = finish(place, f"whole-{rank}", *cut, launcher=torchrun(2))
+    undisturbed = finish(place, f"undisturbed-{rank}", *cut, launcher=torchrun(2))
     runs = f"killed-{rank}"
     restarting = torchrun(2, "--max-restarts=2")
     done = start(place, runs, *cut, launcher=restarting, script="tests/failing_stage1.py", FAULT=f"kill:{rank}:13")
     assert done.returncode == 0, done.stdout[-6000:]
     assert "resuming from" in done.stdout
     (killed,) = (place / runs).glob("*/*_stage1-demo*")
-    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    weights, expected = (load_file(run / "checkpoints/checkpoint-20/model.safetensors") for run in (killed, whole))
+    assert (killed / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    weights, expected = (
+        load_file(run / "checkpoints/checkpoint-20/model.safetensors") for run in (killed, undisturbed)
+    )
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -263,11 +265,11 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fake scontrol that knows two nodes and records its arguments."""
     program = tmp_path / "scontrol"
     program.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ "$1" = show ] && printf "gpu07\\ngpu08\\n"; exit 0\n'
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ "$1" = show ] && printf "gpu07\\ngpu08\\n"; exit 0\n'
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return tmp_path / "asked"
+    return tmp_path / "calls"
 
 
 STEP = {

@@ -44,8 +44,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def assert_same_curves(whole: list[dict], sharded: list[dict]) -> None:
-    for one, two in zip(whole, sharded, strict=True):
+def assert_same_curves(unsharded: list[dict], sharded: list[dict]) -> None:
+    for one, two in zip(unsharded, sharded, strict=True):
         for name in (name for name in one if name.startswith("loss_") or name in ("lr", "grad_norm")):
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
 
@@ -53,8 +53,8 @@ def assert_same_curves(whole: list[dict], sharded: list[dict]) -> None:
 def test_curve_equals_unsharded(steps: dict[str, Any]) -> None:
     """10 steps of two micro-batches with activation checkpointing, starting from moments of unsharded steps."""
     assert steps["start_is_equal"]
-    assert len(steps["whole"]) == 10
-    assert_same_curves(steps["whole"], steps["sharded"])
+    assert len(steps["unsharded"]) == 10
+    assert_same_curves(steps["unsharded"], steps["sharded"])
     losses = [row["loss_total"] for row in steps["sharded"]]
     assert max(losses) > 1.01 * min(losses), "a curve, not a constant"
 
@@ -67,8 +67,8 @@ def test_curve_equals_unsharded_frozen_and_bf16(steps: dict[str, Any]) -> None:
 
 def test_each_process_holds_its_shard(steps: dict[str, Any]) -> None:
     """Half of weights and moments; a layer's last row or two make it slightly more on the first process."""
-    for whole, part in (steps["numbers_held"], steps["moments_held"]):
-        assert 0.5 * whole <= part < 0.52 * whole
+    for unsharded, part in (steps["numbers_held"], steps["moments_held"]):
+        assert 0.5 * unsharded <= part < 0.52 * unsharded
 
 
 def test_skipped_step_changes_nothing(steps: dict[str, Any]) -> None:
@@ -95,8 +95,8 @@ def sharded(place: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path) -> Path:
-    return finish(place, "whole", *OPTIONS, launcher=torchrun(2))
+def unsharded(place: Path) -> Path:
+    return finish(place, "unsharded", *OPTIONS, launcher=torchrun(2))
 
 
 def assert_same_rows(run: Path, other: Path, number: int) -> None:
@@ -105,18 +105,18 @@ def assert_same_rows(run: Path, other: Path, number: int) -> None:
 
 
 @pytest.mark.slow
-def test_run_equals_unsharded(whole: Path, sharded: Path) -> None:
+def test_run_equals_unsharded(unsharded: Path, sharded: Path) -> None:
     """The same curve, validations, images and checkpoint files."""
-    assert_same_rows(whole, sharded, 10)
-    for one, two in zip(rows(whole, "val"), rows(sharded, "val"), strict=True):
+    assert_same_rows(unsharded, sharded, 10)
+    for one, two in zip(rows(unsharded, "val"), rows(sharded, "val"), strict=True):
         assert all(two[name] == pytest.approx(value, rel=1e-4) for name, value in one.items() if name != "subset")
-    images = [sorted(file.name for file in (run / "images").iterdir()) for run in (whole, sharded)]
+    images = [sorted(file.name for file in (run / "images").iterdir()) for run in (unsharded, sharded)]
     assert images[0] == images[1] != []
-    one, two = (load_file(run / "checkpoints/checkpoint-10/model.safetensors") for run in (whole, sharded))
+    one, two = (load_file(run / "checkpoints/checkpoint-10/model.safetensors") for run in (unsharded, sharded))
     assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
     one, two = (
         torch.load(run / "checkpoints/checkpoint-10/optimizer.pt", weights_only=True)["optimizer"]
-        for run in (whole, sharded)
+        for run in (unsharded, sharded)
     )
     assert one["param_groups"] == two["param_groups"]
     for index, state in one["state"].items():
@@ -125,7 +125,7 @@ def test_run_equals_unsharded(whole: Path, sharded: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("written", "resumed"), [("sharded", ()), ("whole", (SHARDED,))])
+@pytest.mark.parametrize(("written", "resumed"), [("sharded", ()), ("unsharded", (SHARDED,))])
 def test_sharded_and_unsharded_resume_from_each_other(
     place: Path, request: pytest.FixtureRequest, written: str, resumed: tuple[str, ...]
 ) -> None:

@@ -171,11 +171,11 @@ def test_repeated_non_finite_steps_end_the_run(place: Path) -> None:
     assert "loss_total=nan" in done.stdout
 
 
-def test_auto_takes_the_newest_whole_checkpoint(place: Path, finished: Path) -> None:
+def test_auto_resumes_the_newest_complete_checkpoint(place: Path, finished: Path) -> None:
     """If the newest is corrupt it resumes from the one before, in the same folder; a complete run is not touched."""
     run = place / "auto" / "2026-01-01" / "00-00-00_stage1-demo"
     shutil.copytree(finished, run)
-    shutil.rmtree(run / "checkpoints" / "best")  # it may be a whole one of step 40 and would do
+    shutil.rmtree(run / "checkpoints" / "best")  # may be a complete checkpoint of step 40
     weights = run / "checkpoints" / "checkpoint-40" / "model.safetensors"
     expected = weights.read_bytes()
     weights.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))

@@ -1,4 +1,4 @@
-"""How a process exits on a failure, so that of several processes one reports the cause, once. Imports no torch.
+"""Exit on a failure such that exactly one of several processes reports the cause. Imports no torch.
 
 torchrun ends with a report on the process that failed first; its last lines are what that process wrote to
 TORCHELASTIC_ERROR_FILE. While torchrun may still restart the processes it reports nothing, so the cause is printed.

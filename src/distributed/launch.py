@@ -1,4 +1,4 @@
-"""Between launcher and run: the place of this process among the others, and whether to requeue a job. Imports no torch.
+"""Translates the variables of launchers to those of torchrun, and requeues Slurm jobs. Imports no torch.
 
 torchrun sets RANK, WORLD_SIZE, ... for each process. Slurm's srun uses other names, and `accelerate launch --cpu
 --num_processes N` starts one process instead of N; both are translated to torchrun's variables here.
