@@ -18,8 +18,8 @@ from tests.helpers import random_batch, small_config
 def test_one_reduction_a_step(num_micro: int, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """DDP reduces as many elements in a step as there are parameters, whatever the number of micro-batches."""
     cfg = small_config("GENERAL.dropout_warmup_step=2")
-    net = PoseNet(cfg.MODEL, build_standin_hand()).train()
     accelerator = build_accelerator(cfg)
+    net = PoseNet(cfg.MODEL, build_standin_hand()).to(accelerator.device).train()
     model = DistributedDataParallel(net, gradient_as_bucket_view=True)
     reduced: list[int] = []
 
@@ -36,5 +36,5 @@ def test_one_reduction_a_step(num_micro: int, group: None, monkeypatch: pytest.M
     num_parameter = sum(p.numel() for p in net.parameters() if p.requires_grad)
     for step in range(3):
         reduced.clear()
-        trainer.train_step(step, [random_batch(2, 56, seed=i) for i in range(num_micro)])
+        trainer.train_step(step, [random_batch(2, 56, seed=i).to(accelerator.device) for i in range(num_micro)])
         assert sum(reduced) == num_parameter

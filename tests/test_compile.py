@@ -125,7 +125,7 @@ def test_the_trainer_compiles_twice_and_validates_eagerly(precision: str, monkey
     prepared = accelerator.prepare(prepare_model(net, cfg), build_optimizer(net, cfg))
     trainer = Trainer(cfg, accelerator, *prepared)
     assert trainer.net is net
-    batches = [random_batch(2, 56, seed=i) for i in range(2)]
+    batches = [random_batch(2, 56, seed=i).to(accelerator.device) for i in range(2)]
     results = [trainer.train_step(step, batches) for step in range(8)]
     assert len({result.dropout_rate for result in results}) > 4
     assert all(math.isfinite(result.metrics()["loss_total"]) for result in results)

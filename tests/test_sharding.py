@@ -163,8 +163,10 @@ def test_incompatible_options_are_refused(other: str) -> None:
         compose_config("stage1-demo", SHARDED, other)
 
 
-def test_single_process_is_refused(place: Path) -> None:
-    check_processes({"WORLD_SIZE": "2"})
+def test_single_process_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes()
+    monkeypatch.delenv("WORLD_SIZE")
     done = start(place, "alone", SHARDED)
     assert done.returncode == 2
     assert "TRAIN.shard_weights=true: there is one process only" in done.stdout

@@ -112,11 +112,6 @@ def _report_text(bad: BadStep, context: dict[str, Any]) -> str:
     return json.dumps(report, indent=1)
 
 
-def replay_folder(run_folder: Path, step: int) -> Path:
-    """Where the step that ended a run is saved."""
-    return run_folder / f"bad_batch-{step}"
-
-
 def save_batch(folder: Path, rank: int, micro_batches: list[Batch]) -> None:
     """Save the tensors of this process's micro-batches."""
     folder.mkdir(exist_ok=True)

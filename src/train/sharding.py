@@ -7,7 +7,6 @@ checkpoints equal those of an unsharded run, and either kind of run resumes from
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,12 +22,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from src.checkpoint.writer import Frozen
 from src.config import ConfigError
+from src.distributed.exit import is_distributed
 from src.model.net import PoseNet
 
 
-def check_processes(env: Mapping[str, str] = os.environ) -> None:
+def check_processes() -> None:
     """Raises ConfigError for a single process: there is no other one to share the weights with."""
-    if int(env.get("WORLD_SIZE", "1")) < 2:
+    if not is_distributed():
         raise ConfigError(
             "TRAIN.shard_weights=true: there is one process only; start several "
             "(torchrun --standalone --nproc_per_node=8 script/stage1.py ...) or set TRAIN.shard_weights=false"

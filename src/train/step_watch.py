@@ -13,15 +13,7 @@ from src.batch import Batch
 from src.checkpoint.save import TrainState
 from src.data.dataset import HandDataset
 from src.loss import LOSS_TERMS
-from src.train.bad_batch import (
-    BadStep,
-    NumbersError,
-    describe_samples,
-    replay_folder,
-    save_batch,
-    save_step,
-    write_report,
-)
+from src.train.bad_batch import BadStep, NumbersError, describe_samples, save_batch, save_step, write_report
 from src.train.components import network_texts
 from src.train.delayed_read import DelayedRead
 from src.train.sharding import gather
@@ -90,7 +82,7 @@ class StepWatch:
             self._save_and_raise(bad, context, pending.micro_batches)
 
     def _save_and_raise(self, bad: BadStep, context: dict[str, Any], micro_batches: list[Batch]) -> NoReturn:
-        folder, net = replay_folder(self.run_folder, bad.step), self.trainer.net
+        folder, net = self.run_folder / f"bad_batch-{bad.step}", self.trainer.net
         save_batch(folder, self.accelerator.process_index, micro_batches)
         weights = gather(net, keep=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
