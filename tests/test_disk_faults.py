@@ -117,9 +117,10 @@ def in_namespace(script: str, *words: str | Path, code: int = 0) -> str:
     return start([*NAMESPACE, "bash", "-c", script, "_", *map(str, words)], code)
 
 
+# room for two checkpoints of 2.8 MB and three images
 FULL = """
 disk=$1 out=$2; shift 2
-mount -t tmpfs -o size=1800k tmpfs "$disk" || exit 99
+mount -t tmpfs -o size=7400k tmpfs "$disk" || exit 99
 "$@"; code=$?
 cp -a "$disk"/. "$out"; exit $code
 """
