@@ -1,4 +1,4 @@
-"""Take a step again whose loss or gradient was not finite, and tell which samples and which module made it so.
+"""Replay a step whose loss or gradient was not finite, and print the samples and the first module responsible.
 
 python script/replay_batch.py checkpoint/2026-11-25/10-00-00_stage1-demo/bad_batch-1234
 """
@@ -17,7 +17,7 @@ import src.utils.environment  # noqa: F401  (checks that required packages are i
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="bad_batch-<step> in a run folder")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU where there is one")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: a GPU if available")
     args = parser.parse_args()
     import torch
 

@@ -1,12 +1,12 @@
-"""Kill and resume a small demo run again and again, and compare it with one that was left alone, bit by bit.
+"""Kill and resume a small demo run again and again, and compare it bit by bit with an undisturbed run.
 
     python script/torture.py                     20 kills, minutes on two cores
     python script/torture.py --kills 3 --seed 1 --markdown table.md
 
-Each life of the run is started by the same command with GENERAL.resume_path=auto and ended by a signal at a seeded
-random moment: while starting, in a step, in validation, in a checkpoint write. After each kill metrics.jsonl must be a
-prefix of the undisturbed run's, and the checkpoint gone on from must equal the undisturbed run's of that step; at the
-end metrics, pictures' journal, weights, optimizer and state must be equal. Exit code 1 where anything differs.
+Each attempt is started by the same command with GENERAL.resume_path=auto and ended by a signal at a seeded random
+moment: during start-up, a step, a validation or a checkpoint write. After each kill metrics.jsonl must be a prefix of
+the undisturbed run's, and the checkpoint resumed from must equal the undisturbed run's of that step; at the end
+metrics, image journal, weights, optimizer and state must be equal. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ import src.utils.environment  # noqa: F401  (checks that required packages are i
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT_STEP = 8
-STEP_PER_LIFE = 9  # of the whole run, per kill
-PATIENCE = 240.0  # s for anything to happen
-GRACE = 30.0  # s that a stop on request may take
+STEP_PER_ATTEMPT = 9  # average steps between kills
+TIMEOUT = 240.0  # s without progress
+STOP_TIMEOUT = 30.0  # s that a stop on request may take
 SMALL = (
     "--config-name=stage1-demo",
     "backbone=tiny",
@@ -50,20 +50,19 @@ SMALL = (
     "GENERAL.num_worker=1",
     f"GENERAL.checkpoint_step={CHECKPOINT_STEP}",
 )
-BY_VALIDATION = {"validation_due", "best_metric", "best_step", "tracker"}  # what a validation changes of a state
+BY_VALIDATION = {"validation_due", "best_metric", "best_step", "tracker"}  # state that a validation changes
 PLACES = ("start-up", "step", "validation", "checkpoint write")
 
 
 @dataclass
-class Life:
+class Attempt:
     """One start of the run and how it ended."""
 
     signal: str = ""
-    aim: str = ""  # the place that was aimed at
-    where: str = ""  # the place that was hit
-    resumed: str = "-"  # what this life went on from
-    seconds: float = 0.0  # from the signal to the end
-    faults: str = ""  # empty: all is well
+    where: str = ""  # what the signal interrupted
+    resumed: str = "-"  # the step resumed from
+    seconds: float = 0.0  # from the signal to the exit
+    faults: str = ""  # empty if everything is equal
 
 
 class Torture:
@@ -71,16 +70,16 @@ class Torture:
 
     def __init__(self, work: Path, kills: int, seed: int) -> None:
         self.work, self.kills, self.rng = work, kills, random.Random(seed)
-        self.born = 0.0  # when the present life began
+        self.start_time = 0.0  # of the current attempt
         self.started = 0  # runs so far
-        self.total = STEP_PER_LIFE * (kills + 1)
+        self.total = STEP_PER_ATTEMPT * (kills + 1)
         self.reference = self.run_to_end("reference", "GENERAL.keep_checkpoint=1000")
         self.journal = (self.reference / "metrics.jsonl").read_bytes()
 
     # ---- processes --------------------------------------------------------------------------------------------------
 
     def start(self, name: str, *overrides: str) -> tuple[subprocess.Popen, Path]:
-        """A run with its folders below `work/name`; its output goes to the file that is returned."""
+        """Start a run with its folders below `work/name`; its output goes to the file that is returned."""
         places = (f"DATA.root={self.work}/data", f"GENERAL.output_root={self.work}/{name}", f"AIM.repo={self.work}")
         command = [sys.executable, str(ROOT / "script/stage1.py"), *SMALL, *places, *overrides]
         self.started += 1
@@ -97,9 +96,9 @@ class Torture:
         return process, output
 
     def run_to_end(self, name: str, *overrides: str) -> Path:
-        """The folder of a run that is left alone."""
+        """Run without interruption; returns the run folder."""
         process, output = self.start(name, *overrides)
-        if process.wait(PATIENCE * 2) != 0:
+        if process.wait(TIMEOUT * 2) != 0:
             raise SystemExit(f"the run {name} failed:\n{output.read_text()[-3000:]}")
         return self.folder(name)
 
@@ -107,37 +106,37 @@ class Torture:
         """The newest run folder below `work/name`."""
         return max((self.work / name).glob("*/*_stage1-demo*"), key=lambda p: p.stat().st_mtime_ns, default=None)
 
-    # ---- one life ---------------------------------------------------------------------------------------------------
+    # ---- one attempt ------------------------------------------------------------------------------------------------
 
-    def live(self, number: int) -> Life:
-        """Start, wait for the moment, send the signal, look at what is left."""
+    def attempt(self, number: int) -> Attempt:
+        """Start, wait for the moment, send the signal, check what is left."""
         place = self.rng.choice(PLACES[1:] if number == 0 else PLACES)
-        life = Life(self.rng.choice(("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1")), place)
-        before, self.born = self.steps_done(), time.time()
+        attempt = Attempt(self.rng.choice(("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1")))
+        before, self.start_time = self.steps_done(), time.time()
         process, output = self.start("tortured", "GENERAL.resume_path=auto")
         try:
             self.await_moment(process, place, before)
         finally:
             sent = time.monotonic()
             if process.poll() is None:
-                process.send_signal(signal.Signals[life.signal])
-            code = process.wait(PATIENCE)
-        life.seconds = time.monotonic() - sent
+                process.send_signal(signal.Signals[attempt.signal])
+            code = process.wait(TIMEOUT)
+        attempt.seconds = time.monotonic() - sent
         text = output.read_text()
-        life.where = self.where(text)
-        found = re.search(r"going on from .*checkpoint-(\d+)", text)
-        life.resumed = f"step {found[1]}" if found else "anew"
-        life.faults = "; ".join(self.faults(life, code, text, found and int(found[1])))
-        return life
+        attempt.where = self.where(text)
+        found = re.search(r"resuming from .*checkpoint-(\d+)", text)
+        attempt.resumed = f"step {found[1]}" if found else "new run"
+        attempt.faults = "; ".join(self.faults(attempt, code, text, found and int(found[1])))
+        return attempt
 
     def await_moment(self, process: subprocess.Popen, place: str, before: int) -> None:
-        """Return at the moment to strike, or when the run has ended."""
-        deadline = time.monotonic() + PATIENCE
+        """Return at the moment for the signal, or when the run has ended."""
+        deadline = time.monotonic() + TIMEOUT
         if place == "start-up":
             time.sleep(self.rng.uniform(0.05, 4.0))
             return
         due = (before // CHECKPOINT_STEP + 1) * CHECKPOINT_STEP
-        target = before + self.rng.randint(1, STEP_PER_LIFE) if place == "step" else due
+        target = before + self.rng.randint(1, STEP_PER_ATTEMPT) if place == "step" else due
         delay = self.rng.uniform(0.0, 0.02 if place == "step" else 0.003)
 
         def reached() -> bool:
@@ -147,7 +146,7 @@ class Torture:
 
         while process.poll() is None and not reached():
             if time.monotonic() > deadline:
-                raise SystemExit(f"nothing happened for {PATIENCE:.0f} s; see {self.work}/tortured-{self.started}.log")
+                raise SystemExit(f"no progress for {TIMEOUT:.0f} s; see {self.work}/tortured-{self.started}.log")
             time.sleep(0.0005)
         time.sleep(delay)
 
@@ -158,20 +157,20 @@ class Torture:
         return [json.loads(line) for line in lines]
 
     def writing(self) -> str | None:
-        """Name of the checkpoint that this life is, or was, writing."""
+        """Name of the checkpoint that this attempt is, or was, writing."""
         run = self.folder("tortured")
         for path in (run / "checkpoints").glob(".tmp-*") if run else ():
             with suppress(FileNotFoundError):
-                if path.stat().st_mtime > self.born:
+                if path.stat().st_mtime > self.start_time:
                     return path.name.removeprefix(".tmp-")
         return None
 
     def steps_done(self) -> int:
-        """Steps that the journal of the tortured run tells of."""
+        """The last step in the journal of the tortured run."""
         return max((row["step"] for row in self.rows()), default=0)
 
     def where(self, text: str) -> str:
-        """What the run was doing when it ended, from what it left behind."""
+        """What the run was doing when it ended, judged by its files."""
         rows = self.rows()
         if "network:" not in text or not rows:
             return "start-up"
@@ -184,18 +183,19 @@ class Torture:
 
     # ---- comparisons ------------------------------------------------------------------------------------------------
 
-    def faults(self, life: Life, code: int, text: str, resumed: int | None) -> list[str]:
-        """What is not as it should be after a kill."""
+    def faults(self, attempt: Attempt, code: int, text: str, resumed: int | None) -> list[str]:
+        """Differences from the undisturbed run, and other faults, after a kill."""
         faults = []
         run = self.folder("tortured")
         if run is not None and (run / "metrics.jsonl").exists():
             journal = (run / "metrics.jsonl").read_bytes()
             if not self.journal.startswith(journal):
                 faults.append("metrics.jsonl differs")
-        if life.signal != "SIGKILL" and (life.seconds > GRACE or code not in (0, 75)):
-            early = life.where == "start-up" and code == -signal.Signals[life.signal]  # while Python itself started
-            faults += [] if early else [f"ended with {code} after {life.seconds:.0f} s"]
-        if "Traceback" in text and life.signal != "SIGKILL":  # data workers cry when the trainer is gone
+        if attempt.signal != "SIGKILL" and (attempt.seconds > STOP_TIMEOUT or code not in (0, 75)):
+            # a signal before Python installs its handlers
+            is_early = attempt.where == "start-up" and code == -signal.Signals[attempt.signal]
+            faults += [] if is_early else [f"ended with {code} after {attempt.seconds:.0f} s"]
+        if "Traceback" in text and attempt.signal != "SIGKILL":  # data workers may print one when the trainer is gone
             faults.append("a traceback was printed")
         mine = run / "checkpoints" / f"checkpoint-{resumed}" if resumed else None
         theirs = self.reference / "checkpoints" / f"checkpoint-{resumed}"
@@ -204,7 +204,7 @@ class Torture:
         return faults
 
     def differences(self, mine: Path, theirs: Path) -> list[str]:
-        """Names of what differs between two checkpoints: weights, optimizer, position, best metric."""
+        """What differs between two checkpoints: weights, optimizer, state."""
         import torch
 
         names = []
@@ -214,7 +214,7 @@ class Torture:
         if not _equal(first, second):
             names.append("optimizer differs")
         first, second = (json.loads((each / "state.json").read_text()) for each in (mine, theirs))
-        if first["validation_due"]:  # written by a stop before the validation, which the other has behind it
+        if first["validation_due"]:  # written by a stop before a validation that the other one includes
             first, second = ({k: v for k, v in each.items() if k not in BY_VALIDATION} for each in (first, second))
         if first != second:
             names.append(f"state differs: {first} {second}")
@@ -239,15 +239,15 @@ def _equal(first: object, second: object) -> bool:
     return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
-def table(lives: list[Life]) -> str:
-    """The lives as Markdown."""
+def table(attempts: list[Attempt]) -> str:
+    """The attempts as a Markdown table."""
     lines = [
-        "| kill | signal | where it struck | had gone on from | ended in | ok |",
+        "| kill | signal | interrupted | resumed from | ended in | ok |",
         "|---|---|---|---|---|---|",
     ]
-    for number, life in enumerate(lives, 1):
-        verdict = life.faults or "yes"
-        lines.append(f"| {number} | {life.signal} | {life.where} | {life.resumed} | {life.seconds:.1f} s | {verdict} |")
+    for number, each in enumerate(attempts, 1):
+        cells = (number, each.signal, each.where, each.resumed, f"{each.seconds:.1f} s", each.faults or "yes")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -264,18 +264,18 @@ def main() -> int:
         work.mkdir(parents=True, exist_ok=True)
         torture = Torture(work, args.kills, args.seed)
         print(f"undisturbed run: {torture.total} steps, {time.monotonic() - start:.0f} s", flush=True)
-        lives = []
+        attempts = []
         for number in range(args.kills):
-            lives.append(torture.live(number))
-            print(table(lives).splitlines()[-1], flush=True)
+            attempts.append(torture.attempt(number))
+            print(table(attempts).splitlines()[-1], flush=True)
         faults = torture.final_faults()
     verdict = "; ".join(faults) or "equal to the undisturbed run, bit by bit"
-    summary = f"{args.kills} kills, seed {args.seed}, {time.monotonic() - start:.0f} s: metrics, pictures' journal, "
+    summary = f"{args.kills} kills, seed {args.seed}, {time.monotonic() - start:.0f} s: metrics, image journal, "
     summary += f"weights, optimizer and state {verdict}"
     print(summary)
     if args.markdown:
-        args.markdown.write_text(f"{table(lives)}\n\n{summary}\n", encoding="utf-8")
-    return 1 if faults or any(life.faults for life in lives) else 0
+        args.markdown.write_text(f"{table(attempts)}\n\n{summary}\n", encoding="utf-8")
+    return 1 if faults or any(attempt.faults for attempt in attempts) else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ that Hydra composed. Nothing here imports torch or reads files, so that mistakes
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -22,10 +22,15 @@ def knob(
     below: float | None = None,
     choices: tuple[str, ...] = (),
     at_most: float | None = None,
+    housekeeping: bool = False,
 ) -> Any:
-    """A required config field with the bounds its value (or each item of a list) must keep."""
+    """A required config field with the bounds its value (or each item of a list) must keep.
+
+    `housekeeping`: the value changes no number of a run, e.g. how often it logs or where it writes.
+    """
     bounds = {"minimum": minimum, "below": below, "at_most": at_most, "choices": choices}
-    return field(default=MISSING, metadata={k: v for k, v in bounds.items() if v not in (None, ())})
+    metadata = {k: v for k, v in bounds.items() if v not in (None, ())}
+    return field(default=MISSING, metadata=metadata | {"housekeeping": housekeeping})
 
 
 @dataclass
@@ -33,20 +38,20 @@ class GeneralConfig:
     """Length of the run, intervals (in optimizer steps), seeds and output folder."""
 
     total_step: int = knob(minimum=1)
-    log_step: int = knob(minimum=1)
-    vis_step: int = knob(minimum=1)
+    log_step: int = knob(minimum=1, housekeeping=True)
+    vis_step: int = knob(minimum=1, housekeeping=True)
     checkpoint_step: int = knob(minimum=1)
-    keep_checkpoint: int = knob(minimum=1)
+    keep_checkpoint: int = knob(minimum=1, housekeeping=True)
     warmup_step: int = knob(minimum=0)
     dropout_warmup_step: int = knob(minimum=0)
     dropout_schedule: str = knob(choices=("gate", "linear", "cosine"))
-    num_worker: int = knob(minimum=0)
-    prefetch_factor: int = knob(minimum=1)
+    num_worker: int = knob(minimum=0, housekeeping=True)
+    prefetch_factor: int = knob(minimum=1, housekeeping=True)
     seed: int = knob(minimum=0)
     val_seed: int = knob(minimum=0)
-    output_root: str = knob()
-    resume_path: str | None = knob()
-    description: str = knob()
+    output_root: str = knob(housekeeping=True)
+    resume_path: str | None = knob(housekeeping=True)
+    description: str = knob(housekeeping=True)
 
 
 @dataclass
@@ -116,8 +121,8 @@ class DataConfig:
 
     root: str = knob()
     stride: int = knob(minimum=1)
-    index_dir: str | None = knob()
-    max_bad_fraction: float = knob(minimum=0, at_most=1)
+    index_dir: str | None = knob(housekeeping=True)
+    max_bad_fraction: float = knob(minimum=0, at_most=1, housekeeping=True)
     train: TrainSourceConfig = field(default_factory=TrainSourceConfig)
     val: ValSourceConfig = field(default_factory=ValSourceConfig)
     demo: DemoConfig | None = knob()
@@ -178,9 +183,9 @@ class LossConfig:
 class AimConfig:
     """The experiment tracker AIM. Without a `server_url` it writes to a local repository in `repo`."""
 
-    server_url: str | None = knob()
-    repo: str = knob()
-    experiment: str = knob()
+    server_url: str | None = knob(housekeeping=True)
+    repo: str = knob(housekeeping=True)
+    experiment: str = knob(housekeeping=True)
 
 
 @dataclass
@@ -193,6 +198,15 @@ class Config:
     MODEL: ModelConfig = field(default_factory=ModelConfig)
     LOSS: LossConfig = field(default_factory=LossConfig)
     AIM: AimConfig = field(default_factory=AimConfig)
+
+
+def housekeeping_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose value changes no number of a run: comparisons of configurations ignore them."""
+    for spec in fields(section):
+        if spec.metadata.get("housekeeping"):
+            yield prefix + spec.name
+        elif is_dataclass(spec.default_factory):
+            yield from housekeeping_keys(spec.default_factory, f"{prefix}{spec.name}.")
 
 
 def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""script/stage1.py with a fault: `FAULT=<kind>:<rank>:<step>` strikes one process at the beginning of one step.
+"""script/stage1.py with an injected fault: `FAULT=<kind>:<rank>:<step>` fails one process at the start of one step.
 
-Kinds: error (an exception nobody foresaw), data (BadDataError), kill (SIGKILL), busy (as error, and the other process
-computes for 3 s more before it can notice). Once: after a restart nothing happens.
+Kinds: error (an unexpected exception), data (BadDataError), kill (SIGKILL), busy (as error, while the other process
+computes for 3 s before it can notice). Only once: nothing happens after a restart.
 """
 
 from __future__ import annotations

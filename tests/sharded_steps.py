@@ -1,4 +1,4 @@
-"""Takes steps with whole and with sharded weights side by side and writes what came out as JSON; under torchrun.
+"""Takes steps with unsharded and with sharded weights and writes the results as JSON. Runs under torchrun.
 
 torchrun --nproc_per_node=2 tests/sharded_steps.py RESULT.json
 """
@@ -17,13 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.batch import Batch
 from src.config import Config
-from src.distributed.processes import build_accelerator, part
+from src.distributed.processes import build_accelerator, shut_down
 from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
-from src.train import components as parts
 from src.train import sharding
 from src.train.optimizer import build_optimizer
-from src.train.step import Trainer
+from src.train.step import Trainer, prepare_model
 from tests.helpers import random_batch, small_config
 
 CFG = small_config(
@@ -33,7 +32,7 @@ CFG = small_config(
 
 
 def make_trainer(cfg: Config, is_sharded: bool, warm: int = 0) -> Trainer:
-    """`warm`: so many steps are taken with whole weights first; what is sharded then are the moments, too."""
+    """`warm`: number of unsharded steps first, so that there are moments to shard."""
     accelerator = build_accelerator(cfg)
     torch.manual_seed(0)
     net = PoseNet(cfg.MODEL, build_standin_hand())
@@ -42,7 +41,7 @@ def make_trainer(cfg: Config, is_sharded: bool, warm: int = 0) -> Trainer:
         net(random_batch(2, 56, step)).joint_cam.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    model = parts.training_form(net, cfg)
+    model = prepare_model(net, cfg)
     if is_sharded:
         sharding.shard(net, optimizer, accelerator)
         return Trainer(cfg, accelerator, model, accelerator.prepare(optimizer))
@@ -50,15 +49,15 @@ def make_trainer(cfg: Config, is_sharded: bool, warm: int = 0) -> Trainer:
 
 
 def batches(step: int, rank: int, bad: bool = False) -> list[Batch]:
-    """Two micro-batches of this process; of a bad step the last process's second one holds a NaN."""
+    """Two micro-batches of this process; in a bad step the second one of rank 1 contains a NaN."""
     both = [random_batch(2, 56, 1000 * rank + 10 * step + index) for index in range(2)]
     if bad and rank == 1:
         both[1].joint_cam[1, 5, 0] = float("nan")
     return both
 
 
-def everything(trainer: Trainer) -> list[torch.Tensor]:
-    """Weights and optimizer, whole."""
+def weights_and_moments(trainer: Trainer) -> list[torch.Tensor]:
+    """Weights and moments, unsharded."""
     model, optimizer = (sharding.gather(each, keep=True).state_dict() for each in (trainer.net, trainer.optimizer))
     return [*model.values(), *(value for state in optimizer["state"].values() for value in state.values())]
 
@@ -73,57 +72,58 @@ def curve(trainer: Trainer, steps: int = 10) -> list[dict[str, float]]:
 
 
 def both_ways(cfg: Config) -> list[list[dict[str, float]]]:
-    """Three steps with whole weights, three with sharded ones."""
+    """Three steps with unsharded weights, three with sharded ones."""
     return [curve(make_trainer(cfg, is_sharded), 3) for is_sharded in (False, True)]
 
 
 def bad_steps() -> dict[str, object]:
-    """One run with a bad step in it and one that never saw it; then more bad steps than are allowed, and a good one."""
+    """A run with a bad step and one without it; then more bad steps than allowed, and a good one."""
     one, other = make_trainer(CFG, True), make_trainer(CFG, True)
     rank = one.accelerator.process_index
     for trainer in (one, other):
         trainer.train_step(0, batches(0, rank))
-    before = everything(one)
+    before = weights_and_moments(one)
     skipped = [one.train_step(1, batches(1, rank, bad=True)).skipped.tolist()]
-    left_out = same(everything(one), before)
+    is_skipped = same(weights_and_moments(one), before)
     for trainer in (one, other):
         trainer.train_step(2, batches(2, rank))
-    without_trace = same(everything(one), everything(other)) and not same(everything(one), before)
+    after = weights_and_moments(one)
+    changes_nothing = same(after, weights_and_moments(other)) and not same(after, before)
     for step in (3, 4):
         skipped.append(one.train_step(step, batches(step, rank, bad=True)).skipped.tolist())
-    halted = everything(one)
+    halted = weights_and_moments(one)
     one.train_step(5, batches(5, rank))
     return {
-        "left_out": left_out,
-        "without_trace": without_trace,
+        "is_skipped": is_skipped,
+        "changes_nothing": changes_nothing,
         "skipped": skipped,
-        "stays_halted": same(everything(one), halted),
+        "stays_halted": same(weights_and_moments(one), halted),
     }
 
 
 def main(file: Path) -> None:
-    whole, sharded = make_trainer(CFG, False, warm=2), make_trainer(CFG, True, warm=2)
+    unsharded, sharded = make_trainer(CFG, False, warm=2), make_trainer(CFG, True, warm=2)
     result = {
-        "start_is_equal": same(everything(whole), everything(sharded)),
-        "numbers_held": [sum(sharding_size(p) for p in each.parameters) for each in (whole, sharded)],
-        "moments_held": [moments_size(each) for each in (whole, sharded)],
-        "whole": curve(whole),
+        "start_is_equal": same(weights_and_moments(unsharded), weights_and_moments(sharded)),
+        "numbers_held": [sum(sharding_size(p) for p in each.parameters) for each in (unsharded, sharded)],
+        "moments_held": [moments_size(each) for each in (unsharded, sharded)],
+        "unsharded": curve(unsharded),
         "sharded": curve(sharded),
         "bad": bad_steps(),
     }
     frozen, bf16 = replace(CFG.TRAIN, backbone_lr=None), replace(CFG.TRAIN, mixed_precision="bf16")
     result["frozen"] = both_ways(replace(CFG, TRAIN=frozen))
     result["float32"] = curve(make_trainer(CFG, False), 3)
-    AcceleratorState._reset_state()  # it keeps the first precision for good
+    AcceleratorState._reset_state()  # it keeps the first precision for the whole process
     result["bf16"] = both_ways(replace(CFG, TRAIN=bf16))
-    accelerator = whole.accelerator
+    accelerator = unsharded.accelerator
     if accelerator.is_main_process:
         file.write_text(json.dumps(result))
-    part(accelerator)
+    shut_down(accelerator)
 
 
 def sharding_size(tensor: torch.Tensor) -> int:
-    """Numbers that this process holds of a tensor."""
+    """Elements of a tensor that this process holds."""
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
 
 

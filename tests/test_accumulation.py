@@ -1,4 +1,4 @@
-"""Gradients of several micro-batches are reduced over the processes once a step, not once a micro-batch."""
+"""Gradients are reduced over the processes once a step, not once a micro-batch."""
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ from tests.helpers import random_batch, small_config
 
 @pytest.mark.parametrize("num_micro", [1, 3])
 def test_one_reduction_a_step(num_micro: int, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes that DDP reduces in a step are those of the parameters, however many micro-batches it has."""
+    """DDP reduces as many elements in a step as there are parameters, whatever the number of micro-batches."""
     cfg = small_config("GENERAL.dropout_warmup_step=2")
-    net = PoseNet(cfg.MODEL, build_standin_hand()).train()
     accelerator = build_accelerator(cfg)
+    net = PoseNet(cfg.MODEL, build_standin_hand()).to(accelerator.device).train()
     model = DistributedDataParallel(net, gradient_as_bucket_view=True)
     reduced: list[int] = []
 
@@ -31,10 +31,10 @@ def test_one_reduction_a_step(num_micro: int, group: None, monkeypatch: pytest.M
 
     model.register_comm_hook(None, count)
     trainer = Trainer(cfg, accelerator, model, accelerator.prepare(build_optimizer(net, cfg)))
-    # Accelerate leaves `no_sync` out where there is one process alone
+    # Accelerate ignores `no_sync` in a single process
     monkeypatch.setattr(Accelerator, "use_distributed", property(lambda _: True))
     num_parameter = sum(p.numel() for p in net.parameters() if p.requires_grad)
     for step in range(3):
         reduced.clear()
-        trainer.train_step(step, [random_batch(2, 56, seed=i) for i in range(num_micro)])
+        trainer.train_step(step, [random_batch(2, 56, seed=i).to(accelerator.device) for i in range(num_micro)])
         assert sum(reduced) == num_parameter

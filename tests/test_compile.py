@@ -15,9 +15,8 @@ from src.distributed.processes import build_accelerator
 from src.hand.standin.build import build_standin_hand
 from src.model.dropout import Dropout
 from src.model.net import PoseNet
-from src.train.components import training_form
 from src.train.optimizer import build_optimizer
-from src.train.step import Trainer
+from src.train.step import Trainer, prepare_model
 from src.train.validation import evaluate
 from src.utils.train_utils import get_progressive_dropout
 from tests.helpers import random_batch, small_config
@@ -113,7 +112,7 @@ def test_rate_zero_is_the_identity() -> None:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_trainer_compiles_twice_and_validates_eagerly(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Accelerate's wrapping, autocast and accumulation; `training_form` requires a full graph."""
+    """Through Accelerate's wrapping, autocast and accumulation included; `prepare_model` requires a single graph."""
     torch._dynamo.reset()
     counter, real = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda net, **how: real(net, backend=counter, **how))
@@ -123,10 +122,10 @@ def test_the_trainer_compiles_twice_and_validates_eagerly(precision: str, monkey
     )  # fmt: skip
     net = PoseNet(cfg.MODEL, build_standin_hand()).train()
     accelerator = build_accelerator(cfg)
-    prepared = accelerator.prepare(training_form(net, cfg), build_optimizer(net, cfg))
+    prepared = accelerator.prepare(prepare_model(net, cfg), build_optimizer(net, cfg))
     trainer = Trainer(cfg, accelerator, *prepared)
     assert trainer.net is net
-    batches = [random_batch(2, 56, seed=i) for i in range(2)]
+    batches = [random_batch(2, 56, seed=i).to(accelerator.device) for i in range(2)]
     results = [trainer.train_step(step, batches) for step in range(8)]
     assert len({result.dropout_rate for result in results}) > 4
     assert all(math.isfinite(result.metrics()["loss_total"]) for result in results)

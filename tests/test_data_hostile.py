@@ -23,7 +23,7 @@ from src.data.shards.index import FRAME, index_path, load_index
 from src.data.shards.reader import ShardReader
 from src.data.shards.tar import BLOCK, TarReader, padded
 from src.geometry.patch import PatchView
-from src.utils.console import add_log_file, log_said, logger, set_up_logging
+from src.utils.console import add_log_file, log_to_file, logger, set_up_logging
 from tests.data_shards import (
     data_config,
     encode,
@@ -164,7 +164,7 @@ def log_file(tmp_path: Path) -> Iterator[Path]:
 
 def test_lines_of_other_processes_go_to_the_log_file_only(log_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger.warning("mine")
-    log_said("another's")
+    log_to_file("another's")
     assert log_file.read_text(encoding="utf-8") == "mine\nanother's\n"
     assert capsys.readouterr().out == "mine\n"
 

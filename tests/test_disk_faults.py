@@ -1,4 +1,4 @@
-"""Real training runs on disks that are full, read-only or elsewhere: a clear error, and nothing is lost."""
+"""Training runs on full, read-only or separate disks end with a clear error and lose nothing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def command(place: Path, runs: Path, *overrides: str) -> list[str]:
 
 
 def start(words: list[str], code: int = 0) -> str:
-    """Run to the end; returns what was said on both streams."""
+    """Run to the end; returns the output of both streams."""
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False)
     assert done.returncode == code, done.stdout[-4000:]
     assert "Traceback" not in done.stdout
@@ -54,7 +54,7 @@ def train_steps(run: Path) -> list[int]:
 
 
 def check_checkpoints(run: Path, *names: str) -> None:
-    """These and no others, no remains of one that failed, and each of them whole."""
+    """Exactly these checkpoints, each complete, and no remains of one that failed."""
     folders = sorted((run / "checkpoints").iterdir())
     assert [f.name for f in folders] == sorted(names)
     for folder in folders:
@@ -63,7 +63,7 @@ def check_checkpoints(run: Path, *names: str) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Demo data and one run of four steps, for reading."""
+    """Demo data and one run of four steps, read-only."""
     place = tmp_path_factory.mktemp("disk")
     start(command(place, place / "first"))
     return place
@@ -71,23 +71,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(place: Path, tmp_path: Path) -> Path:
-    """A run of four steps to go on from."""
+    """A copy of the four-step run to resume from."""
     shutil.copytree(only_run(place / "first"), copy := tmp_path / "runs/2026-01-01/00-00-00_stage1-demo")
     return copy
 
 
-def test_checkpoint_that_does_not_fit_ends_the_run_and_room_lets_it_go_on(place: Path, run: Path) -> None:
-    """A limit on the size of files stands in for a full disk: it needs no privilege."""
-    go_on = command(place, run.parents[1], f"GENERAL.resume_path={run}", "GENERAL.total_step=6")
+def test_full_disk_ends_the_run_and_it_resumes_later(place: Path, run: Path) -> None:
+    """A file size limit simulates a full disk without privileges."""
+    resume = command(place, run.parents[1], f"GENERAL.resume_path={run}", "GENERAL.total_step=6")
     weights = (run / "checkpoints/checkpoint-4/model.safetensors").stat().st_size
-    said = start(["bash", "-c", f'ulimit -f {weights // 2048}; exec "$@"', "_", *go_on], code=1)
+    said = start(["bash", "-c", f'ulimit -f {weights // 2048}; exec "$@"', "_", *resume], code=1)
     assert f"cannot write checkpoint {run}/checkpoints/checkpoint-6" in said
     assert "File too large" in said
     assert f"GENERAL.resume_path={run}" in said
     check_checkpoints(run, "best", "checkpoint-2", "checkpoint-4")
     assert train_steps(run) == [1, 2, 3, 4, 5, 6]
 
-    said = start([*go_on, f"AIM.server_url=aim://127.0.0.1:{free_port()}"])  # where nobody listens
+    said = start([*resume, f"AIM.server_url=aim://127.0.0.1:{free_port()}"])  # no server listens there
     assert train_steps(run) == [1, 2, 3, 4, 5, 6]
     assert find_checkpoint(run).name == "checkpoint-6"
     closing = said[said.index("run folder  ") :]
@@ -104,12 +104,12 @@ NAMESPACE = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """A folder where a script in NAMESPACE may mount a disk of its own."""
+    """A folder where a script in NAMESPACE may mount its own disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
     probe = [*NAMESPACE, "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets nobody mount a tmpfs in a namespace of its own")
+        pytest.skip("mounting a tmpfs in a namespace is not permitted here")
     return folder
 
 
@@ -117,6 +117,7 @@ def in_namespace(script: str, *words: str | Path, code: int = 0) -> str:
     return start([*NAMESPACE, "bash", "-c", script, "_", *map(str, words)], code)
 
 
+# room for two checkpoints of 2.8 MB and three images
 FULL = """
 disk=$1 out=$2; shift 2
 mount -t tmpfs -o size=4m tmpfs "$disk" || exit 99
@@ -136,7 +137,7 @@ def test_disk_that_fills_up_during_training(place: Path, disk: Path, tmp_path: P
     assert "(0 MiB free there)" in said or "(1 MiB free there)" in said
     run = only_run(out)
     newest = find_checkpoint(run)
-    assert f"go on from the checkpoint at step {newest.name.removeprefix('checkpoint-')} " in said
+    assert f"resume from the checkpoint at step {newest.name.removeprefix('checkpoint-')} " in said
     check_checkpoints(run, "best", *(p.name for p in (run / "checkpoints").glob("checkpoint-*")))
     for name in ("metrics.jsonl", "log.txt"):
         assert said.count(f"{name} cannot be written") <= 1
@@ -175,7 +176,7 @@ def test_folder_that_becomes_read_only_during_training(place: Path, disk: Path) 
     ("how", "code", "expected"),
     [
         ("ro", 2, "cannot make a run folder below {disk}: Read-only file system"),
-        pytest.param("size=4k", 1, "cannot begin: [Errno 28] No space left on device", marks=pytest.mark.slow),
+        pytest.param("size=4k", 1, "cannot start: [Errno 28] No space left on device", marks=pytest.mark.slow),
     ],
 )
 def test_output_root_that_cannot_be_written(place: Path, disk: Path, how: str, code: int, expected: str) -> None:
@@ -193,7 +194,7 @@ for _ in range(20):
 """
 
 
-def test_processes_that_start_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
+def test_processes_that_start_in_the_same_second_get_separate_folders(tmp_path: Path) -> None:
     words = [sys.executable, "-c", SAME_SECOND, str(tmp_path), str(time.time() + 2)]
     started = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)]
     folders = [folder for process in started for folder in process.communicate()[0].split()]
@@ -202,11 +203,11 @@ def test_processes_that_start_in_the_same_second_get_folders_of_their_own(tmp_pa
 
 @pytest.fixture
 def elsewhere(tmp_path: Path):
-    """A folder on another file system than `tmp_path`, as /tmp and a network disk are."""
+    """A folder on another file system than `tmp_path`."""
     try:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
             if os.stat(folder).st_dev == os.stat(tmp_path).st_dev:
-                pytest.skip("/dev/shm is no other file system here")
+                pytest.skip("/dev/shm is on the same file system here")
             yield Path(folder)
     except FileNotFoundError:
         pytest.skip("no /dev/shm here")
@@ -214,7 +215,7 @@ def elsewhere(tmp_path: Path):
 
 @pytest.mark.slow
 def test_checkpoints_on_another_file_system(place: Path, elsewhere: Path, tmp_path: Path) -> None:
-    """A run there, where every name is taken; its checkpoints move behind a link; its weights are taken over."""
+    """A run there with every folder name taken; checkpoints moved behind a symlink; its weights as init_from."""
     for second in range(-1, 1800):
         then = datetime.now() + timedelta(seconds=second)
         taken = elsewhere / f"{then:%Y-%m-%d}/{then:%H-%M-%S}_stage1-demo"

@@ -1,7 +1,7 @@
 """A training step never waits for the device: no value of a tensor is read between two log lines.
 
-On a CPU nothing waits, so the ways to read a value are forbidden instead: the operator behind `item`, `bool` and
-`float`, those whose output's shape depends on values, and the methods that copy to the host.
+A CPU never waits, so every way to read a value raises an error instead: the operator behind `item`, `bool` and `float`,
+operators with a value-dependent output shape, and methods that copy to the host. tests/test_gpu.py checks a real GPU.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from src.batch import Batch
 from src.checkpoint.save import TrainState
-from src.data.prefetch import to_device
+from src.data.loader import to_device
 from src.distributed.processes import build_accelerator
 from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
+from src.train.delayed_read import DelayedRead
 from src.train.optimizer import build_optimizer
 from src.train.step import Trainer
-from src.train.step_watch import DelayedRead, StepWatch
+from src.train.step_watch import StepWatch
 from tests.helpers import random_batch, small_config
 
 READING_OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2")
@@ -67,18 +69,22 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def make_trainer(*overrides: str) -> Trainer:
     cfg = small_config("GENERAL.dropout_warmup_step=2", *overrides)
     torch.manual_seed(0)
-    net = PoseNet(cfg.MODEL, build_standin_hand()).train()
     accelerator = build_accelerator(cfg)
+    net = PoseNet(cfg.MODEL, build_standin_hand()).to(accelerator.device).train()
     return Trainer(cfg, accelerator, *accelerator.prepare(net, build_optimizer(net, cfg)))
 
 
+def make_batches(trainer: Trainer, num: int) -> list[Batch]:
+    return [random_batch(2, 56, seed=i).to(trainer.accelerator.device) for i in range(num)]
+
+
 @pytest.mark.parametrize("num_micro", [1, 2])
-def test_a_step_reads_nothing(num_micro: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does what watches it; that reads the step before, which tests/test_bad_numbers.py shows."""
+def test_step_never_syncs(num_micro: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does StepWatch, apart from reading the step before: tests/test_bad_numbers.py covers that."""
     trainer = make_trainer()
     watch = StepWatch(tmp_path, trainer, SimpleNamespace(), TrainState())
     monkeypatch.setattr(DelayedRead, "_read", lambda self, keep: [])
-    micro_batches = [random_batch(2, 56, seed=i) for i in range(num_micro)]
+    micro_batches = make_batches(trainer, num_micro)
     results = []
     with no_reading(monkeypatch):
         for step in range(4):  # across the dropout gate
@@ -88,8 +94,8 @@ def test_a_step_reads_nothing(num_micro: int, tmp_path: Path, monkeypatch: pytes
     assert results[-1].metrics()["loss_total"] > 0
 
 
-def test_a_step_is_made_of_the_fast_operators() -> None:
-    """One kernel for AdamW, one for all norms, and every attention in one call while nothing is dropped."""
+def test_step_uses_fused_kernels() -> None:
+    """One kernel for AdamW, one for all norms, and one call for each attention without dropout."""
     trainer, called = make_trainer(), Counter()
 
     class Record(TorchDispatchMode):
@@ -98,7 +104,7 @@ def test_a_step_is_made_of_the_fast_operators() -> None:
             return func(*args, **(kwargs or {}))
 
     with Record():
-        trainer.train_step(0, [random_batch(2, 56)])
+        trainer.train_step(0, make_batches(trainer, 1))
     num_group = len(trainer.optimizer.param_groups)
     assert called["_fused_adamw_"] == num_group
     assert called["_foreach_norm"] == 1
@@ -108,16 +114,16 @@ def test_a_step_is_made_of_the_fast_operators() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "autocast", "products"),
+    ("precision", "autocast", "products"),
     [("auto", "no", "highest"), ("no", "no", "highest"), ("tf32", "no", "high"), ("bf16", "bf16", "highest")],
 )
-def test_precision(asked: str, autocast: str, products: str) -> None:
-    """`auto` is float32 where there is no GPU; TF32 is for who asks for it, in all float32 matrix products."""
-    if asked == "auto" and torch.cuda.is_available():
-        pytest.skip("there is a GPU, where auto is bf16")
+def test_precision(precision: str, autocast: str, products: str) -> None:
+    """`auto` is float32 without a GPU; `tf32` applies to all float32 matrix products."""
+    if precision == "auto" and torch.cuda.is_available():
+        pytest.skip("auto is bf16 on a GPU")
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        accelerator = build_accelerator(small_config(f"TRAIN.mixed_precision={asked}"))
+        accelerator = build_accelerator(small_config(f"TRAIN.mixed_precision={precision}"))
         assert (accelerator.mixed_precision, torch.get_float32_matmul_precision()) == (autocast, products)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -125,12 +131,12 @@ def test_precision(asked: str, autocast: str, products: str) -> None:
 
 
 class _Streams:
-    """Stands in for torch's streams and batches where there is no GPU, and writes down what is asked of them."""
+    """Fake CUDA streams and batches that record every call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.said: list[str] = []
+        self.calls: list[str] = []
         self.inside = "main"
-        main = SimpleNamespace(wait_stream=lambda stream: self.said.append(f"main waits for {stream}"), name="main")
+        main = SimpleNamespace(wait_stream=lambda stream: self.calls.append(f"main waits for {stream}"), name="main")
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
         monkeypatch.setattr(torch.cuda, "stream", self.entered)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
@@ -143,24 +149,24 @@ class _Streams:
 
     def batch(self, name: str) -> Any:
         def to(device: torch.device, non_blocking: bool = False) -> Any:
-            self.said.append(f"{name} copied in {self.inside}, {'no wait' if non_blocking else 'waits'}")
-            return SimpleNamespace(name=name, record_stream=lambda s: self.said.append(f"{name} kept for {s.name}"))
+            self.calls.append(f"{name} copied in {self.inside}, {'no wait' if non_blocking else 'waits'}")
+            return SimpleNamespace(name=name, record_stream=lambda s: self.calls.append(f"{name} kept for {s.name}"))
 
         return SimpleNamespace(to=to)
 
 
-def test_the_next_batch_travels_beside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a stream of its own, without a wait of the host, and not before it is asked for."""
+def test_next_batch_is_copied_beside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a separate stream, without blocking the host, and not before it is requested."""
     streams = _Streams(monkeypatch)
     batches = to_device([streams.batch("first"), streams.batch("second")], torch.device("cuda"))
     for name in ("first", "second"):
-        streams.said.clear()
+        streams.calls.clear()
         assert next(batches).name == name
-        assert streams.said == [f"{name} copied in side, no wait", "main waits for side", f"{name} kept for main"]
+        assert streams.calls == [f"{name} copied in side, no wait", "main waits for side", f"{name} kept for main"]
 
 
 def test_every_tensor_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy from memory that is not pinned would make the host wait, whatever it is asked."""
+    """A copy from unpinned memory blocks the host even with non_blocking=True."""
     pinned: list[int] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(id(self)) or self)
     batch = random_batch(2, 56)
@@ -168,7 +174,7 @@ def test_every_tensor_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> N
     assert sorted(pinned) == sorted(id(v) for v in vars(batch).values() if isinstance(v, torch.Tensor))
 
 
-def test_reading_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     value = torch.ones(3)
     for read in (
         lambda: value.sum().item(),

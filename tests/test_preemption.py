@@ -1,4 +1,4 @@
-"""Signals, on the real script: the step is finished, a checkpoint written, the code says that the run may go on."""
+"""Signals sent to script/stage1.py: it finishes the step, writes a checkpoint and exits with the resumable code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(
     place: Path, runs: str, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)
 ) -> tuple[subprocess.Popen, Path]:
-    """A long run in a session of its own; what it prints goes to the file that is returned."""
+    """Start a long run in its own session; its output goes to the file that is returned."""
     places = (f"DATA.root={place}/data", f"GENERAL.output_root={place}/{runs}", f"AIM.repo={place}/{runs}")
     command = [*launcher, str(ROOT / "script/stage1.py"), *SMALL, "GENERAL.total_step=100000", *places, *overrides]
     output = place / f"{runs}.txt"
@@ -90,8 +90,8 @@ def test_a_signal_stops_the_run_with_a_checkpoint(place: Path, name: str, moment
     assert (run / "checkpoints" / f"checkpoint-{step}" / "manifest.json").exists()
 
 
-def test_one_of_two_processes_is_asked(place: Path) -> None:
-    """Both stop at the same step, though only one has had the signal."""
+def test_signal_to_one_of_two_processes_stops_both(place: Path) -> None:
+    """Both stop at the same step, though only one received the signal."""
     process, output = start(place, "two", "GENERAL.num_worker=0", launcher=LAUNCHER)
     await_text(process, output, r"^25/")
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
@@ -132,7 +132,7 @@ def test_a_second_signal_stops_at_once(second: signal.Signals) -> None:
     assert process.wait(30) == 128 + second
 
 
-def test_before_the_loop_it_strikes_where_it_is() -> None:
+def test_signal_during_start_up_raises() -> None:
     code = TWICE.replace("signals.defer()", "").replace("time.sleep(60)", "")
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -143,7 +143,7 @@ def test_before_the_loop_it_strikes_where_it_is() -> None:
 
 
 def test_kill_and_resume_is_exact(tmp_path: Path) -> None:
-    """The short version of script/torture.py, which prints the table of docs/RELIABILITY.md."""
+    """A short run of script/torture.py, which prints the table of docs/RELIABILITY.md."""
     command = [sys.executable, str(ROOT / "script/torture.py"), "--kills", "3", "--seed", "5", "--work", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -151,15 +151,15 @@ def test_kill_and_resume_is_exact(tmp_path: Path) -> None:
     assert "equal to the undisturbed run, bit by bit" in done.stdout
 
 
-def test_a_signal_waits_for_the_end_of_an_import() -> None:
-    """Raised within a C extension that is being loaded it would come out as an ImportError, with a traceback."""
+def test_signal_is_held_during_imports() -> None:
+    """Raised inside a C extension that is being loaded it would become an ImportError with a traceback."""
     code = """
 import os, signal
 from src.distributed.signals import StopRequested, StopSignals
 signals = StopSignals()
 signals.install()
 try:
-    with signals.held():
+    with signals.hold():
         os.kill(os.getpid(), signal.SIGTERM)
         print("imported")
 except StopRequested as stop:

@@ -1,4 +1,4 @@
-"""Several processes are one run: the same curve, a restart after a kill, one voice when something fails, two nodes."""
+"""Several processes are one run: the same curve, a restart after a kill, one report of a failure, two nodes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from rich.progress import Progress
 from safetensors.torch import load_file
 
 from src.config import ConfigError
+from src.data.demo.make import make_demo_data
 from src.data.order.plan import SourcePlan
 from src.data.shards.build_index import open_indexes
 from src.data.shards.index import ShardIndex
 from src.data.shards.paths import resolve_source
-from src.distributed import exit as failure
-from src.distributed.launch import asked_processes, check_launcher, requeue_slurm_job, slurm_step
-from src.train.components import make_demo_data
+from src.distributed import exit as exits
+from src.distributed.launch import check_launcher, requested_processes, requeue_slurm_job, slurm_variables
 from tests.helpers import ROOT, compose_config
 
 SMALL = (
@@ -53,18 +53,18 @@ DROPOUT = "MODEL.handec.dropout=0.1"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the demo's shards, of which a picture in each has rotted after it was indexed."""
+    """A folder with the demo's shards; one image in each is corrupted after indexing."""
     place = tmp_path_factory.mktemp("processes")
     cfg = compose_config("stage1-demo", *SMALL[1:], f"DATA.root={place}/data")
     make_demo_data(cfg, Progress(disable=True))
-    for section, position in ((cfg.DATA.train, 20), (cfg.DATA.val, 7)):  # the one in training is met in step 3
+    for section, position in ((cfg.DATA.train, 20), (cfg.DATA.val, 7)):  # training reads it in step 3
         (index,) = open_indexes(resolve_source(cfg.DATA.root, section.source))
-        rot(index, SourcePlan([index], 1, cfg.GENERAL.seed).locate(position)[1])
+        corrupt(index, SourcePlan([index], 1, cfg.GENERAL.seed).locate(position)[1])
     return place
 
 
-def rot(index: ShardIndex, row: int) -> None:
-    """Flip a bit in the picture of a row, and leave the shard's time as it was."""
+def corrupt(index: ShardIndex, row: int) -> None:
+    """Flip a bit in the image of a row and keep the shard's modification time."""
     tables, stat, data = index.tables(), index.shard.stat(), bytearray(index.shard.read_bytes())
     data[int(tables.sample["offset"][row]) + int(tables.frame["begin"][row]) + 300] ^= 1
     index.shard.write_bytes(data)
@@ -84,7 +84,7 @@ def start(
     script: str = "script/stage1.py",
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the script with its folders below `place`; standard error comes with the output."""
+    """Run the script with all folders below `place`; standard error is merged into the output."""
     return subprocess.run(
         command(place, runs, *overrides, launcher=launcher, script=script),
         stdout=subprocess.PIPE,
@@ -98,10 +98,10 @@ def start(
 
 
 def finish(place: Path, runs: str, *overrides: str, **how: object) -> Path:
-    """The run folder of a run that ends well; there is one."""
+    """The folder of the only run, which must succeed."""
     done = start(place, runs, *overrides, **how)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "FutureWarning" not in done.stdout  # torch also warns of strides where a process has one sample
+    assert "FutureWarning" not in done.stdout  # torch also warns about strides with one sample a process
     (folder,) = (place / runs).glob("*/*_stage1-demo*")
     return folder
 
@@ -112,7 +112,7 @@ def rows(run: Path, subset: str = "train") -> list[dict]:
 
 
 def assert_same_curve(run: Path, other: Path) -> None:
-    """Every loss term within 1e-5 and the learning rate to the last bit, over 20 steps; the same books of damage."""
+    """Every loss term within 1e-5 and the learning rate to the last bit, over 20 steps; the same corruption counts."""
     assert len(rows(run)) == len(rows(other)) == 20
     for one, two in zip(rows(run), rows(other), strict=True):
         assert one["lr"] == two["lr"]
@@ -121,23 +121,22 @@ def assert_same_curve(run: Path, other: Path) -> None:
     for each in (run, other):
         assert [row.get("bad_crc_image", 0) for row in rows(each)] == [0] * 2 + [1] * 12 + [2] * 6, "of two epochs"
         assert [row["bad_crc_image"] for row in rows(each, "val")] == [1] * 5
-    first, second = (books(each) for each in (run, other))
+    first, second = (checkpoint_health(each) for each in (run, other))
     assert first == second
     assert bad_frame_lines(run) == bad_frame_lines(other)
-    assert len(bad_frame_lines(run)) == 12  # 2 of training, 1 of each validation, 1 of each look at the training sample
-    assert first["health"]["num_read"] == 160
-    assert first["val_bad"] == {"bad_crc_image": 1}
-    assert next(text.rpartition(" ")[2] for text in first["health"]["example"]) == "20"
+    assert len(bad_frame_lines(run)) == 12, "2 of training, 5 of validation, 5 of the training sample"
+    assert first["num_read"] == 160
+    assert next(text.rpartition(" ")[2] for text in first["example"]) == "20"
 
 
 def bad_frame_lines(run: Path) -> list[str]:
-    """What log.txt says of each, whichever process met it."""
+    """The warnings in log.txt, whichever process read the frame."""
     return sorted(line for line in (run / "log.txt").read_text().splitlines() if line.startswith("bad frame: "))
 
 
-def books(run: Path) -> dict:
-    """What the last checkpoint knows of damaged frames."""
-    return json.loads((run / "checkpoints/checkpoint-20/state.json").read_text())["extra"]
+def checkpoint_health(run: Path) -> dict:
+    """The corruption counts in the last checkpoint."""
+    return json.loads((run / "checkpoints/checkpoint-20/state.json").read_text())["extra"]["health"]
 
 
 def torchrun(number: int, *options: str) -> tuple[str, ...]:
@@ -160,10 +159,10 @@ def alone(place: Path) -> Path:
         pytest.param("accelerate", 2, 1, 4, marks=pytest.mark.slow),
     ],
 )
-def test_any_number_of_processes_draws_one_curve(
+def test_curve_is_the_same_for_any_number_of_processes(
     place: Path, alone: Path, launcher: str, number: int, sample: int, accumulate: int
 ) -> None:
-    """The global batch is 8 samples however it is cut. No dropout: its masks are seeded for each process."""
+    """The global batch is 8 samples however it is split. No dropout: each process seeds its own masks."""
     start_with = torchrun(number) if launcher == "torchrun" else (*ACCELERATE, f"--num_processes={number}")
     cut = (f"TRAIN.sample_per_device={sample}", f"TRAIN.grad_accum_step={accumulate}")
     many = finish(place, f"{launcher}-{number}-{sample}", *cut, launcher=start_with)
@@ -173,24 +172,26 @@ def test_any_number_of_processes_draws_one_curve(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_is_started_again(place: Path, rank: int) -> None:
-    """SIGKILL at step 13; torchrun starts both anew, they go on from step 10 and end as if nothing had been."""
+def test_killed_worker_is_restarted(place: Path, rank: int) -> None:
+    """SIGKILL at step 13; torchrun restarts both, they resume from step 10 and end with the same result."""
     cut = (DROPOUT, "TRAIN.sample_per_device=4", "GENERAL.resume_path=auto", "GENERAL.num_worker=1")
-    whole = finish(place, f"whole-{rank}", *cut, launcher=torchrun(2))
+    undisturbed = finish(place, f"undisturbed-{rank}", *cut, launcher=torchrun(2))
     runs = f"killed-{rank}"
     restarting = torchrun(2, "--max-restarts=2")
     done = start(place, runs, *cut, launcher=restarting, script="tests/failing_stage1.py", FAULT=f"kill:{rank}:13")
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     (killed,) = (place / runs).glob("*/*_stage1-demo*")
-    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    weights, expected = (load_file(run / "checkpoints/checkpoint-20/model.safetensors") for run in (killed, whole))
+    assert (killed / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    weights, expected = (
+        load_file(run / "checkpoints/checkpoint-20/model.safetensors") for run in (killed, undisturbed)
+    )
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "cause"),
     [
         ("data", "BadDataError"),
         pytest.param("error", "RuntimeError: the fault of this test", marks=pytest.mark.slow),
@@ -198,31 +199,31 @@ def test_a_killed_worker_is_started_again(place: Path, rank: int) -> None:
         pytest.param("busy", "RuntimeError: the fault of this test", marks=pytest.mark.slow),
     ],
 )
-def test_one_process_fails_all_end(place: Path, kind: str, told: str) -> None:
-    """Within 25 s of the fault (torchrun kills after 30), and the cause stands once, among the last lines."""
+def test_one_failure_ends_all_processes(place: Path, kind: str, cause: str) -> None:
+    """Within 25 s of the fault (torchrun kills after 30), with the cause reported once, in the last lines."""
     how = {"launcher": torchrun(2), "script": "tests/failing_stage1.py", "FAULT": f"{kind}:1:3"}
-    told = "stopped at step 3: the fault of this test" if kind == "data" else told
+    cause = "stopped at step 3: the fault of this test" if kind == "data" else cause
     done = start(place, f"fails-{kind}", "TRAIN.sample_per_device=4", **how)
     ended = time.time()
     assert done.returncode == 1
-    assert done.stdout.count(told) == 1, done.stdout
-    assert told in "\n".join(done.stdout.splitlines()[-12:])
-    assert done.stdout.count("Traceback") == (2 if kind in ("error", "busy") else 1), "the launcher's own is one"
+    assert done.stdout.count(cause) == 1, done.stdout
+    assert cause in "\n".join(done.stdout.splitlines()[-12:])
+    assert done.stdout.count("Traceback") == (2 if kind in ("error", "busy") else 1), "one is the launcher's"
     (run,) = (place / f"fails-{kind}").glob("*/*_stage1-demo*")
     assert ended - (run / "metrics.jsonl").stat().st_mtime < 25
     if kind != "kill":
         assert "the fault of this test" in (run / "log.txt").read_text()
 
 
-def test_one_that_was_asked_to_end_waits_for_no_second_signal(as_worker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failure, "_wait_to_be_ended", lambda _: pytest.fail("it waited"))
-    monkeypatch.setattr(failure.os, "_exit", sys.exit)
-    (as_worker.parent.parent / "told").touch()
+def test_no_wait_for_a_second_signal(as_worker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exits, "_await_termination", lambda _: pytest.fail("it waited"))
+    monkeypatch.setattr(exits.os, "_exit", sys.exit)
+    (as_worker.parent.parent / "reported").touch()
     with pytest.raises(SystemExit, match="1"):
-        failure.leave_after_peer("lost", asked=True)
+        exits.exit_after_peer("lost", stop_requested=True)
 
 
-def test_a_refused_configuration_is_told_once(place: Path) -> None:
+def test_invalid_configuration_is_reported_once(place: Path) -> None:
     done = start(place, "refused", "TRAIN.lr=fast", launcher=torchrun(2, "--max-restarts=1"))
     assert done.returncode == 1
     assert done.stdout.count("TRAIN.lr=fast") == 1, done.stdout
@@ -242,11 +243,11 @@ def test_a_refused_configuration_is_told_once(place: Path) -> None:
         (["accelerate", "launch", "--num_processes"], 1),
     ],
 )
-def test_asked_processes(launcher: list[str], number: int) -> None:
-    assert asked_processes(launcher) == number
+def test_requested_processes(launcher: list[str], number: int) -> None:
+    assert requested_processes(launcher) == number
 
 
-def test_sharded_weights_are_refused_by_name() -> None:
+def test_accelerate_plugins_are_refused() -> None:
     check_launcher({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_CPU": "true"})
     with pytest.raises(ConfigError, match="ACCELERATE_USE_FSDP=true: FSDP is not supported"):
         check_launcher({"ACCELERATE_USE_FSDP": "true"})
@@ -261,14 +262,14 @@ def test_the_giant_is_composed() -> None:
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stands in for Slurm's: knows the names of two nodes, and notes what it is asked."""
+    """A fake scontrol that knows two nodes and records its arguments."""
     program = tmp_path / "scontrol"
     program.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ "$1" = show ] && printf "gpu07\\ngpu08\\n"; exit 0\n'
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ "$1" = show ] && printf "gpu07\\ngpu08\\n"; exit 0\n'
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    return tmp_path / "asked"
+    return tmp_path / "calls"
 
 
 STEP = {
@@ -282,21 +283,21 @@ STEP = {
 
 
 def test_tasks_of_srun_find_each_other(scontrol: Path) -> None:
-    place = slurm_step(STEP)
+    place = slurm_variables(STEP)
     assert (place["RANK"], place["WORLD_SIZE"], place["LOCAL_RANK"]) == ("3", "4", "1")
     assert (place["MASTER_ADDR"], place["MASTER_PORT"]) == ("gpu07", "24711")
-    assert slurm_step(STEP | {"CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0", "it sees its own GPU alone"
-    assert slurm_step(STEP | {"CUDA_VISIBLE_DEVICES": "0,1"})["LOCAL_RANK"] == "1"
+    assert slurm_variables(STEP | {"CUDA_VISIBLE_DEVICES": "1"})["LOCAL_RANK"] == "0", "it sees only its own GPU"
+    assert slurm_variables(STEP | {"CUDA_VISIBLE_DEVICES": "0,1"})["LOCAL_RANK"] == "1"
 
 
-def test_other_processes_under_slurm_are_left_alone() -> None:
-    assert slurm_step({}) == {}
-    assert slurm_step({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == {}, "the shell of sbatch"
-    assert slurm_step(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
-    assert slurm_step(STEP | {"WORLD_SIZE": "8"}) == {}, "torchrun, once on each node"
+def test_other_processes_under_slurm_keep_their_variables() -> None:
+    assert slurm_variables({}) == {}
+    assert slurm_variables({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == {}, "the shell of sbatch"
+    assert slurm_variables(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
+    assert slurm_variables(STEP | {"WORLD_SIZE": "8"}) == {}, "torchrun, once on each node"
 
 
-def test_a_job_queues_itself_again_on_request(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_is_requeued_on_request(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SLURM_JOB_ID": "4711", "STAGE1_REQUEUE": "1"}.items():
         monkeypatch.setenv(name, value)
     requeue_slurm_job(None)
@@ -325,7 +326,7 @@ def test_a_sweep_on_slurm_is_composed() -> None:
 
 @pytest.fixture
 def as_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """This process as torchrun's worker with one restart left."""
+    """Makes this process a torchrun worker with one restart left."""
     error_file = tmp_path / "attempt_0" / "1" / "error.json"
     error_file.parent.mkdir(parents=True)
     for name, value in {"ERROR_FILE": str(error_file), "RESTART_COUNT": "0", "MAX_RESTARTS": "1"}.items():
@@ -333,21 +334,23 @@ def as_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return error_file
 
 
-def test_who_tells_of_a_failure(as_worker: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_failure_is_reported_once(
+    as_worker: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(failure, "_wait_to_be_ended", waited.append)
+    monkeypatch.setattr(exits, "_await_termination", waited.append)
     with pytest.raises(SystemExit, match="3"):
-        failure.leave("first", 3)
-    assert capfd.readouterr().err == "first\n", "torchrun will start it again and report nothing"
+        exits.exit_with_error("first", 3)
+    assert capfd.readouterr().err == "first\n", "torchrun restarts it and reports nothing"
     assert not as_worker.exists()
     with pytest.raises(SystemExit):
-        failure.leave("second", 3)
+        exits.exit_with_error("second", 3)
     assert capfd.readouterr().err == ""
-    assert waited == [failure.ENDED_WITHIN]
-    (as_worker.parent.parent / "told").unlink()
+    assert waited == [exits.LAUNCHER_GRACE]
+    (as_worker.parent.parent / "reported").unlink()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(SystemExit):
-        failure.leave("last", 3)
+        exits.exit_with_error("last", 3)
     assert capfd.readouterr().err == ""
     assert json.loads(as_worker.read_text())["message"]["message"] == "last"
 
@@ -384,7 +387,7 @@ def ip(*arguments: str) -> str:
 
 @pytest.mark.slow
 def test_two_nodes_are_one_run(place: Path, alone: Path, two_nodes: list[tuple[str, str, str]]) -> None:
-    """torchrun in each of two network namespaces that see nothing but each other."""
+    """torchrun in each of two network namespaces that are connected only to each other."""
     master = two_nodes[0][2]
     processes = []
     for rank, (name, interface, address) in enumerate(two_nodes):

@@ -69,7 +69,7 @@ def test_model_interface() -> None:
 
 
 def test_every_dropout_updated() -> None:
-    """Every nn.Dropout has the rate of each step; attention uses its module; the backbone has no dropout left."""
+    """Every nn.Dropout gets the rate of each step, attention weights included; the backbone has no dropout."""
     net = build_net()
     assert len(dropout_rates(net)) == 2 * (2 * 2 + 2), "two per attention, two per MLP, in each layer"
     for step in (0, 9_999, 10_000, 99_999):
@@ -102,7 +102,7 @@ def test_every_dropout_updated_dinov2_large() -> None:
 
 
 def test_dropout_cost() -> None:
-    """Computing and setting the rate costs at most 20 us per step if it does not change."""
+    """Computing and setting the rate costs at most 20 us a step if it does not change."""
     net = build_net()
     net.set_dropout_rate(0.1)
 
@@ -125,7 +125,7 @@ CHECKS = (
 
 
 def main() -> int:
-    """Run the checks by hand; returns how many failed."""
+    """Run the checks without pytest; returns the number of failures."""
     failed = 0
     for name, check in CHECKS:
         try:

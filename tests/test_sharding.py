@@ -1,6 +1,6 @@
-"""`TRAIN.shard_weights`: the same steps as with whole weights, the same checkpoints, and what it does not go with.
+"""`TRAIN.shard_weights`: the same steps and checkpoints as without it; incompatible options are refused.
 
-Two processes on the CPU (gloo). tests/sharded_steps.py takes the steps; the runs are those of script/stage1.py.
+Two processes on the CPU (gloo). tests/sharded_steps.py takes the steps; whole runs use script/stage1.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPTIONS = ("TRAIN.sample_per_device=4", "GENERAL.total_step=10", "GENERAL.vis_st
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tests/sharded_steps.py found."""
+    """The results of tests/sharded_steps.py."""
     file = tmp_path_factory.mktemp("sharding") / "result.json"
     done = subprocess.run(
         [*torchrun(2), str(ROOT / "tests/sharded_steps.py"), str(file)],
@@ -44,40 +44,40 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def assert_same_curves(whole: list[dict], sharded: list[dict]) -> None:
-    for one, two in zip(whole, sharded, strict=True):
+def assert_same_curves(unsharded: list[dict], sharded: list[dict]) -> None:
+    for one, two in zip(unsharded, sharded, strict=True):
         for name in (name for name in one if name.startswith("loss_") or name in ("lr", "grad_norm")):
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
 
 
-def test_the_curve_is_that_of_whole_weights(steps: dict[str, Any]) -> None:
-    """10 steps of two micro-batches, activations computed again, on from moments made with whole weights."""
+def test_curve_equals_unsharded(steps: dict[str, Any]) -> None:
+    """10 steps of two micro-batches with activation checkpointing, starting from moments of unsharded steps."""
     assert steps["start_is_equal"]
-    assert len(steps["whole"]) == 10
-    assert_same_curves(steps["whole"], steps["sharded"])
+    assert len(steps["unsharded"]) == 10
+    assert_same_curves(steps["unsharded"], steps["sharded"])
     losses = [row["loss_total"] for row in steps["sharded"]]
     assert max(losses) > 1.01 * min(losses), "a curve, not a constant"
 
 
-def test_a_frozen_backbone_and_bf16_too(steps: dict[str, Any]) -> None:
+def test_curve_equals_unsharded_frozen_and_bf16(steps: dict[str, Any]) -> None:
     assert_same_curves(*steps["frozen"])
     assert_same_curves(*steps["bf16"])
     assert steps["bf16"][0] != steps["float32"]
 
 
-def test_each_process_holds_its_part(steps: dict[str, Any]) -> None:
-    """Half of weights and moments; a layer's last row or two make it a little more on the first process."""
-    for whole, part in (steps["numbers_held"], steps["moments_held"]):
-        assert 0.5 * whole <= part < 0.52 * whole
+def test_each_process_holds_its_shard(steps: dict[str, Any]) -> None:
+    """Half of weights and moments; a layer's last row or two make it slightly more on the first process."""
+    for unsharded, part in (steps["numbers_held"], steps["moments_held"]):
+        assert 0.5 * unsharded <= part < 0.52 * unsharded
 
 
-def test_a_bad_step_leaves_no_trace(steps: dict[str, Any]) -> None:
-    """As in tests/test_bad_numbers.py: weights, moments and count, to the last bit; the NaN is one process's."""
+def test_skipped_step_changes_nothing(steps: dict[str, Any]) -> None:
+    """As in tests/test_bad_numbers.py: weights, moments and count, to the last bit; one process has the NaN."""
     bad = steps["bad"]
-    assert bad["left_out"]
-    assert bad["without_trace"]
+    assert bad["is_skipped"]
+    assert bad["changes_nothing"]
     assert bad["skipped"] == [[1, 1], [1, 2], [2, 3]]
-    assert bad["stays_halted"], "no update after the last bad step that is allowed"
+    assert bad["stays_halted"], "no update after max_skipped_step bad steps"
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
@@ -95,8 +95,8 @@ def sharded(place: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path) -> Path:
-    return finish(place, "whole", *OPTIONS, launcher=torchrun(2))
+def unsharded(place: Path) -> Path:
+    return finish(place, "unsharded", *OPTIONS, launcher=torchrun(2))
 
 
 def assert_same_rows(run: Path, other: Path, number: int) -> None:
@@ -105,18 +105,18 @@ def assert_same_rows(run: Path, other: Path, number: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_is_that_of_whole_weights(whole: Path, sharded: Path) -> None:
-    """The same curve, validations, pictures and files of a checkpoint."""
-    assert_same_rows(whole, sharded, 10)
-    for one, two in zip(rows(whole, "val"), rows(sharded, "val"), strict=True):
+def test_run_equals_unsharded(unsharded: Path, sharded: Path) -> None:
+    """The same curve, validations, images and checkpoint files."""
+    assert_same_rows(unsharded, sharded, 10)
+    for one, two in zip(rows(unsharded, "val"), rows(sharded, "val"), strict=True):
         assert all(two[name] == pytest.approx(value, rel=1e-4) for name, value in one.items() if name != "subset")
-    pictures = [sorted(file.name for file in (run / "images").iterdir()) for run in (whole, sharded)]
-    assert pictures[0] == pictures[1] != []
-    one, two = (load_file(run / "checkpoints/checkpoint-10/model.safetensors") for run in (whole, sharded))
+    images = [sorted(file.name for file in (run / "images").iterdir()) for run in (unsharded, sharded)]
+    assert images[0] == images[1] != []
+    one, two = (load_file(run / "checkpoints/checkpoint-10/model.safetensors") for run in (unsharded, sharded))
     assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
     one, two = (
         torch.load(run / "checkpoints/checkpoint-10/optimizer.pt", weights_only=True)["optimizer"]
-        for run in (whole, sharded)
+        for run in (unsharded, sharded)
     )
     assert one["param_groups"] == two["param_groups"]
     for index, state in one["state"].items():
@@ -125,13 +125,13 @@ def test_a_run_is_that_of_whole_weights(whole: Path, sharded: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("written", "goes_on"), [("sharded", ()), ("whole", (SHARDED,))])
-def test_either_goes_on_from_the_others_checkpoint(
-    place: Path, request: pytest.FixtureRequest, written: str, goes_on: tuple[str, ...]
+@pytest.mark.parametrize(("written", "resumed"), [("sharded", ()), ("unsharded", (SHARDED,))])
+def test_sharded_and_unsharded_resume_from_each_other(
+    place: Path, request: pytest.FixtureRequest, written: str, resumed: tuple[str, ...]
 ) -> None:
     origin: Path = request.getfixturevalue(written)
     resume = f"GENERAL.resume_path={origin}/checkpoints/checkpoint-5"
-    run = finish(place, f"on-from-{written}", *OPTIONS, *goes_on, resume, launcher=torchrun(2))
+    run = finish(place, f"on-from-{written}", *OPTIONS, *resumed, resume, launcher=torchrun(2))
     assert len(rows(run)) == 5
     assert_same_rows(origin, run, 5)
 
@@ -148,24 +148,26 @@ def test_a_resume_is_exact(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_network_is_read_from_a_sharded_runs_checkpoint(sharded: Path) -> None:
+def test_network_loads_from_a_sharded_checkpoint(sharded: Path) -> None:
     net = load_network(sharded, hand_model=build_standin_hand()).network
     with torch.no_grad():
         assert torch.isfinite(net(random_batch(2, net.img_size)).joint_cam).all()
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- refused options ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("other", ["TRAIN.compile=true", "TRAIN.mixed_precision=fp16"])
-def test_what_it_does_not_go_with(other: str) -> None:
+def test_incompatible_options_are_refused(other: str) -> None:
     with pytest.raises(ConfigError, match=f"shard_weights=true: does not go together with {other}"):
         compose_config("stage1-demo", SHARDED, other)
 
 
-def test_one_process_has_nobody_to_share_with(place: Path) -> None:
-    check_processes({"WORLD_SIZE": "2"})
+def test_single_process_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes()
+    monkeypatch.delenv("WORLD_SIZE")
     done = start(place, "alone", SHARDED)
     assert done.returncode == 2
-    assert "TRAIN.shard_weights=true: there is one process" in done.stdout
+    assert "TRAIN.shard_weights=true: there is one process only" in done.stdout
     assert not (place / "alone").exists()

@@ -1,4 +1,4 @@
-"""The real script on the shipped demo configuration, shrunk: it learns, checkpoints, resumes exactly, splits up."""
+"""script/stage1.py on a shrunk demo configuration: it learns, checkpoints, resumes exactly, runs distributed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from src.loss import LOSS_TERMS
-from src.train.resume import setting_changes
+from src.train.resume import changed_settings
 from tests.helpers import ROOT, compose_config
 
 SMALL = (
@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage1(place: Path, runs: str, *overrides: str, launcher: tuple[str, ...] = (sys.executable,)) -> Path:
-    """Run the script with its folders below `place`; returns the newest run folder."""
+    """Run the script with all folders below `place`; returns the newest run folder."""
     places = (f"DATA.root={place}/data", f"GENERAL.output_root={place}/{runs}", f"AIM.repo={place}/{runs}")
     command = [*launcher, str(ROOT / "script/stage1.py"), *SMALL, *places, *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=900, check=False)
@@ -84,7 +84,7 @@ def test_it_learns(finished: Path) -> None:
     assert expected | baseline <= last.keys()
 
 
-def test_what_it_leaves(finished: Path) -> None:
+def test_outputs_of_a_run(finished: Path) -> None:
     lines = [line for line in (finished / "log.txt").read_text().splitlines() if re.match(r"\d+/", line)]
     assert len(lines) == 40
     for line in lines:
@@ -97,7 +97,7 @@ def test_what_it_leaves(finished: Path) -> None:
 
 
 def test_same_seed_same_run(place: Path, finished: Path) -> None:
-    """Another run with other workers writes the same numbers to the last bit."""
+    """A second run with another number of workers writes the same numbers to the last bit."""
     again = stage1(place, "again", "GENERAL.num_worker=0")
     assert (again / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
@@ -109,7 +109,7 @@ def test_resume_is_exact(place: Path, finished: Path) -> None:
     shutil.rmtree(cut / "checkpoints" / "checkpoint-40")
     shutil.rmtree(cut / "checkpoints" / "best")
     resumed = stage1(place, "cut", f"GENERAL.resume_path={cut}", "GENERAL.num_worker=2")
-    assert resumed == cut, "it goes on in its own folder"
+    assert resumed == cut, "it continues in its own folder"
     assert (cut / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
     weights, expected = (load_file(run / "checkpoints/checkpoint-40/model.safetensors") for run in (cut, finished))
     assert weights.keys() == expected.keys()
@@ -123,7 +123,7 @@ def test_older_checkpoint_branches_off(place: Path, finished: Path) -> None:
     )
     assert finished not in branch.parents
     assert branch != finished
-    assert sorted(p.name for p in finished.rglob("*")) == before, "what came after it stays as it is"
+    assert sorted(p.name for p in finished.rglob("*")) == before, "the later steps are untouched"
     assert [row["step"] for row in rows(branch, "train")] == [21]
 
 
@@ -151,15 +151,15 @@ def test_two_processes_are_one_run(place: Path, finished: Path) -> None:
 
 
 def refused(place: Path, runs: str, *overrides: str) -> str:
-    """What the script says when it fails."""
+    """The output of a script that fails."""
     with pytest.raises(AssertionError) as error:
         stage1(place, runs, *overrides)
     assert "Traceback" not in str(error.value)
     return str(error.value)
 
 
-def test_numbers_that_stay_wrong_end_the_run(place: Path) -> None:
-    """A learning rate from another world: every later step is left out, the tenth ends the run, and can be replayed."""
+def test_repeated_non_finite_steps_end_the_run(place: Path) -> None:
+    """With an absurd learning rate every later step is skipped; the tenth ends the run and can be replayed."""
     said = refused(place, "nan", "TRAIN.lr=1e12", "TRAIN.backbone_lr=1e12")
     assert re.search(r"10 steps in a row .* not finite: .*loss_total.*; every sample: train/\d+\.tar:demo_train", said)
     run = next((place / "nan").glob("*/*_stage1-demo"))
@@ -167,15 +167,15 @@ def test_numbers_that_stay_wrong_end_the_run(place: Path) -> None:
     folder = next(path for path in run.glob("bad_batch-*") if path.is_dir())
     command = [sys.executable, str(ROOT / "script/replay_batch.py"), str(folder), "--device=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
-    assert "first module that makes something not finite: backbone" in done.stdout
+    assert "first module whose output is not finite: backbone" in done.stdout
     assert "loss_total=nan" in done.stdout
 
 
-def test_auto_takes_the_newest_whole_checkpoint(place: Path, finished: Path) -> None:
-    """With the newest one damaged it goes on from the one before, in the same folder; a complete run is left alone."""
+def test_auto_resumes_the_newest_complete_checkpoint(place: Path, finished: Path) -> None:
+    """If the newest is corrupt it resumes from the one before, in the same folder; a complete run is not touched."""
     run = place / "auto" / "2026-01-01" / "00-00-00_stage1-demo"
     shutil.copytree(finished, run)
-    shutil.rmtree(run / "checkpoints" / "best")  # it may be a whole one of step 40 and would do
+    shutil.rmtree(run / "checkpoints" / "best")  # may be a complete checkpoint of step 40
     weights = run / "checkpoints" / "checkpoint-40" / "model.safetensors"
     expected = weights.read_bytes()
     weights.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
@@ -186,23 +186,24 @@ def test_auto_takes_the_newest_whole_checkpoint(place: Path, finished: Path) -> 
     assert stage1(place, "auto", "GENERAL.resume_path=auto") == run
     assert sorted(path.name for path in run.rglob("*")) == before
     said = refused(place, "auto", "GENERAL.resume_path=auto", "DATA.train.source=[val/*]")
-    assert f"the newest run, {run}, has other data: DATA.train.source=['val/*'] (was ['train/*'])" in said
+    assert f"the newest run, {run}, was trained on different data" in said
+    assert "DATA.train.source=['val/*'] in this command, ['train/*'] in the checkpoint" in said
     assert sorted(path.name for path in run.rglob("*")) == before
 
 
-def test_settings_that_differ_are_told(place: Path, finished: Path) -> None:
-    """Those that change what is trained; how many processes read it does not."""
+def test_changed_settings_are_reported(place: Path, finished: Path) -> None:
+    """Only those that change what is trained; the number of data workers does not."""
     checkpoint = finished / "checkpoints" / "checkpoint-40"
     overrides = (f"DATA.root={place}/data", "GENERAL.total_step=60", "LOSS.lambda_rel=0.2", "GENERAL.num_worker=0")
     cfg = compose_config("stage1-demo", *SMALL[1:], *overrides)
-    assert list(setting_changes(checkpoint, cfg).values()) == [
-        "GENERAL.total_step=60 (was 40)",
-        "LOSS.lambda_rel=0.2 (was 0.1)",
+    assert list(changed_settings(checkpoint, cfg).values()) == [
+        "GENERAL.total_step=60 in this command, 40 in the checkpoint",
+        "LOSS.lambda_rel=0.2 in this command, 0.1 in the checkpoint",
     ]
 
 
-def test_another_network_is_refused_in_words(place: Path, finished: Path) -> None:
+def test_another_network_shape_is_refused(place: Path, finished: Path) -> None:
     said = refused(place, "other", f"GENERAL.resume_path={finished}", "MODEL.handec.num_layer=3")
-    assert "MODEL.handec.num_layer=3: the checkpoint was written with 1" in said
+    assert "MODEL.handec.num_layer=3 in this command, 1 in the checkpoint" in said
     assert f"MODEL.init_from={finished}" in said
     assert not (place / "other").exists()

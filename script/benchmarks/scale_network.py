@@ -18,7 +18,7 @@ from script.benchmarks.measurement import seconds_of
 from src.batch import Batch
 from src.config import Config
 from src.data.crop import empty_batch, pad_rows
-from src.distributed.processes import take_down_process_group
+from src.distributed.processes import destroy_process_group
 from src.hand.mano import ManoLayer
 from src.hand.standin.build import build_standin_hand
 from src.loss import NUM_TERM, loss_sums
@@ -62,7 +62,7 @@ def _process(rank: int, num_process: int, cfg: Config, repeat: int, folder: str)
     seconds = _block_seconds(cfg, repeat)
     if rank == 0:
         (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
-    take_down_process_group()
+    destroy_process_group()
 
 
 def _block_seconds(cfg: Config, repeat: int) -> tuple[list[float], list[float]]:

@@ -21,6 +21,7 @@ from src.compare.runs import (
     NothingYetError,
     Run,
 )
+from src.config import flatten
 from src.tracking.tracker import METRICS
 
 CONFIG = "config.yaml"
@@ -109,7 +110,7 @@ def read_run(folder: Path, metric: str) -> Run:
     """
     try:
         tree = OmegaConf.to_container(OmegaConf.load(_newest_config(folder)), resolve=False)
-        config = dict(_leaves(tree))
+        config = flatten(tree)
     except Exception as error:  # whatever a torn or foreign file makes of the parser
         raise ComparisonError(f"{folder}: its {CONFIG} cannot be read ({error}); is it a run folder?") from error
     rows = _read_rows(folder / METRICS)
@@ -155,11 +156,3 @@ def _refuse_without_validation(folder: Path, rows: Sequence[Mapping[str, Any]], 
         raise ComparisonError(f"{folder}: no {metric} was validated; choose one with --metric: {', '.join(known)}")
     last = max((row["step"] for row in rows), default=0)
     raise NothingYetError(f"{folder}: no validation after step 0 (it got to step {last}), nothing to compare yet")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

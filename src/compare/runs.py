@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from src.config import housekeeping_keys
+
 SEED = "GENERAL.seed"
 METRIC_ORDER = ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error")
 # curves besides the metrics: "<subset in metrics.jsonl>/<name>"
 LOSS, EVAL_LOSS, DROPOUT_RATE = "train/loss_total", "train_eval/loss_total", "train/dropout_rate"
-# keys in which runs may differ without being another experiment
-_HOUSEKEEPING = ("GENERAL.output_root", "GENERAL.resume_path", "GENERAL.description", "GENERAL.num_worker",
-                 "GENERAL.prefetch_factor", "GENERAL.keep_checkpoint", "DATA.root", "DATA.index_dir",
-                 "AIM.")  # fmt: skip
 
 
 class ComparisonError(ValueError):
@@ -84,14 +82,15 @@ class Run:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Dotted key -> the values it has, for keys that are not the same in all runs; seeds and housekeeping left out."""
-    keys = sorted({key for run in runs for key in run.config})
+    """Dotted key -> its values, for each setting in which the runs differ, without seeds and housekeeping keys."""
+    ignored = {SEED, *housekeeping_keys()}
+    keys = sorted({key for run in runs for key in run.config} - ignored)
     found = {}
     for key in keys:
         values: list[Any] = []
         for run in runs:
             if (value := run.config.get(key)) not in values:
                 values.append(value)
-        if len(values) > 1 and key != SEED and not key.startswith(_HOUSEKEEPING):
+        if len(values) > 1:
             found[key] = values
     return found

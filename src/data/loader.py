@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -222,3 +223,36 @@ def _dataset(
         augment=augment,
         seed=cfg.GENERAL.seed,
     )
+
+
+def train_eval_config(cfg: Config) -> Config | None:
+    """A configuration whose validation loader reads `DATA.train.eval_sample` training frames; None if that is 0.
+
+    They are cropped like validation frames, without augmentation: the gap to the validation metrics measures
+    overfitting. One worker is enough for so few frames.
+    """
+    train = cfg.DATA.train
+    if train.eval_sample == 0:
+        return None
+    data = replace(cfg.DATA, val=replace(cfg.DATA.val, source=train.source, max_sample=train.eval_sample))
+    return replace(cfg, DATA=data, GENERAL=replace(cfg.GENERAL, num_worker=min(1, cfg.GENERAL.num_worker)))
+
+
+def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches on `device`; on CUDA they are copied in a stream of their own, beside the running step.
+
+    A step does not wait for the device, so the host requests the next batch while the last step still computes. The
+    copy from pinned memory runs beside that step, and only the next step waits for it.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    stream = torch.cuda.Stream(device)
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = batch.to(device, non_blocking=True)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        moved.record_stream(current)
+        yield moved

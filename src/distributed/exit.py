@@ -1,7 +1,7 @@
-"""How a process leaves when something has failed, so that of several processes one tells the cause, once. No torch.
+"""Exit on a failure such that exactly one of several processes reports the cause. Imports no torch.
 
-torchrun ends with a report on the process that failed first and shows there, as its last lines, what that process left
-in TORCHELASTIC_ERROR_FILE. As long as it may restart the processes it reports nothing, so the cause is printed.
+torchrun ends with a report on the process that failed first; its last lines are what that process wrote to
+TORCHELASTIC_ERROR_FILE. While torchrun may still restart the processes it reports nothing, so the cause is printed.
 """
 
 from __future__ import annotations
@@ -16,90 +16,106 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-ENDED_WITHIN = 40.0  # s; torchrun ends the others at once and kills them after 30
-PEER_SPEAKS_WITHIN = 5.0  # s that the process which broke off may take to say why
+from src.config import ConfigError
+
+LAUNCHER_GRACE = 40.0  # s; torchrun terminates the other processes at once and kills them after 30
+PEER_REPORT_TIMEOUT = 5.0  # s in which the process that failed first should report the cause
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this process is one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def leave(
-    text: str, code: int, *, alike: bool = False, log: Path | None = None, last: Callable[[], None] | None = None
+def exit_with_error(
+    text: str,
+    code: int,
+    *,
+    is_permanent: bool = False,
+    log: Path | None = None,
+    cleanup: Callable[[], None] | None = None,
 ) -> NoReturn:
-    """Tell `text`, unless another process of this node has told of a failure, and end with `code`.
+    """Report `text`, unless another process of this node has reported a failure, and exit with `code`.
 
     Args:
-        alike: it will be the same after a restart (a configuration that is refused).
-        log: a file that the text is appended to, too.
-        last: what is left to do before the end.
+        is_permanent: a restart would fail in the same way (an invalid configuration).
+        log: a file that the text is appended to.
+        cleanup: called before the exit.
     """
     if _error_file() is None:  # srun, or no launcher
         if os.environ.get("RANK", "0") != "0":
-            _wait_to_be_ended(PEER_SPEAKS_WITHIN)  # with srun --kill-on-bad-exit
-        _tell(text, log)
-    elif not _is_first():
-        _wait_to_be_ended(ENDED_WITHIN)
+            _await_termination(PEER_REPORT_TIMEOUT)  # by srun --kill-on-bad-exit
+        _report(text, log)
+    elif not _is_first_failure():
+        _await_termination(LAUNCHER_GRACE)
     elif _is_last_attempt():
-        when = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        _error_file().write_text(json.dumps({"message": {"message": text, "extraInfo": when}}))
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        _error_file().write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
         _append(text, log)
-    elif not alike:
-        _tell(text, log)
-    if last is not None:
-        last()
-    if several():  # an orderly end would wait for the other processes
+    elif not is_permanent:
+        _report(text, log)
+    if cleanup is not None:
+        cleanup()
+    if is_distributed():  # a normal exit would wait for the other processes
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def leave_after_peer(text: str, *, asked: bool = False, **how: object) -> NoReturn:
-    """Leave because another process is gone. It or the launcher tells why; `text` is for where nobody does.
+def exit_after_peer(text: str, *, stop_requested: bool = False, log: Path | None = None) -> NoReturn:
+    """Exit because another process is gone. It or the launcher reports the cause; `text` is printed if neither does.
 
-    `asked`: a signal to stop has come before the loss was noticed. It was the launcher's, if a process has told of a
-    failure, and no second one would come: waiting for it would last until the launcher kills, after 30 s.
+    `stop_requested`: a stop signal came first. If a process has reported a failure, that signal was the launcher's and
+    there will be no second one: waiting for it would last until the launcher kills, after 30 s.
     """
-    if asked and is_told():
+    if stop_requested and failure_is_reported():
         os._exit(1)
-    _wait_to_be_ended(PEER_SPEAKS_WITHIN)
-    leave(text, 1, **how)
+    _await_termination(PEER_REPORT_TIMEOUT)
+    exit_with_error(text, 1, log=log)
 
 
-def is_told() -> bool:
-    """Whether a process of this node has told of a failure: a signal to stop then comes from the launcher."""
-    return _error_file() is not None and _mark().exists()
+def exit_on_invalid_config(error: ValueError) -> NoReturn:
+    """Print what is wrong with the configuration and exit with code 2; HYDRA_FULL_ERROR=1 raises it instead."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    text = f"stage1: this configuration cannot be run\n{error}"
+    exit_with_error(text, 2, is_permanent=isinstance(error, ConfigError))
 
 
-def _tell(text: str, log: Path | None) -> None:
+def failure_is_reported() -> bool:
+    """Whether a process of this node has reported a failure: a stop signal then comes from the launcher."""
+    return _error_file() is not None and _marker().exists()
+
+
+def _report(text: str, log: Path | None) -> None:
     print(text, file=sys.stderr, flush=True)
     _append(text, log)
 
 
 def _append(text: str, log: Path | None) -> None:
     if log is not None:
-        with suppress(OSError), open(log, "a", encoding="utf-8") as file:  # the failure may be that of the disk
+        with suppress(OSError), open(log, "a", encoding="utf-8") as file:  # the disk itself may have failed
             file.write(text + "\n")
 
 
 def _error_file() -> Path | None:
-    """`.../attempt_<restart>/<local rank>/error.json`, where torchrun is the launcher."""
+    """`.../attempt_<restart>/<local rank>/error.json` under torchrun."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(path) if path else None
 
 
-def _mark() -> Path:
-    return _error_file().parent.parent / "told"
+def _marker() -> Path:
+    """Created by the first process of the node that reports a failure."""
+    return _error_file().parent.parent / "reported"
 
 
-def _is_first() -> bool:
+def _is_first_failure() -> bool:
     try:
-        _mark().touch(exist_ok=False)
+        _marker().touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:
-        return True  # nowhere to look: rather twice than never
+        return True  # no shared folder: better reported twice than never
     return True
 
 
@@ -108,8 +124,8 @@ def _is_last_attempt() -> bool:
     return int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) >= int(env.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
-def _wait_to_be_ended(seconds: float) -> None:
-    """The launcher ends all processes when one has left: go without a word."""
+def _await_termination(seconds: float) -> None:
+    """Sleep until the launcher, which terminates all processes after one has exited, ends this one silently."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     time.sleep(seconds)

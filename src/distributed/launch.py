@@ -1,7 +1,7 @@
-"""Between a launcher and the run: who am I among the processes, and may this job be queued again. Imports no torch.
+"""Translates the variables of launchers to those of torchrun, and requeues Slurm jobs. Imports no torch.
 
-torchrun tells each process its place (RANK, WORLD_SIZE, ...). Slurm's srun uses other names, and `accelerate launch
---cpu --num_processes N` starts one process where N were asked for; both are brought to torchrun's terms here.
+torchrun sets RANK, WORLD_SIZE, ... for each process. Slurm's srun uses other names, and `accelerate launch --cpu
+--num_processes N` starts one process instead of N; both are translated to torchrun's variables here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import psutil
 from src.config import ConfigError
 
 _NUM_PROCESSES = re.compile(r"--num[_-]processes(?:=(\d+))?$")
-_FIRST_PORT, _NUM_PORT = 20_000, 10_000  # below the range that Linux hands out by itself
-REQUEUE = "STAGE1_REQUEUE"  # set to 1 in a Slurm job that may be queued again, as script/train.sbatch does
+_FIRST_PORT, _NUM_PORT = 20_000, 10_000  # below the ephemeral ports of Linux
+REQUEUE = "STAGE1_REQUEUE"  # set to 1 in a Slurm job that may be requeued, as script/train.sbatch does
 
 
-_SHARDING = {
+_PLUGINS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -29,25 +29,25 @@ _SHARDING = {
 
 
 def check_launcher(env: Mapping[str, str]) -> None:
-    """Refuse what `accelerate launch` can ask for and this trainer does in its own way: to share out the weights.
+    """Refuse the sharding plugins of `accelerate launch`: a checkpoint would contain one process's shard only.
 
     Raises:
-        ConfigError: naming it, and what to use in its place. A checkpoint would hold one process's part alone.
+        ConfigError: naming the plugin, and what to use instead.
     """
-    for variable, name in _SHARDING.items():
+    for variable, name in _PLUGINS.items():
         if env.get(variable, "").lower() == "true":
             raise ConfigError(
-                f"{variable}=true: {name} is not supported as a plugin of Accelerate. Launch without it and spread the "
-                f"weights with TRAIN.shard_weights=true; memory is saved by TRAIN.activation_checkpointing=true and a "
-                f"smaller TRAIN.sample_per_device with a larger TRAIN.grad_accum_step, too (docs/CLUSTER.md)"
+                f"{variable}=true: {name} is not supported as a plugin of Accelerate. Launch without it and shard the "
+                f"weights with TRAIN.shard_weights=true; TRAIN.activation_checkpointing=true and a smaller "
+                f"TRAIN.sample_per_device with a larger TRAIN.grad_accum_step save memory, too (docs/CLUSTER.md)"
             )
 
 
-def asked_processes(launcher: list[str]) -> int:
+def requested_processes(command: list[str]) -> int:
     """N of `--num_processes N` in a launcher's command line, else 1."""
-    for index, argument in enumerate(launcher):
+    for index, argument in enumerate(command):
         if match := _NUM_PROCESSES.match(argument):
-            value = match[1] or (launcher[index + 1] if index + 1 < len(launcher) else "")
+            value = match[1] or (command[index + 1] if index + 1 < len(command) else "")
             return int(value) if value.isdigit() else 1
     return 1
 
@@ -55,24 +55,24 @@ def asked_processes(launcher: list[str]) -> int:
 def start_missing_processes() -> None:
     """Replace this process by torchrun with the number of processes that Accelerate was asked for; else do nothing.
 
-    Accelerate (1.15) leaves several CPU processes to MPI: without a host file it runs the script once and says nothing.
-    It does set MASTER_ADDR then, without the WORLD_SIZE that a real launcher sets; that is how it is recognised here.
+    Accelerate (1.15) leaves several CPU processes to MPI: without a host file it silently runs the script once. It then
+    sets MASTER_ADDR without the WORLD_SIZE that a real launcher sets, which is how the case is recognised.
     """
     env = os.environ
-    forgotten = env.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in env and "WORLD_SIZE" not in env
+    is_single = env.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in env and "WORLD_SIZE" not in env
     parent = psutil.Process().parent()
-    if not forgotten or parent is None or (number := asked_processes(parent.cmdline())) < 2:
+    if not is_single or parent is None or (number := requested_processes(parent.cmdline())) < 2:
         return
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
     os.execv(sys.executable, [*torchrun, *sys.argv])
 
 
-def adopt_slurm_step() -> None:
-    """Give a task that `srun` started, one of several, the variables that torchrun would have given it."""
-    os.environ.update(slurm_step(os.environ))
+def adopt_slurm_variables() -> None:
+    """Set torchrun's variables in a task that `srun` started, one of several."""
+    os.environ.update(slurm_variables(os.environ))
 
 
-def slurm_step(env: Mapping[str, str]) -> dict[str, str]:
+def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for a task of a Slurm step.
 
     Empty outside of Slurm, for a single task, and for the processes of a torchrun that srun started once on each node.
@@ -90,16 +90,16 @@ def slurm_step(env: Mapping[str, str]) -> dict[str, str]:
     return {
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": str(number),
-        "LOCAL_RANK": str(local % len(visible) if visible else local),  # with --gpus-per-task each sees its own alone
+        "LOCAL_RANK": str(local % len(visible) if visible else local),  # --gpus-per-task shows each task its own GPU
         "MASTER_ADDR": nodes.stdout.split()[0],
         "MASTER_PORT": str(port),
     }
 
 
 def requeue_slurm_job(signal_name: str | None) -> None:
-    """Queue this Slurm job again, if it may be (REQUEUE) and SIGUSR1 has warned it of its end; else do nothing.
+    """Requeue this Slurm job if it may be (REQUEUE) and SIGUSR1 has warned of its time limit; else do nothing.
 
-    SIGTERM is left alone: it comes from `scancel`, or from a preemption after which Slurm itself queues again.
+    SIGTERM does not requeue: it comes from `scancel`, or from a preemption after which Slurm itself requeues.
     """
     env = os.environ
     if signal_name != "SIGUSR1" or env.get(REQUEUE) != "1" or env.get("RANK", "0") != "0" or "SLURM_JOB_ID" not in env:

@@ -1,4 +1,4 @@
-"""Several processes: how they find and wait for each other, and what they send."""
+"""Several processes: set-up, precision, waiting for each other, exchanging objects, shutting down."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from src.config import Config
 
-# A process that is gone is noticed at once by gloo and by the launcher. This is for one that lives and is stuck: shards
-# on a file system that hangs. No process waits for another one's long work inside of it, see `main_process_first`.
+# gloo and the launcher notice at once when a process is gone. This timeout is for a live process that hangs, such as on
+# a stalled file system. No collective waits for another process's long work, see `main_process_first`.
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 PREPARATION_TIMEOUT = timedelta(days=2)  # the main process indexes shards: hours for a large set on a slow disk
 
 
 class _DDPKwargs(DistributedDataParallelKwargs):
-    """Buffers are constants, so none is sent before a forward pass. torch 2.13 has a new word for that."""
+    """Buffers are constants, so they are not broadcast before a forward pass. torch 2.13 renamed the argument."""
 
     def to_kwargs(self) -> dict[str, Any]:
         kwargs = super().to_kwargs()
@@ -33,11 +33,11 @@ class _DDPKwargs(DistributedDataParallelKwargs):
         return kwargs
 
 
-def _meet_after_restart() -> None:
-    """Make the process group under names of its own where torchrun has started the processes of one machine again.
+def _init_group_after_restart() -> None:
+    """Initialise the process group under a new prefix where torchrun has restarted the processes of one machine.
 
-    torchrun (2.13) keeps its store over restarts: gloo would find the addresses of processes that are gone and wait for
-    them. Over several machines the count of restarts differs from node to node and cannot serve as a name.
+    torchrun (2.13) keeps its store over restarts: gloo would find the addresses of dead processes and wait for them.
+    Over several machines the restart count differs from node to node and cannot serve as a prefix.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1" or dist.is_initialized():
@@ -54,10 +54,10 @@ def _meet_after_restart() -> None:
 
 
 def build_accelerator(cfg: Config) -> Accelerator:
-    """Processes, device and precision. `auto` is bf16 on a GPU that has it, float32 anywhere else.
+    """Processes, device and precision. `auto` is bf16 on a GPU that supports it, float32 anywhere else.
 
-    Under bf16 what stays float32 (hand layer, losses) is exact float32; `tf32` rounds the factors of all its matrix
-    products, the hand layer's too, to 10 bits.
+    Under bf16, whatever stays float32 (hand layer, losses) is exact float32; `tf32` rounds the factors of all its
+    matrix products, the hand layer's too, to 10 bits.
     """
     precision = cfg.TRAIN.mixed_precision
     if precision == "auto":
@@ -66,7 +66,7 @@ def build_accelerator(cfg: Config) -> Accelerator:
     precision = "no" if precision == "tf32" else precision
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = world_size > 1 and not torch.cuda.is_available()  # torchrun alone does not make Accelerate use gloo
-    _meet_after_restart()
+    _init_group_after_restart()
     timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[timeout])
     accelerator.ddp_handler = _DDPKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -76,7 +76,7 @@ def build_accelerator(cfg: Config) -> Accelerator:
 
 @contextmanager
 def main_process_first(accelerator: Accelerator) -> Iterator[None]:
-    """The others wait until the main process is through, for as long as it takes."""
+    """The other processes enter the block once the main process has left it, however long that takes."""
     if accelerator.num_processes == 1:
         yield
         return
@@ -89,40 +89,39 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     dist.destroy_process_group(group)
 
 
-class HostTalk:
-    """What processes tell each other from host to host: by gloo, so that no device is waited for."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._number = accelerator.num_processes
-        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self._number > 1 else None
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank, on each of them. Every process has to call it."""
-        values = [value] * self._number
-        if self._group is not None:
-            dist.all_gather_object(values, value, self._group)
-        return values
+def build_host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
+    """A gloo group for `gather_objects`, which then waits for no device; None for a single process."""
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if accelerator.num_processes > 1 else None
 
 
-def part(accelerator: Accelerator) -> None:
-    """Shut down in order: wait for every process, because a launcher kills the others as soon as one has exited."""
+def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """The values of all processes, by rank, on each of them. A collective: every process must call it."""
+    if group is None:
+        return [value]
+    values = [None] * group.size()
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+def shut_down(accelerator: Accelerator) -> None:
+    """Wait for every process before the exit, because a launcher kills the others as soon as one has exited."""
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
-        take_down_process_group()
+        destroy_process_group()
     accelerator.end_training()
 
 
-def take_down_process_group() -> None:
-    """End the process group after its last collective, on every process. Drop a model in DDP before it, if you can.
+def destroy_process_group() -> None:
+    """End the process group after its last collective, on every process. Delete a DDP model before it if you can.
 
     Without the pause this can deadlock. gloo's thread releases the last collective a moment after it is done and needs
-    the GIL for that; whoever destroys the group while holding the GIL waits for that thread forever. So does DDP's
-    reducer where it holds the last reference to the group.
+    the GIL for that; a thread that destroys the group while holding the GIL waits for gloo's thread forever. So does
+    DDP's reducer where it holds the last reference to the group.
     """
     time.sleep(0.5)
     dist.destroy_process_group()
 
 
-def is_lost_contact(error: BaseException) -> bool:
+def is_peer_lost(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone, or stuck for longer than COLLECTIVE_TIMEOUT."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

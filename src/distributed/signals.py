@@ -1,9 +1,9 @@
 """Signals that ask a run to stop: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C. Imports nothing heavy.
 
-The first signal during start-up raises StopRequested where it strikes: nothing has been trained. While modules are
-imported it waits for their end (`held`): a C extension turns what is raised within it into an ImportError. Once the
-loop runs (`defer`), it is only noted; the loop finishes its step, writes a checkpoint and leaves with RESUMABLE. A
-second signal ends the process at once, as if it had been killed.
+During start-up the first signal raises StopRequested immediately: nothing has been trained. While modules are imported
+it is held back (`hold`), because a C extension turns an exception raised inside it into an ImportError. Once the loop
+runs (`defer`), the signal is only recorded; the loop finishes its step, writes a checkpoint and exits with RESUMABLE. A
+second signal ends the process immediately, as a kill would.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 RESUMABLE = 75  # exit code of a stop on request; EX_TEMPFAIL of sysexits.h: try again later
-ECHO = 0.5  # s within which the same signal again is an echo: a terminal and a launcher may both deliver it
+ECHO = 0.5  # s within which a repeated signal counts as one: a terminal and a launcher may both deliver it
 
 
 class StopRequested(BaseException):
-    """The run was asked to stop. No Exception, so that no part of the run mistakes it for an error of its own."""
+    """The run was asked to stop. A BaseException, so that no `except Exception` swallows it."""
 
 
 class StopSignals:
-    """What this process has been asked by signals. Without `install` nobody can ask."""
+    """The stop signals that this process has received; none before `install`."""
 
     def __init__(self) -> None:
         self.requested: str | None = None  # name of the first signal
@@ -36,20 +36,20 @@ class StopSignals:
         self._owner = os.getpid()
 
     def install(self) -> None:
-        """From now on the signals are handled here, in this process."""
+        """Handle the signals here, in this process, from now on."""
         self._owner = os.getpid()
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def defer(self) -> None:
-        """From now on the first signal is only noted in `requested`. Raises StopRequested when one came before."""
+        """Only record the first signal in `requested` from now on. Raises StopRequested if one came before."""
         self._deferred = True
         if self.requested is not None:
             raise StopRequested(self.requested)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """A signal that comes within waits for the end, which then raises StopRequested."""
+    def hold(self) -> Iterator[None]:
+        """Hold a signal back until the end of the block, which then raises StopRequested."""
         self._deferred = True
         yield
         self._deferred = False
@@ -64,13 +64,13 @@ class StopSignals:
             self.requested, self._first = signal.Signals(number).name, (number, now)
             if not self._deferred:
                 for child in multiprocessing.active_children():
-                    child.kill()  # a pool that indexes shards would be waited for
+                    child.kill()  # otherwise the exit waits for a pool that indexes shards
                 raise StopRequested(self.requested)
         elif number != self._first[0] or now - self._first[1] > ECHO:
-            _leave_at_once(number)
+            _exit_immediately(number)
 
 
-def _leave_at_once(number: int) -> None:
+def _exit_immediately(number: int) -> None:
     if sys.stdout.isatty():
         os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
     os.write(2, f"stage1: {signal.Signals(number).name} again: stopped at once\n".encode())

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from src.config import Config, ConfigError, named_sources
+from src.config import Config, ConfigError, flatten, named_sources
 from src.config_parse import is_known_key, parse_config
 from src.data.shards.paths import resolve_source
 from src.hand.load import hand_model_problem
@@ -30,7 +30,7 @@ def evaluation_config(
         ConfigError: lists every wrong key.
     """
     tree = _copy(defaults)
-    for key, value in _leaves(saved):
+    for key, value in flatten(saved, _WHOLE).items():
         if is_known_key(key) and not (has_data_group and key.startswith("DATA.")):
             _set(tree, key, value)
     if any(key in _DATA_LOCATION for key in changes) and not any(key.startswith("DATA.demo") for key in changes):
@@ -71,17 +71,6 @@ def _folder_label(shard: Path, cfg: Config) -> str:
     root = Path(cfg.DATA.root).expanduser().absolute()
     inside = shard.relative_to(root).parts if shard.is_relative_to(root) else ()
     return inside[0] if len(inside) > 1 else "/".join(shard.parts[-3:-1])
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value and key not in _WHOLE:
-            found += _leaves(value, f"{key}.")
-        else:
-            found.append((key, value))
-    return found
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

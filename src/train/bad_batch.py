@@ -1,10 +1,10 @@
-"""A batch whose loss or gradient was not finite: which samples and terms, and everything to replay it.
+"""A batch whose loss or gradient was not finite: the samples and loss terms involved, and everything to replay it.
 
-    <run folder>/bad_batch-<step>.json        of each step that was left out (MAX_REPORT files): terms and samples
-    <run folder>/bad_batch-<step>/            of the step that ended the run; script/replay_batch.py reads it
-        report.json   batch-<rank>.safetensors   and a checkpoint of the network: the weights that met this batch
+    <run folder>/bad_batch-<step>.json        for each skipped step (at most MAX_REPORT files): terms and samples
+    <run folder>/bad_batch-<step>/            for the step that ended the run; script/replay_batch.py reads it
+        report.json   batch-<rank>.safetensors   and a checkpoint of the network with the weights before that step
 
-Steps are named as in the log: the number of steps done, this one included. Nothing here is pickled.
+Steps are numbered as in the log: the number of steps done, this one included. Nothing here is pickled.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file, save_model
 from src.batch import Batch
 from src.checkpoint.folder import MODEL, STATE, write_manifest
 from src.checkpoint.writer import Frozen
-from src.data.dataset import HandDataset
+from src.data.dataset import MAX_ATTEMPT, HandDataset
 from src.data.shards.errors import SampleError
 from src.loss import LOSS_TERMS
 from src.utils.files import write_atomic
 
-MAX_REPORT = 100  # more would fill a disk and say nothing new
+MAX_REPORT = 100  # more files would fill the disk and show nothing new
 MAX_NAMED = 4  # samples in a log line
 _REPORT = "report.json"
 
@@ -36,33 +36,33 @@ class NumbersError(RuntimeError):
 
 @dataclass
 class BadStep:
-    """What is known of a step that was left out."""
+    """What is known of a skipped step."""
 
     step: int  # steps done, this one included
-    in_row: int  # steps left out in a row, this one included
+    in_row: int  # steps skipped in a row, this one included
     terms: dict[str, float]  # loss terms, their weighted sum and the gradient's norm
     samples: list[dict[str, Any]]  # rank, source, shard, key, position, and the terms that are not finite
 
-    def wrong_terms(self) -> list[str]:
-        """Names of what is not finite."""
+    def bad_terms(self) -> list[str]:
+        """Names of the terms that are not finite."""
         return [name for name, value in self.terms.items() if not _is_finite(value)]
 
     def suspects(self) -> list[dict[str, Any]]:
-        """The samples whose own loss is not finite; all where only the gradient is."""
+        """The samples whose own loss is not finite; all samples if only the gradient is not."""
         return [sample for sample in self.samples if sample["terms"]] or self.samples
 
     def __str__(self) -> str:
         suspects = self.suspects()
-        named = [f"{'/'.join(Path(each['shard']).parts[-2:])}:{each['key']}" for each in suspects]
-        more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+        names = [f"{'/'.join(Path(each['shard']).parts[-2:])}:{each['key']}" for each in suspects]
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         which = "every sample" if len(suspects) == len(self.samples) else "samples"
-        return f"not finite: {', '.join(self.wrong_terms())}; {which}: {', '.join(named[:MAX_NAMED])}{more}"
+        return f"not finite: {', '.join(self.bad_terms())}; {which}: {', '.join(names[:MAX_NAMED])}{more}"
 
     def advice(self) -> str:
         """Where to look for the cause."""
         if len(self.suspects()) == len(self.samples):
-            return "Every sample has it, so the weights are at fault rather than the data: try a lower TRAIN.lr"
-        return "Only these samples have it: look at their shards with script/check_shards.py, or leave them out"
+            return "Every sample is affected, so suspect the weights rather than the data: try a lower TRAIN.lr"
+        return "Only these samples are affected: check their shards with script/check_shards.py, or exclude them"
 
 
 def _is_finite(value: float) -> bool:
@@ -72,7 +72,7 @@ def _is_finite(value: float) -> bool:
 def describe_samples(
     dataset: HandDataset, micro_batches: list[Batch], sample_sum: list[torch.Tensor], rank: int
 ) -> list[dict[str, Any]]:
-    """Every sample of this process's share, with the loss terms [B, NUM_TERM] of its own that are not finite."""
+    """Every sample of this process's share, with those of its loss terms [B, NUM_TERM] that are not finite."""
     samples = []
     for batch, sums in zip(micro_batches, sample_sum, strict=True):
         finite = torch.isfinite(sums).tolist()
@@ -86,9 +86,9 @@ def describe_samples(
 
 
 def find_shard(dataset: HandDataset, position: int, key: str) -> str:
-    """The shard of the sample `key` that stands at a position of training, as itself or in place of a bad one."""
+    """The shard of the sample `key` that was read at a position, be it the planned sample or a substitute."""
     place = dataset.plan.locate(position)
-    for attempt in range(1, 21):
+    for attempt in range(1, MAX_ATTEMPT + 1):
         try:
             if dataset.read(place).key == key:
                 return str(dataset.sources[place.source][place.shard].shard)
@@ -98,25 +98,21 @@ def find_shard(dataset: HandDataset, position: int, key: str) -> str:
     return "?"
 
 
-def write_report(run_folder: Path, bad: BadStep, how: dict[str, Any]) -> None:
-    """`bad_batch-<step>.json`; written again by a resumed run, it comes out the same."""
+def write_report(run_folder: Path, bad: BadStep, context: dict[str, Any]) -> None:
+    """Write `bad_batch-<step>.json`. A resumed run that repeats the step writes the same file."""
     path = run_folder / f"bad_batch-{bad.step}.json"
     if path.exists() or sum(1 for _ in run_folder.glob("bad_batch-*.json")) < MAX_REPORT:
-        write_atomic(path, _report_text(bad, how))
+        write_atomic(path, _report_text(bad, context))
 
 
-def _report_text(bad: BadStep, how: dict[str, Any]) -> str:
+def _report_text(bad: BadStep, context: dict[str, Any]) -> str:
     terms = {name: value if _is_finite(value) else str(value) for name, value in bad.terms.items()}
-    return json.dumps({"step": bad.step, "in_row": bad.in_row, **how, "terms": terms, "samples": bad.samples}, indent=1)
-
-
-def replay_folder(run_folder: Path, step: int) -> Path:
-    """Where the step that ended a run is kept."""
-    return run_folder / f"bad_batch-{step}"
+    report = {"step": bad.step, "in_row": bad.in_row, **context, "terms": terms, "samples": bad.samples}
+    return json.dumps(report, indent=1)
 
 
 def save_batch(folder: Path, rank: int, micro_batches: list[Batch]) -> None:
-    """The tensors of this process's micro-batches."""
+    """Save the tensors of this process's micro-batches."""
     folder.mkdir(exist_ok=True)
     tensors = {}
     for index, batch in enumerate(micro_batches):
@@ -126,21 +122,21 @@ def save_batch(folder: Path, rank: int, micro_batches: list[Batch]) -> None:
     save_file(tensors, folder / f"batch-{rank}.safetensors")
 
 
-def save_step(folder: Path, bad: BadStep, how: dict[str, Any], net: Frozen, texts: dict[str, str]) -> None:
-    """What the main process adds: the report, and a checkpoint of the network for `load_network`."""
+def save_step(folder: Path, bad: BadStep, context: dict[str, Any], net: Frozen, texts: dict[str, str]) -> None:
+    """Save the main process's part: the report, and a checkpoint for `load_network`."""
     folder.mkdir(exist_ok=True)
     save_model(net, str(folder / MODEL))
-    for name, text in {**texts, STATE: json.dumps({"step": bad.step}), _REPORT: _report_text(bad, how)}.items():
+    for name, text in {**texts, STATE: json.dumps({"step": bad.step}), _REPORT: _report_text(bad, context)}.items():
         write_atomic(folder / name, text)
     write_manifest(folder)
 
 
 def load_step(folder: Path) -> dict[str, Any]:
-    """The report of a replay folder. Raises ValueError where there is none."""
+    """The report of a replay folder. Raises ValueError if it cannot be read."""
     try:
         return json.loads((folder / _REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / _REPORT} cannot be read ({error}); name a folder bad_batch-<step>") from error
+        raise ValueError(f"{folder / _REPORT} cannot be read ({error}); give a folder bad_batch-<step>") from error
 
 
 def load_batch(folder: Path, rank: int, report: dict[str, Any]) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""AdamW with the recipe's groups, and Muon for the matrices of the transformer blocks where a run asks for it."""
+"""AdamW with the recipe's parameter groups, and optionally Muon for the matrices of the transformer blocks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from src.config import Config
 from src.model.net import PoseNet
 
 MOMENTUM = 0.95
-STACK = 2**22  # numbers that are orthogonalised together
-# Coefficients of the quintic iteration (Jordan et al., "Muon", 2024), and the RMS of an update in learning rates. 0.2
-# would be AdamW's (Liu et al., arXiv 2502.16982), so that one rate serves both; three times that was better here.
+STACK = 2**22  # elements that are orthogonalised together
+# Coefficients of the quintic iteration (Jordan et al., "Muon", 2024), and the RMS of an update in units of the learning
+# rate. 0.2 would match AdamW's (Liu et al., arXiv 2502.16982), so that one rate serves both; 0.6 worked better here.
 _QUINTIC, _NUM_ITERATION, _RMS = (3.4445, -4.7750, 2.0315), 5, 0.6
 
 
 def build_optimizer(model: PoseNet, cfg: Config) -> torch.optim.AdamW:
-    """The optimizer of a run; fused where the device has it."""
+    """The optimizer of a run, fused."""
     train = cfg.TRAIN
     groups = model.parameter_groups(train.lr, train.backbone_lr, train.weight_decay)
     if train.optimizer == "adamw":
@@ -28,12 +28,12 @@ def build_optimizer(model: PoseNet, cfg: Config) -> torch.optim.AdamW:
 
 
 def _precision(cfg: Config) -> torch.dtype:
-    """Of the orthogonalisation, which needs few digits: bfloat16 where the run has chosen it."""
+    """Precision of the orthogonalisation, which needs few digits: bfloat16 if the run sets it explicitly."""
     return torch.bfloat16 if cfg.TRAIN.mixed_precision == "bf16" else torch.float32
 
 
 def _split(group: dict[str, Any], blocks: set[int]) -> list[dict[str, Any]]:
-    """The parameters of a group for Muon and for AdamW; a part that would be empty is not made."""
+    """Split a group into the parameters for Muon and those for AdamW; empty groups are dropped."""
     parts = [
         {**group, "params": [p for p in group["params"] if (id(p) in blocks) == muon], "muon": muon}
         for muon in (True, False)
@@ -42,10 +42,10 @@ def _split(group: dict[str, Any], blocks: set[int]) -> list[dict[str, Any]]:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW, fused, whose groups with `muon` true take orthogonalised momentum steps instead (Muon).
+    """Fused AdamW, except that groups with `muon` true take orthogonalised momentum steps (Muon).
 
-    Like the fused AdamW it does nothing where `found_inf`, a tensor that the caller sets, is not zero, without waiting
-    for the device.
+    Like fused AdamW it skips the step if `found_inf`, a tensor that the caller sets, is not zero, without waiting for
+    the device.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, precision: torch.dtype = torch.float32) -> None:
@@ -54,12 +54,12 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Take one step from the gradients that are there."""
+        """Take one step for the parameters that have a gradient."""
         assert closure is None
         muon = [group for group in self.param_groups if group["muon"]]
         taken = [(p, p.grad) for group in muon for p in group["params"] if p.grad is not None]
         for parameter, _ in taken:
-            parameter.grad = None  # AdamW passes over what has none
+            parameter.grad = None  # AdamW skips parameters without one
         super().step()
         for parameter, gradient in taken:
             parameter.grad = gradient
@@ -68,9 +68,9 @@ class MuonAdamW(torch.optim.AdamW):
                 self._orthogonal_step(group, parameters)
 
     def _orthogonal_step(self, group: dict[str, Any], parameters: Sequence[torch.Tensor]) -> None:
-        """One step of matrices of one shape [M, N], together."""
+        """One step for several matrices of one shape [M, N]."""
         for parameter in parameters:
-            if not self.state[parameter]:  # AdamW asks for a `step` in every state that it loads
+            if not self.state[parameter]:  # AdamW expects a `step` in every state that it loads
                 step = torch.zeros((), device=parameter.device)
                 self.state[parameter].update(step=step, momentum=torch.zeros_like(parameter))
         momenta, bad = [self.state[p]["momentum"] for p in parameters], getattr(self, "found_inf", None)
@@ -90,8 +90,8 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def _stacks(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The matrices of each shape, in lists of at most STACK numbers: one small matrix does not keep a device busy, and
-    many large ones together would need as much memory again as the network."""
+    """Group matrices by shape, at most STACK elements a group: one small matrix does not keep a device busy, and many
+    large ones together would need as much memory again as the network."""
     alike: dict[torch.Size, list[torch.Tensor]] = {}
     for parameter in parameters:
         alike.setdefault(parameter.shape, []).append(parameter)
@@ -102,8 +102,8 @@ def _stacks(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def orthogonalised(matrix: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
-    """U V^T, nearly, of matrices U S V^T [..., M, N], by five steps of Newton-Schulz; singular values within 0.7 and
-    1.2."""
+    """Approximate U V^T of matrices U S V^T [..., M, N], with singular values in 0.7 to 1.2, by five Newton-Schulz
+    steps."""
     a, b, c = _QUINTIC
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix

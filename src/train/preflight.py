@@ -1,6 +1,6 @@
-"""Looks for what a run needs (weights, hand model, shards, checkpoint) before anything heavy is imported or written.
+"""Checks what a run needs (weights, hand model, shards, checkpoint) before anything heavy is imported or written.
 
-Imports neither torch nor transformers, so that a wrong path is told within two seconds. Every problem is told at once.
+Imports neither torch nor transformers, so that a wrong path is reported within two seconds, with all other problems.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mo
 
 
 def check_files(cfg: Config) -> None:
-    """Refuse a run whose inputs are not there.
+    """Refuse a run whose inputs are missing.
 
     Raises:
-        ConfigError: one line per problem: key, value and what to do.
+        ConfigError: for each problem the key, its value and the fix.
     """
     problems = [*_backbone_problems(cfg), *_hand_model_problems(cfg), *_source_problems(cfg), *_resume_problems(cfg)]
     if problems:
@@ -68,7 +68,7 @@ def _hand_model_problems(cfg: Config) -> Iterator[str]:
 
 def _source_problems(cfg: Config) -> Iterator[str]:
     if cfg.DATA.demo is not None:
-        return  # made on first use
+        return  # rendered on first use
     for key, source in (("DATA.train.source", cfg.DATA.train.source), ("DATA.val.source", cfg.DATA.val.source)):
         patterns = [pattern for named in named_sources(source) for pattern in named.patterns]
         try:
@@ -81,8 +81,8 @@ def _resume_problems(cfg: Config) -> Iterator[str]:
     for key, path in (("GENERAL.resume_path", cfg.GENERAL.resume_path), ("MODEL.init_from", cfg.MODEL.init_from)):
         if path is not None and not (Path(path).is_dir() or (path == AUTO and key == "GENERAL.resume_path")):
             yield (
-                f"{key}={path}: there is no such folder; name a run folder below "
-                f"{cfg.GENERAL.output_root}/ or one of its checkpoints/checkpoint-<step>"
+                f"{key}={path}: there is no such folder; give a run folder below {cfg.GENERAL.output_root}/ "
+                f"or one of its checkpoints/checkpoint-<step>"
                 + (", or auto for the newest run of this config" if key == "GENERAL.resume_path" else "")
             )
     path = cfg.GENERAL.resume_path

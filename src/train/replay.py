@@ -1,7 +1,7 @@
-"""Takes a step that went wrong again, on one process, and tells where its numbers first leave the finite ones.
+"""Replays a step that went wrong, on one process, and finds where its numbers first stop being finite.
 
-`bad_batch-<step>/` (src/train/bad_batch.py) holds the batch and the weights that met it. The forward pass draws from
-the same seed and at the same dropout rate as then, so on the same kind of device it comes out the same.
+`bad_batch-<step>/` (src/train/bad_batch.py) holds the batch and the weights before the step. The forward pass uses the
+same seed and dropout rate, so on the same kind of device it gives the same numbers.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ _DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def replay(folder: Path, device: str) -> list[str]:
-    """What there is to say about the step in `folder`, line by line.
+    """The findings about the step in `folder`, line by line.
 
-    Raises ValueError where the folder does not hold a step.
+    Raises ValueError if the folder does not hold a step.
     """
     report = load_step(folder)
     net = load_network(folder, device=device).network.train()
     net.set_dropout_rate(report["dropout_rate"])
-    shown = " ".join(f"{name}={float(value):.4g}" for name, value in report["terms"].items())
-    lines = [f"step {report['step']}, {report['in_row']} left out in a row: {shown}"]
-    lines += [f"weights that are not finite: {name}" for name, p in net.named_parameters() if not _finite(p)]
+    terms = " ".join(f"{name}={float(value):.4g}" for name, value in report["terms"].items())
+    lines = [f"step {report['step']}, {report['in_row']} skipped in a row: {terms}"]
+    lines += [f"weights that are not finite: {name}" for name, p in net.named_parameters() if not _is_finite(p)]
     for rank in sorted({sample["rank"] for sample in report["samples"]}):
         lines += _replay_rank(net, load_batch(folder, rank, report), report, rank)
-    wrong = [name for name, p in net.named_parameters() if p.grad is not None and not _finite(p.grad)]
-    lines.append(f"gradients that are not finite: {len(wrong)}{_some(wrong)}")
+    bad = [name for name, p in net.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
+    examples = f", e.g. {', '.join(bad[:4])}" if bad else ""
+    lines.append(f"gradients that are not finite: {len(bad)}{examples}")
     largest = max((float(p.detach().abs().max()), name) for name, p in net.named_parameters())
     lines.append(f"largest weight: {largest[0]:.3g} in {largest[1]}")
     return lines
 
 
 def _replay_rank(net: PoseNet, batches: list[Batch], report: dict[str, Any], rank: int) -> list[str]:
-    """Forward and backward of one process's micro-batches; the gradients add up in `net`."""
+    """Forward and backward of one process's micro-batches; the gradients accumulate in `net`."""
     torch.manual_seed(step_seed(report["seed"], report["step"] - 1, rank))
     device, lines = next(net.parameters()).device, []
     weight = torch.tensor(report["loss_weight"], device=device)
     for batch in (batch.to(device) for batch in batches):
-        with _first_bad_module(net, lines):
+        with _find_bad_module(net, lines):
             dtype = _DTYPE.get(report["precision"])
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 prediction = net(batch)
@@ -61,7 +62,7 @@ def _replay_rank(net: PoseNet, batches: list[Batch], report: dict[str, Any], ran
 
 
 def _sample_lines(batch: Batch, means: torch.Tensor, rank: int) -> Iterator[str]:
-    """The samples whose loss is not finite; where there is none, the one of the largest loss."""
+    """The samples whose loss is not finite; if all are finite, the one with the largest loss."""
     rows = [index for index, ok in enumerate(torch.isfinite(means).all(1).tolist()) if not ok]
     for index in rows or [int(means.sum(1).argmax())]:
         values = " ".join(f"{name}={value:.4g}" for name, value in zip(LOSS_TERMS, means[index].tolist(), strict=True))
@@ -70,33 +71,29 @@ def _sample_lines(batch: Batch, means: torch.Tensor, rank: int) -> Iterator[str]
 
 
 @contextmanager
-def _first_bad_module(net: nn.Module, lines: list[str]) -> Iterator[None]:
-    """Add the first module, in the order of the forward pass, that makes something not finite of what is finite."""
+def _find_bad_module(net: nn.Module, lines: list[str]) -> Iterator[None]:
+    """Append the first module, in forward order, whose output is not finite though its input is."""
     found: list[str] = []
 
-    def look(name: str):
+    def hook_for(name: str):
         def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not _finite(output) and _finite(inputs):
+            if not found and not _is_finite(output) and _is_finite(inputs):
                 found.append(name)
 
         return hook
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in net.named_modules() if name]
+    hooks = [module.register_forward_hook(hook_for(name)) for name, module in net.named_modules() if name]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    lines.append(f"first module that makes something not finite: {found[0] if found else 'none'}")
+    lines.append(f"first module whose output is not finite: {found[0] if found else 'none'}")
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return bool(torch.isfinite(value).all())
     if isinstance(value, (list, tuple)):
-        return all(map(_finite, value))
+        return all(map(_is_finite, value))
     return True
-
-
-def _some(names: list[str]) -> str:
-    return "" if not names else f", e.g. {', '.join(names[:4])}"

@@ -1,4 +1,4 @@
-"""The closing table of a run: what was reached, against what, where it lies, and how to look at it."""
+"""What a run prints about itself: hand, network and dropout at the start, results and where to find them at the end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import shlex
 import sys
 from pathlib import Path
 
+from accelerate import Accelerator
 from rich.table import Table
+from torch import nn
 
-from src.config import AimConfig
+from src.config import AimConfig, Config
+from src.hand.skeleton import HandArrays
+from src.model.net import PoseNet
 from src.tracking.tracker import FALLBACK, METRICS, read_rows
 
 ROWS = (
@@ -21,12 +25,41 @@ ROWS = (
 )
 
 
-def closing_table(folder: Path, seconds: float, since_step: int = 0) -> Table:
+def describe_hand(hand: HandArrays) -> str:
+    """One line on the hand model."""
+    kind = "the hand that ships, not MANO" if hand.name == "standin" else "MANO"
+    return f"hand model: {hand.name} ({kind}), {len(hand.v_template)} vertices, {len(hand.faces)} faces"
+
+
+def describe_network(net: PoseNet, accelerator: Accelerator) -> str:
+    """One line on the network's size, the devices and the precision."""
+
+    def millions(module: nn.Module) -> str:
+        return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
+
+    return (
+        f"network: backbone {millions(net.backbone)}, decoder {millions(net.decoder)} parameters; "
+        f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
+    )
+
+
+def describe_dropout(cfg: Config) -> str | None:
+    """A note if the dropout gate never opens, which a short trial run may not intend; else None."""
+    general = cfg.GENERAL
+    if cfg.MODEL.handec.dropout == 0 or general.dropout_warmup_step < general.total_step:
+        return None
+    return (
+        f"dropout stays 0 in this run: GENERAL.dropout_warmup_step={general.dropout_warmup_step} is not reached in "
+        f"GENERAL.total_step={general.total_step}"
+    )
+
+
+def closing_table(folder: Path, seconds: float, start_step: int = 0) -> Table:
     """First and last validation in the journal of the run folder, beside the image-independent baseline.
 
-    `seconds` passed since `since_step`, where a resumed run went on.
+    `seconds`: duration since `start_step`, where this process started or resumed.
     """
-    since = f" since step {since_step}" if since_step else ""
+    since = f" since step {start_step}" if start_step else ""
     rows, _ = read_rows(folder / METRICS, 0, count=sys.maxsize)
     validations = [row for row in rows if row["subset"] == "val"]
     first, last = validations[0], validations[-1]
@@ -54,24 +87,25 @@ def _mm(value: float | None) -> str:
 
 
 def _against_baseline(key: str, last: dict) -> tuple[str, str]:
-    """The baseline's value and how far the last validation is from it; empty where the data has no answer."""
+    """The baseline's value and the last validation's distance from it; empty if the data does not give a baseline."""
     baseline = last.get(f"{key}_mean_hand")
     return (_mm(baseline), f"{100 * (last[key] / baseline - 1):+.0f} %") if baseline else ("", "")
 
 
 def _curves(aim: AimConfig) -> str:
     if importlib.util.find_spec("aim") is None:
-        return f"{METRICS} in the run folder (AIM has no wheel for this Python)"
+        reason = " and has no wheel for this Python" if sys.version_info >= (3, 13) else ""
+        return f"{METRICS} in the run folder (AIM is not installed{reason})"
     if aim.server_url is not None:
         return f"the page of the AIM server {aim.server_url}"
     return f".venv/bin/aim up --repo {aim.repo} --host 127.0.0.1   then open http://127.0.0.1:43800"
 
 
 def _curves_elsewhere(folder: Path, aim: AimConfig) -> str:
-    """AIM has failed: what has everything all the same, and the command that brings it where it should be."""
+    """Where the metrics are after AIM has failed, and the command that uploads them."""
     target = aim.server_url or aim.repo
-    sync = f"not all at {target}; bring them there with: python script/sync_aim.py {shlex.quote(str(folder))}"
+    sync = f"incomplete at {target}; upload the rest with: python script/sync_aim.py {shlex.quote(str(folder))}"
     if aim.server_url is None:
-        return f"{sync}\n            until then {METRICS} in the run folder has them"
+        return f"{sync}\n            until then see {METRICS} in the run folder"
     look = f".venv/bin/aim up --repo {shlex.quote(str(folder / FALLBACK))} --host 127.0.0.1"
     return f"{sync}\n            until then {look}   then open http://127.0.0.1:43800"

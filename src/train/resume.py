@@ -1,8 +1,7 @@
-"""Where a run goes on from: `GENERAL.resume_path`, looked up by the main process and known to all."""
+"""Where a run starts: `GENERAL.resume_path`, looked up by the main process and broadcast to the others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,18 @@ from omegaconf import OmegaConf
 
 from src.checkpoint.folder import CONFIG, find_checkpoint
 from src.checkpoint.save import find_newest, is_newest, read_state
-from src.config import Config
+from src.config import Config, flatten, housekeeping_keys
 from src.train.preflight import AUTO
 from src.utils.console import logger
 
-# Keys below MODEL that give the network its shape: weights written under other values do not fit.
-SHAPE_KEYS = {
-    "backbone": ("hidden_size", "num_layer", "num_head", "patch_size", "swiglu"),
-    "handec": ("dim", "num_layer", "num_head", "dim_head", "dim_mlp"),
-}
-# Keys that say which samples a run is trained on; `auto` goes on with no run that has others.
-DATA_KEYS = ("DATA.root", "DATA.stride", "DATA.train.source")
-# Sections and keys that do not change what is trained.
-FREE_KEYS = (
-    *("AIM", "DATA.index_dir", "DATA.max_bad_fraction", "GENERAL.description", "GENERAL.keep_checkpoint"),
-    *("GENERAL.log_step", "GENERAL.num_worker", "GENERAL.output_root", "GENERAL.prefetch_factor"),
-    *("GENERAL.resume_path", "GENERAL.vis_step", "MODEL.init_from"),
+# The network's shape: weights saved with other values do not fit.
+SHAPE_KEYS = (
+    *(f"MODEL.backbone.{name}" for name in ("hidden_size", "num_layer", "num_head", "patch_size", "swiglu")),
+    *(f"MODEL.handec.{name}" for name in ("dim", "num_layer", "num_head", "dim_head", "dim_mlp")),
 )
+# The training data: `auto` refuses a run with other values.
+DATA_KEYS = ("DATA.root", "DATA.stride", "DATA.train.source")
+SOURCE_KEYS = ("DATA.train.source", "DATA.val.source")  # compared as a whole
 
 
 class RunComplete(Exception):
@@ -40,55 +34,85 @@ class RunComplete(Exception):
 class Origin:
     """What a run starts from."""
 
-    checkpoint: Path | None = None  # verified; None: the run starts anew
-    in_place: bool = False  # it goes on in the checkpoint's run folder; else in a new one
+    checkpoint: Path | None = None  # verified; None: a new run
+    in_place: bool = False  # continue in the checkpoint's run folder instead of a new one
 
 
 def find_origin(cfg: Config, config_name: str, accelerator: Accelerator) -> Origin:
-    """The origin that the configuration asks for, the same on every process.
+    """The origin that the configuration selects, the same on every process.
 
-    Raises ValueError where the path holds no complete checkpoint, the run has no step left, or the network has changed;
-    RunComplete where `auto` finds a run that has no step left.
+    Raises ValueError where the path has no complete checkpoint, no step is left, or the network has another shape;
+    RunComplete where `auto` finds a run with no step left.
     """
-    answer: list[Any] = [None]
+    message: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            answer = [_look(cfg, config_name)]
+            message = [_look_up(cfg, config_name)]
         except (ValueError, RunComplete) as error:
-            answer = [error]
-    origin = broadcast_object_list(answer)[0]
+            message = [error]
+    origin = broadcast_object_list(message)[0]
     if isinstance(origin, Exception):
         raise origin
     return origin
 
 
-def _look(cfg: Config, config_name: str) -> Origin:
-    asked = cfg.GENERAL.resume_path
-    if asked is None:
+def _look_up(cfg: Config, config_name: str) -> Origin:
+    path = cfg.GENERAL.resume_path
+    if path is None:
         return Origin()
-    if asked == AUTO:
+    if path == AUTO:
         checkpoint = find_newest(Path(cfg.GENERAL.output_root), config_name)
         if checkpoint is None:
             where = f"the newest run of {config_name} below {cfg.GENERAL.output_root}"
-            logger.info(f"GENERAL.resume_path=auto: no complete checkpoint yet in {where}; starting anew")
+            logger.info(f"GENERAL.resume_path=auto: no complete checkpoint yet in {where}; starting a new run")
             return Origin()
     else:
-        checkpoint = find_checkpoint(asked)
-    if changes := list(network_changes(checkpoint, cfg)):
-        raise ValueError(
-            "\n".join(changes) + f"\nResume with the values of the checkpoint {checkpoint}, or take over the weights "
-            f"that fit with MODEL.init_from={checkpoint} and without GENERAL.resume_path"
-        )
-    changes = setting_changes(checkpoint, cfg)
-    if asked == AUTO:
+        checkpoint = find_checkpoint(path)
+    changes = changed_settings(checkpoint, cfg)
+    _check_shape(checkpoint, changes)
+    if path == AUTO:
         _check_data(checkpoint, changes)
     _check_steps(cfg, checkpoint)
-    logger.info(f"going on from {checkpoint}")
+    logger.info(f"resuming from {checkpoint}")
     if changes:
-        logger.warning("with other settings than it was written with: %s", "; ".join(changes.values()))
-    # A run folder goes on by its newest complete checkpoint; a single checkpoint may have been an older one.
-    by_name = asked != AUTO and (Path(asked).resolve() == checkpoint.resolve() or Path(asked).name == "best")
-    return Origin(checkpoint, in_place=not by_name or is_newest(checkpoint))
+        logger.warning("changed settings: %s", "; ".join(changes.values()))
+    # A run folder resumes from its newest complete checkpoint; a single checkpoint may be an older one.
+    is_single = path != AUTO and (Path(path).resolve() == checkpoint.resolve() or Path(path).name == "best")
+    return Origin(checkpoint, in_place=not is_single or is_newest(checkpoint))
+
+
+def changed_settings(checkpoint: Path, cfg: Config) -> dict[str, str]:
+    """Dotted key -> both values in words, for each setting of training that differs from the checkpoint's."""
+    if not (checkpoint / CONFIG).is_file():
+        return {}  # an early version wrote checkpoints without their configuration
+    saved = flatten(OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG)), whole=SOURCE_KEYS)
+    now = flatten(asdict(cfg), whole=SOURCE_KEYS)
+    ignored = {*housekeeping_keys(), "MODEL.init_from"}  # only a new run reads init_from
+    return {
+        key: f"{key}={now[key]} in this command, {saved[key]} in the checkpoint"
+        for key in sorted((saved.keys() & now.keys()) - ignored)
+        if saved[key] != now[key]
+    }
+
+
+def _check_shape(checkpoint: Path, changes: dict[str, str]) -> None:
+    if lines := [changes[key] for key in SHAPE_KEYS if key in changes]:
+        raise ValueError(
+            f"{checkpoint} has a network of another shape:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
+            f"Resume with the checkpoint's values, or start a new run from the weights that fit with "
+            f"MODEL.init_from={checkpoint} and without GENERAL.resume_path"
+        )
+
+
+def _check_data(checkpoint: Path, changes: dict[str, str]) -> None:
+    if lines := [changes[key] for key in DATA_KEYS if key in changes]:
+        run_folder = checkpoint.parent.parent
+        raise ValueError(
+            f"GENERAL.resume_path=auto: the newest run, {run_folder}, was trained on different data:\n"
+            + "\n".join(f"    {line}" for line in lines)
+            + f"\nResume it anyway with GENERAL.resume_path={run_folder}, name another run, or start a new one without "
+            "GENERAL.resume_path. To keep runs apart, give each its own GENERAL.output_root"
+        )
 
 
 def _check_steps(cfg: Config, checkpoint: Path) -> None:
@@ -98,54 +122,6 @@ def _check_steps(cfg: Config, checkpoint: Path) -> None:
     if cfg.GENERAL.resume_path == AUTO:
         raise RunComplete(f"{checkpoint} is at step {state.step}: the run is complete, nothing is left to do")
     raise ValueError(
-        f"GENERAL.total_step={cfg.GENERAL.total_step}: {checkpoint} is at step {state.step} already, "
-        f"nothing is left to do; ask for more steps"
+        f"GENERAL.total_step={cfg.GENERAL.total_step}: {checkpoint} is already at step {state.step}, "
+        f"nothing is left to do; raise GENERAL.total_step"
     )
-
-
-def setting_changes(checkpoint: Path, cfg: Config) -> dict[str, str]:
-    """Key -> words, for each setting that changes what is trained and differs from the checkpoint's."""
-    if not (checkpoint / CONFIG).is_file():
-        return {}
-    saved = _flat(OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG)))
-    now = _flat(OmegaConf.to_container(OmegaConf.create(asdict(cfg))))
-    free = tuple(f"{key}." for key in FREE_KEYS)
-    return {
-        key: f"{key}={now[key]} (was {saved[key]})"
-        for key in sorted(saved.keys() & now.keys())
-        if saved[key] != now[key] and not f"{key}.".startswith(free)
-    }
-
-
-def _flat(tree: Any, above: str = "") -> dict[str, Any]:
-    """{"A": {"b": 1}} -> {"A.b": 1}; named sources stay together."""
-    if not isinstance(tree, dict) or above in DATA_KEYS:
-        return {above: tree}
-    return {
-        key: value
-        for name, below in tree.items()
-        for key, value in _flat(below, f"{above}.{name}" if above else name).items()
-    }
-
-
-def _check_data(checkpoint: Path, changes: dict[str, str]) -> None:
-    """Raises ValueError where the newest run of this configuration was trained on something else."""
-    if other := [changes[key] for key in DATA_KEYS if key in changes]:
-        run_folder = checkpoint.parent.parent
-        raise ValueError(
-            f"GENERAL.resume_path=auto: the newest run, {run_folder}, has other data: {'; '.join(other)}\n"
-            f"Go on with it all the same by GENERAL.resume_path={run_folder}, name another run, or start anew without "
-            "GENERAL.resume_path; runs with a GENERAL.output_root of their own do not get in each other's way"
-        )
-
-
-def network_changes(checkpoint: Path, cfg: Config) -> Iterator[str]:
-    """One line for each key of the network's shape that differs from what the checkpoint was written with."""
-    if not (checkpoint / CONFIG).is_file():
-        return  # written before checkpoints carried their configuration
-    saved, now = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG))["MODEL"], asdict(cfg.MODEL)
-    for section, names in SHAPE_KEYS.items():
-        for name in names:
-            before, after = saved.get(section, {}).get(name), now[section][name]
-            if before is not None and before != after:
-                yield f"MODEL.{section}.{name}={after}: the checkpoint was written with {before}"

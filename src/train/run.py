@@ -1,4 +1,4 @@
-"""One training run: its parts, its folder, and what happens at intervals. The script drives it, step.py computes.
+"""One training run: its components, its folder, and what happens at intervals. The script loops, step.py computes.
 
 Every process holds a Run; the main one writes. Shapes are those of src/batch.py.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -24,21 +24,21 @@ from src.checkpoint.run_folder import lock_run_folder, make_run_folder, write_co
 from src.checkpoint.save import CheckpointError, TrainState, load_checkpoint, network_texts
 from src.checkpoint.writer import CheckpointWriter
 from src.config import Config
-from src.data.loader import HandLoader, build_train_loader, build_val_loader
+from src.data.demo.make import make_demo_data
+from src.data.loader import HandLoader, build_train_loader, build_val_loader, to_device, train_eval_config
 from src.data.mean_hand import mean_hand
-from src.data.prefetch import to_device
-from src.distributed.processes import HostTalk, build_accelerator, main_process_first, part
+from src.distributed.processes import build_accelerator, main_process_first, shut_down
 from src.distributed.signals import StopRequested, StopSignals
 from src.hand.load import load_hand
 from src.model.net import PoseNet
 from src.tracking.tracker import Tracker, name_run
-from src.train import components as parts
 from src.train import sharding
+from src.train.delayed_read import DelayedRead
 from src.train.optimizer import build_optimizer
-from src.train.report import closing_table, where_to_look
+from src.train.report import closing_table, describe_dropout, describe_hand, describe_network, where_to_look
 from src.train.resume import find_origin
-from src.train.shared_health import SharedDamage, name_indexed
-from src.train.step import StepResult, Trainer, log_line
+from src.train.shared_health import SharedHealth, log_corruption
+from src.train.step import StepResult, Trainer, log_line, prepare_model
 from src.train.step_watch import StepWatch
 from src.train.validation import Validation, describe, evaluate, key_metric
 from src.utils.console import add_log_file, console, logger, task_bar, track
@@ -46,7 +46,7 @@ from src.utils.vis import overlay_sheet
 
 
 class Run:
-    """Builds the parts, or takes them over from the checkpoint that `GENERAL.resume_path` names."""
+    """Builds all components, and loads their state from the checkpoint that `GENERAL.resume_path` names."""
 
     def __init__(
         self,
@@ -61,16 +61,16 @@ class Run:
             sharding.check_processes()
         self.accelerator = build_accelerator(cfg)
         self.is_main = self.accelerator.is_main_process
-        self.damage = SharedDamage(HostTalk(self.accelerator), self.is_main)
+        self.health = SharedHealth(self.accelerator)
         origin = find_origin(cfg, config_name, self.accelerator)
         with main_process_first(self.accelerator):
-            parts.make_demo_data(cfg, progress)
+            make_demo_data(cfg, progress)
 
         torch.manual_seed(cfg.GENERAL.seed)
         hand = load_hand(cfg.MODEL.hand_model)
         self.net = PoseNet(cfg.MODEL, hand).to("cpu" if cfg.TRAIN.shard_weights else self.accelerator.device)
         optimizer = build_optimizer(self.net, cfg)
-        self.state = self._start_from(origin.checkpoint, optimizer, config_name)
+        self.state = self._load_state(origin.checkpoint, optimizer, config_name)
         self.trainer = self._build_trainer(optimizer)
 
         self.train_loader, self.val_loader, self.train_eval_loader = self._build_loaders(hand.name)
@@ -78,37 +78,37 @@ class Run:
         self.folder = self._claim_folder(config_name, origin.checkpoint if origin.in_place else None)
         self.tracker = self._open_tracker(origin.in_place, name_run(config_name, overrides, cfg.GENERAL.seed))
         self.watch = StepWatch(self.folder, self.trainer, self.train_loader.dataset, self.state)
-        self.saved_at = self.state.step  # the newest step that a checkpoint was begun at, or that this run started from
+        self.start_time, self.start_step = time.perf_counter(), self.state.step
+        self.checkpoint_step = self.state.step  # of the newest checkpoint, even if still being written, or the start
         self.writer = CheckpointWriter(self.state.step if origin.in_place else None)
-        self.started, self.begun_at = time.perf_counter(), self.state.step
         self.task = progress.add_task("training", total=cfg.GENERAL.total_step, completed=self.state.step)
-        logger.info(parts.describe_hand(hand))
-        logger.info(parts.describe_network(self.net, self.accelerator))
-        if remark := parts.dropout_remark(cfg):
-            logger.info(remark)
-        self.damage.take_over(self.train_loader.health, self.state.extra.get("health"))
-        name_indexed("training", self.train_loader.health)
-        name_indexed("validation", self.val_loader.health)
+        logger.info(describe_hand(hand))
+        logger.info(describe_network(self.net, self.accelerator))
+        if note := describe_dropout(cfg):
+            logger.info(note)
+        self.health.load(self.train_loader.health, self.state.extra.get("health"))
+        log_corruption("training", self.train_loader.health)
+        log_corruption("validation", self.val_loader.health)
 
-    # ---- what the loop asks for -------------------------------------------------------------------------------------
+    # ---- called by the loop -----------------------------------------------------------------------------------------
 
     def micro_batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each step that is left, on the device."""
+        """The micro-batches of each remaining step, on the device."""
         batches = to_device(self.train_loader, self.accelerator.device)
         while self.state.step < self.cfg.GENERAL.total_step:
             yield list(islice(batches, self.cfg.TRAIN.grad_accum_step))
 
     def catch_up(self) -> None:
-        """The validation before the first step, or one that a stop cut off."""
+        """Run the validation before the first step, or one that a stop interrupted."""
         if self.state.step == 0:
             self.validate()
         elif self.state.validation_due:
             self.save(is_best=self.validate())
 
     def step(self, micro_batches: list[Batch]) -> StepResult:
-        """Take one optimizer step and move on.
+        """Take one optimizer step.
 
-        Raises NumbersError for too many steps in a row that were not finite, CheckpointError for one being written.
+        Raises NumbersError after too many skipped steps in a row, CheckpointError if a checkpoint could not be written.
         """
         result = self.trainer.train_step(self.state.step, micro_batches, self.signals.requested is not None)
         self.state.step += 1
@@ -120,8 +120,8 @@ class Run:
 
     def check_stop(self) -> None:
         """Raises StopRequested, at the same step on every process, once one of them has been asked to stop."""
-        alone = self.accelerator.num_processes == 1
-        if self.watch.must_stop or (alone and self.signals.requested):
+        is_single = self.accelerator.num_processes == 1
+        if self.watch.must_stop or (is_single and self.signals.requested):
             raise StopRequested(self.signals.requested or "a signal to another process")
 
     def is_due(self, interval: int, at_end: bool = False) -> bool:
@@ -129,8 +129,8 @@ class Run:
         return self.state.step % interval == 0 or (at_end and self.state.step == self.cfg.GENERAL.total_step)
 
     def log(self, result: StepResult) -> None:
-        """The log line, the journal's row and with it AIM's points."""
-        bad = self.damage.row(self.train_loader.health, self.train_loader.health.read)
+        """Write the log line and the journal's row, which AIM plots."""
+        bad = self.health.row(self.train_loader.health, self.train_loader.health.read)
         if self.is_main:
             metrics = result.metrics()
             logger.info(log_line(self.state.step, self.cfg.GENERAL.total_step, metrics))
@@ -138,30 +138,30 @@ class Run:
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> None:
-        """An overlay of prediction and target on training patches, as the network sees them without dropout."""
+        """Draw prediction and target over training patches, predicted without dropout."""
         if not (self.is_main or self.cfg.TRAIN.shard_weights):
             return
         self.net.eval()
         with self.accelerator.autocast():
-            prediction = self.net(batch)  # with sharded weights every process takes part
+            prediction = self.net(batch)  # a collective with sharded weights
         self.net.train()
         if self.is_main:
             sheet = overlay_sheet(batch, prediction, self.net.hand.faces.cpu().numpy())
             self.tracker.image(self.state.step, "train", "overlay", sheet)
 
     def validate(self) -> bool:
-        """Evaluate the fixed samples, log them, remember the validation; whether it is the best so far.
+        """Evaluate the fixed samples and log the result; returns whether it is the best so far.
 
-        Raises StopRequested, without a trace of this validation, when a process is asked to stop meanwhile.
+        Raises StopRequested, without a trace of this validation, if a process is asked to stop meanwhile.
         """
         health = self.val_loader.health
         before = Counter(health.read)
         result = self._evaluate(self.val_loader, "validation", mean_hand=self.mean_hand)
-        self.state.extra["val_bad"] = bad = self.damage.row(health, health.read - before)
+        bad = self.health.row(health, health.read - before)
         if self.train_eval_loader is not None:
-            seen = self._evaluate(self.train_eval_loader, "training sample", draw=False)
-            self.tracker.log(self.state.step, "train_eval", seen.metrics)
-            self.damage.share(self.train_eval_loader.health, Counter())
+            train_eval = self._evaluate(self.train_eval_loader, "training sample", draw=False)
+            self.tracker.log(self.state.step, "train_eval", train_eval.metrics)
+            self.health.exchange(self.train_eval_loader.health, Counter())
         self.tracker.log(self.state.step, "val", result.metrics | bad)
         if result.sheet is not None:
             self.tracker.image(self.state.step, "val", "overlay", result.sheet)
@@ -169,26 +169,21 @@ class Run:
         if self.is_main:
             logger.info(f"validation at step {self.state.step}: {describe(result.metrics)}")
         if self.state.step == 0:
-            return False  # nothing is saved of it
+            return False  # no checkpoint is saved at step 0
         is_best = math.isfinite(value) and (self.state.best_metric is None or value < self.state.best_metric)
         if is_best:
             self.state.best_metric, self.state.best_step = value, self.state.step
         return is_best
 
-    def _evaluate(self, loader: HandLoader, name: str, **how: Any) -> Validation:
-        batches = track(self.progress, loader, len(loader), name)
-        batches = self.watch.guard(batches, lambda: self.signals.requested)
-        return evaluate(self.net, batches, self.accelerator, self.cfg.LOSS, **how)
-
     def save(self, is_best: bool, validation_due: bool = False) -> None:
-        """Begin to write a checkpoint; training goes on meanwhile."""
+        """Start writing a checkpoint; training continues meanwhile."""
         self.watch.flush()
         self.state.validation_due = validation_due
-        self.state.extra["health"] = self.damage.state(self.train_loader.health)
-        self.saved_at = self.state.step
+        self.state.extra = {"health": self.health.state(self.train_loader.health)}
+        self.checkpoint_step = self.state.step
         model, optimizer = self.net, self.trainer.optimizer
         if self.cfg.TRAIN.shard_weights:
-            self.writer.join()  # its copy lies in host memory until then
+            self.writer.join()  # free the host memory of the last one's copy
             model, optimizer = (sharding.gather(each, keep=self.is_main) for each in (model, optimizer))
         if self.is_main:
             self.state.tracker = self.tracker.state()
@@ -203,50 +198,52 @@ class Run:
                 is_best=is_best,
             )
 
-    def save_now(self) -> None:
-        """Write what the newest checkpoint does not hold yet, and wait for it: the run ends here."""
-        if self.state.step != self.saved_at:
-            self.save(is_best=False, validation_due=self.is_due(self.cfg.GENERAL.checkpoint_step, at_end=True))
-        self.writer.join()
-        self.accelerator.wait_for_everyone()
-
-    def how_to_go_on(self) -> str:
-        """What to tell a user whose run ended early."""
-        if self.writer.saved_step is None:
-            return "no checkpoint has been written yet"
-        return (
-            f"go on from the checkpoint at step {self.writer.saved_step} with the same command and "
-            f"GENERAL.resume_path={self.folder}"
-        )
-
     def finish(self) -> None:
-        """Wait for the last checkpoint; show the closing table."""
+        """Wait for the last checkpoint and print the closing table."""
         self.writer.join()
         self.accelerator.wait_for_everyone()
         self.progress.stop()
         if self.is_main:
-            seconds = time.perf_counter() - self.started
-            console.print(closing_table(self.folder, seconds, self.begun_at))
+            seconds = time.perf_counter() - self.start_time
+            console.print(closing_table(self.folder, seconds, self.start_step))
             closing = where_to_look(self.folder, self.cfg.AIM, self.tracker.run_name, self.tracker.is_behind)
             console.print(closing, soft_wrap=True)
 
-    def close(self, patience: float = 60.0, in_order: bool = True) -> None:
-        """Let the writer and the tracker finish, the latter for at most `patience` seconds, and the processes part.
+    # ---- called when the run ends early -----------------------------------------------------------------------------
 
-        Not `in_order`: without the other processes, which may be gone.
+    def save_now(self) -> None:
+        """Save the steps since the newest checkpoint, if any, and wait until it is written."""
+        if self.state.step != self.checkpoint_step:
+            self.save(is_best=False, validation_due=self.is_due(self.cfg.GENERAL.checkpoint_step, at_end=True))
+        self.writer.join()
+        self.accelerator.wait_for_everyone()
+
+    def resume_hint(self) -> str:
+        """How to resume, for the last message of a run that ends early."""
+        if self.writer.saved_step is None:
+            return "no checkpoint has been written yet"
+        return (
+            f"resume from the checkpoint at step {self.writer.saved_step} with the same command and "
+            f"GENERAL.resume_path={self.folder}"
+        )
+
+    def close(self, timeout: float = 60.0, wait_for_peers: bool = True) -> None:
+        """Finish checkpoint and tracker, the latter within `timeout` seconds, and shut the processes down.
+
+        `wait_for_peers=False`: other processes may be gone.
         """
         try:
             self.writer.join()
         except CheckpointError as error:
             logger.error(str(error))
-        self.tracker.close(patience)
-        if in_order:
-            part(self.accelerator)
+        self.tracker.close(timeout)
+        if wait_for_peers:
+            shut_down(self.accelerator)
 
-    # ---- how the parts are made -------------------------------------------------------------------------------------
+    # ---- components -------------------------------------------------------------------------------------------------
 
-    def _start_from(self, checkpoint: Path | None, optimizer: torch.optim.Optimizer, config_name: str) -> TrainState:
-        """Fill network, optimizer and scaler from a checkpoint, or the network from `MODEL.init_from`."""
+    def _load_state(self, checkpoint: Path | None, optimizer: torch.optim.Optimizer, config_name: str) -> TrainState:
+        """Load network, optimizer and scaler from a checkpoint, or only the network from `MODEL.init_from`."""
         if checkpoint is not None:
             scaler = self.accelerator.scaler
             return load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler, verified=True)
@@ -255,31 +252,31 @@ class Run:
         return TrainState(config_name=config_name)
 
     def _build_trainer(self, optimizer: torch.optim.Optimizer) -> Trainer:
-        """Each process with the whole network (DDP), or with its part of it."""
-        model = parts.training_form(self.net, self.cfg)
+        """A Trainer whose weights are replicated on each process (DDP) or sharded (FSDP)."""
+        model = prepare_model(self.net, self.cfg)
         if self.cfg.TRAIN.shard_weights:
             sharding.shard(self.net, optimizer, self.accelerator)
             return Trainer(self.cfg, self.accelerator, model, self.accelerator.prepare(optimizer))
         return Trainer(self.cfg, self.accelerator, *self.accelerator.prepare(model, optimizer))
 
     def _build_loaders(self, hand_model: str) -> tuple[HandLoader, HandLoader, HandLoader | None]:
-        """Training from where the state stands, validation, and the training frames measured beside it.
+        """Loaders of training from the state's position, validation, and the training frames evaluated beside it.
 
         The main process indexes new shards first.
         """
-        where = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        how = {"pin_memory": self.accelerator.device.type == "cuda"}
+        place = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
+        options = {**place, "pin_memory": self.accelerator.device.type == "cuda"}
         with main_process_first(self.accelerator), task_bar(self.progress, "indexing shards") as advance:
             start = self.state.data_position
-            train = build_train_loader(self.cfg, hand_model, start=start, progress=advance, **where, **how)
-            val = build_val_loader(self.cfg, hand_model, progress=advance, **where, **how)
-            sample = parts.training_sample(self.cfg)
-            return train, val, None if sample is None else build_val_loader(sample, hand_model, **where, **how)
+            train = build_train_loader(self.cfg, hand_model, start=start, progress=advance, **options)
+            val = build_val_loader(self.cfg, hand_model, progress=advance, **options)
+            train_eval = train_eval_config(self.cfg)
+            return train, val, None if train_eval is None else build_val_loader(train_eval, hand_model, **options)
 
     def _claim_folder(self, config_name: str, newest: Path | None) -> Path:
-        """The run folder, locked by the main process: that of its newest checkpoint, else a new one.
+        """The run folder, locked by the main process: that of the run's newest checkpoint, else a new one.
 
-        Going on from an older checkpoint branches off into a new folder: what came after it stays as it is.
+        Resuming from an older checkpoint branches off into a new folder and leaves the later steps untouched.
         """
         if newest is not None:
             folder = newest.parent.parent
@@ -294,7 +291,7 @@ class Run:
             logger.info(f"run folder: {folder}")
         return folder
 
-    def _open_tracker(self, goes_on: bool, run_name: str) -> Tracker:
+    def _open_tracker(self, is_resumed: bool, run_name: str) -> Tracker:
         if not self.is_main:
             return Tracker.disabled()
         return Tracker.open(
@@ -305,5 +302,23 @@ class Run:
             repo=self.cfg.AIM.repo,
             experiment=self.cfg.AIM.experiment,
             description=self.cfg.GENERAL.description,
-            resume=self.state.tracker if goes_on else None,
+            resume=self.state.tracker if is_resumed else None,
         )
+
+    # ---- validation -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, loader: HandLoader, name: str, **options: Any) -> Validation:
+        batches = self._until_stopped(track(self.progress, loader, len(loader), name))
+        return evaluate(self.net, batches, self.accelerator, self.cfg.LOSS, **options)
+
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches; raises StopRequested, on all processes at the same batch, once one has been asked to stop."""
+        reads: DelayedRead[None] = DelayedRead()
+        for batch in batches:
+            stops = self.signals.requested is not None
+            if self.accelerator.num_processes > 1:
+                flag = torch.full((1,), float(stops), device=self.accelerator.device)
+                stops = any(value[0] for value, _ in reads.push(self.accelerator.reduce(flag, "sum"), None))
+            if stops:
+                raise StopRequested(self.signals.requested or "a signal to another process")
+            yield batch

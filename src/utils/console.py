@@ -37,7 +37,7 @@ class _ConsoleHandler(logging.Handler):
     """Prints through rich, so that lines appear above a live progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not getattr(record, "is_said", False):
+        if not getattr(record, "is_file_only", False):
             console.print(printable(self.format(record)), soft_wrap=True)
 
 
@@ -68,9 +68,9 @@ def set_up_logging() -> None:
     logger.propagate = False
 
 
-def log_said(line: str) -> None:
-    """A warning that another process has put on the console: it goes to the log file alone."""
-    logger.warning(line, extra={"is_said": True})
+def log_to_file(line: str) -> None:
+    """Write a warning to the log file only: another process has already put it on the console."""
+    logger.warning(line, extra={"is_file_only": True})
 
 
 def add_log_file(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Schedules: pure functions from the optimizer step to a value, without state: a resumed run restores none."""
+"""Schedules: pure functions of the optimizer step, so a resumed run has no state to restore."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def get_progressive_dropout(
     """The dropout rate of one optimizer step.
 
     The rate is 0 for the first `warmup_steps` steps: DINOv2's features are robust, and dropout in the decoder hinders
-    their adaptation while the decoder still changes fast. Afterwards it is `target_dropout` at once (`gate`), or rises
-    to it by the last step along a straight line (`linear`) or half a cosine (`cosine`).
+    their adaptation while the decoder still changes fast. Then it is `target_dropout` immediately (`gate`), or rises to
+    it by the last step along a straight line (`linear`) or half a cosine (`cosine`).
 
     Args:
         step: optimizer steps already done, from 0; a step past `total_steps` keeps the last rate.
         total_steps: optimizer steps of the whole run.
-        warmup_steps: steps without dropout; 0 starts with dropout at once.
+        warmup_steps: steps without dropout; 0 starts with dropout immediately.
         target_dropout: rate in [0, 1) that the schedule ends at.
         schedule: `gate`, `linear` or `cosine`.
 
@@ -41,7 +41,7 @@ def get_progressive_dropout(
 
 
 def get_lr_factor(step: int, total_steps: int, warmup_steps: int) -> float:
-    """What the peak learning rates are multiplied with: linear warm-up from 1/warmup_steps to 1, then cosine to 0.
+    """The factor of the peak learning rates: linear warm-up from 1/warmup_steps to 1, then cosine to 0.
 
     Args:
         step: optimizer steps already done, from 0. The factor of the last step of the run is just above 0.
