@@ -1,7 +1,8 @@
 """A training step never waits for the device: no value of a tensor is read between two log lines.
 
 A CPU never waits, so every way to read a value raises an error instead: the operator behind `item`, `bool` and `float`,
-operators with a value-dependent output shape, and methods that copy to the host. tests/test_gpu.py checks a real GPU.
+operators with a value-dependent output shape, methods that copy to the host, and tensors created on the host, which are
+copied to the device. tests/test_gpu.py checks a real GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from src.train.step_watch import StepWatch
 from tests.helpers import random_batch, small_config
 
 READING_OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2")
+COPYING_OPERATORS = ("lift_fresh",)  # torch.tensor(...) or an index that is a list: a host tensor, copied to the GPU
 READING_METHODS = ("item", "tolist", "numpy", "cpu")
 
 
@@ -41,6 +43,8 @@ class SyncError(AssertionError):
 class _NoReading(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if name in COPYING_OPERATORS:
+            raise SyncError(f"aten::{name} creates a tensor on the host, whose copy waits for the device")
         if name in READING_OPERATORS or (name == "index" and any(_is_mask(index) for index in args[1])):
             raise SyncError(f"aten::{name} waits for the device")
         return func(*args, **(kwargs or {}))
@@ -183,6 +187,8 @@ def test_reading_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: value.tolist(),
         lambda: value[value > 0],
         lambda: torch.nonzero(value),
+        lambda: value[[0, 2]],
+        lambda: torch.tensor([1.0]),
     ):
         with pytest.raises(SyncError), no_reading(monkeypatch):
             read()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from src.geometry.camera import pixel_ray
 
-PALM = (5, 9, 13, 17)  # the knuckles; the direction from the wrist to their mean is up
+PALM = slice(5, 18, 4)  # joints 5, 9, 13, 17, the knuckles: the direction from the wrist to their mean is up
 MIN_DEPTH = 0.1  # directions more than 84 degrees off the axis are clamped there
 SHORT = 0.05  # patch sides: below about this length of the palm in 2D the roll fades out, its direction is noise
 
@@ -48,7 +48,7 @@ def hand_frame(keypoint: torch.Tensor, focal: torch.Tensor, princpt: torch.Tenso
     look = _shortest_rotation(F.normalize(middle, dim=-1))
     plane = _rotate_back(ray, look)
     unit = focal.mean(-1, keepdim=True) / img_size
-    upwards = plane[:, list(PALM)].mean(dim=1) - plane[:, 0]
+    upwards = plane[:, PALM].mean(dim=1) - plane[:, 0]
     return HandFrame(_rolled(look, unit * upwards), unit)
 
 
