@@ -23,7 +23,8 @@ def test_curves_without_aim(version: tuple[int, int], reason: str, monkeypatch: 
     """The reason is Python 3.13 only on Python 3.13."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "version_info", version)
-    assert where_to_look(Path("run"), AIM, "demo", is_behind=False).endswith(f"metrics.jsonl in the run folder {reason}")
+    closing = where_to_look(Path("run"), AIM, "demo", is_behind=False)
+    assert closing.endswith(f"metrics.jsonl in the run folder {reason}")
 
 
 def test_curves_after_aim_has_failed() -> None:
