@@ -79,33 +79,19 @@ def side_names(patterns: Sequence[Sequence[str]]) -> list[str]:
     return [f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
-def new_folder(path: Path | None) -> Path:
-    """Create the output folder. Raises ComparisonError if it is not empty or cannot be created."""
-    from src.compare.runs import ComparisonError
-
-    path = path or Path("checkpoint/comparison") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        is_empty = not any(path.iterdir())
-    except OSError as error:
-        raise ComparisonError(f"--output {path}: cannot be created ({error.strerror})") from error
-    if not is_empty:
-        raise ComparisonError(f"--output {path}: is not empty; name a new folder")
-    return path
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
 
     from src.compare.plot import plot_curves
     from src.compare.report import DATA, FIGURE, MARKDOWN, Options, grids, markdown, notes, write_data
-    from src.compare.runs import ComparisonError
     from src.utils.console import console
+    from src.utils.files import make_output
 
     try:
         comparison = load(args, Options(args.early, args.late, args.num_bootstrap, args.seed))
-        folder = new_folder(args.output)
-    except ComparisonError as error:
+        now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        folder = make_output(args.output, Path("checkpoint/comparison") / now)
+    except ValueError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     command = shlex.join(["python", "script/compare.py", *(sys.argv[1:] if argv is None else argv)])

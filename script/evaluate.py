@@ -122,9 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from src.checkpoint.network import read_configuration
     from src.data.health import BadDataError
     from src.evaluate.bootstrap import Bootstrap
-    from src.evaluate.run import Options, run_evaluation
+    from src.evaluate.run import run_evaluation
     from src.evaluate.submission import read_order
-    from src.evaluate.write import describe_intervals, terminal_grids
+    from src.evaluate.tables import summary_grids
+    from src.evaluate.write import describe_intervals
     from src.utils.console import console, progress_bar, set_up_logging
 
     set_up_logging()
@@ -133,19 +134,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint, saved = read_configuration(args.checkpoint)
         cfg = compose(saved, args.overrides, whole=args.submission is not None)
         order = None if args.order is None else read_order(args.order)
-        options = Options(args.output, bootstrap, args.num_overlay, args.submission, order, args.half)
+        options = {"output": args.output, "num_overlay": args.num_overlay, "half": args.half, "order": order}
+        options |= {"submission": args.submission, "bootstrap": bootstrap}
         with progress_bar() as progress:
-            evaluation = run_evaluation(checkpoint, cfg, options, progress)
+            folder, groups = run_evaluation(checkpoint, cfg, progress, **options)
     except (ValueError, BadDataError) as error:
         return refuse(error)
     except KeyboardInterrupt:
         print("evaluate: interrupted", file=sys.stderr)
         return 130
-    for grid in terminal_grids(evaluation.groups):
+    for grid in summary_grids(groups):
         console.print(grid.as_rich(), "")
     console.print(describe_intervals(bootstrap), soft_wrap=True)
-    written = ", ".join(sorted(path.name for path in evaluation.folder.iterdir()))
-    console.print(f"written to {evaluation.folder}: {written}", soft_wrap=True)
+    written = ", ".join(sorted(path.name for path in folder.iterdir()))
+    console.print(f"written to {folder}: {written}", soft_wrap=True)
     return 0
 
 

@@ -44,11 +44,11 @@ _PANELS = (
 )
 
 
-def plot_joint_error(group: Group, path: Path) -> bool:
-    """Bars of the mean error of each joint with intervals, one row per frame; False without 3D."""
+def plot_joint_error(group: Group, path: Path) -> None:
+    """Bars of the mean error of each joint with intervals, one row per frame; no file without 3D."""
     frames = [frame for frame in FRAMES if frame in group.joint]
     if not frames:
-        return False
+        return
     figure = Figure(figsize=(10, 1.0 + 2.3 * len(frames)), layout="constrained")
     for axis, frame in zip(np.atleast_1d(figure.subplots(len(frames), 1, sharex=True)), frames):
         _draw_bars(axis, group.joint[frame], COLOURS[frame])
@@ -60,7 +60,6 @@ def plot_joint_error(group: Group, path: Path) -> bool:
                       textcoords="offset points", ha="center", va="top", fontsize=9)  # fmt: skip
     figure.suptitle(f"mean error of each joint, {group.num_sample} hands; lines: 95 % interval", fontsize=11)
     figure.savefig(path, dpi=_DPI)
-    return True
 
 
 def _draw_bars(axis: object, joints: list[Estimate | None], colour: str) -> None:
@@ -77,11 +76,11 @@ def _draw_bars(axis: object, joints: list[Estimate | None], colour: str) -> None
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def plot_pck(group: Group, path: Path) -> bool:
-    """PCK curves of joints, vertices and 2D joints, AUC in the legend; False without any."""
+def plot_pck(group: Group, path: Path) -> None:
+    """PCK curves of joints, vertices and 2D joints, AUC in the legend; no file without any."""
     panels = [panel for panel in _PANELS if any(curve in group.curve for curve in panel.lines)]
     if not panels:
-        return False
+        return
     figure = Figure(figsize=(1.2 + 4.4 * len(panels), 4.0), layout="constrained")
     for axis, panel in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels):
         for name, (auc, label, colour) in panel.lines.items():
@@ -95,4 +94,3 @@ def plot_pck(group: Group, path: Path) -> bool:
     figure.axes[0].set_ylabel("share of points within the threshold")
     figure.suptitle(f"PCK, {group.num_sample} hands", fontsize=11)
     figure.savefig(path, dpi=_DPI)
-    return True
