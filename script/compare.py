@@ -57,8 +57,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load(args: argparse.Namespace, options: Options) -> Comparison:
     """Read every side. Raises ComparisonError."""
-    from src.compare.read import find_runs, read_sides
     from src.compare.report import Comparison, read_data
+    from src.compare.runs import find_runs, read_sides
 
     if args.redraw is not None:
         names = [*args.runs, *(name for also in args.also for name in also), *(args.against or [])]
