@@ -116,8 +116,6 @@ def _estimates(metrics: list[SampleMetric], unit: np.ndarray, bootstrap: Bootstr
 
 def _sum_units(value: np.ndarray, unit: np.ndarray, num_unit: int) -> np.ndarray:
     """Sum the rows [S, M] of each unit: [U, M]."""
-    if num_unit == len(unit):
-        return value[np.argsort(unit)]
     out = np.zeros((num_unit, value.shape[1]))
     np.add.at(out, unit, value)
     return out
@@ -135,7 +133,5 @@ def _interval(total: np.ndarray, count: np.ndarray, bootstrap: Bootstrap) -> tup
         with np.errstate(invalid="ignore", divide="ignore"):
             draws.append((weight @ total) / (weight @ count))
     ratio = np.concatenate(draws)
-    empty = np.isnan(ratio).all(axis=0)  # no draw with a valid point
-    ratio[:, empty] = 0.0
-    low, high = np.nanquantile(ratio, [_TAIL, 1 - _TAIL], axis=0)
-    return low, high
+    ratio[:, np.isnan(ratio).all(axis=0)] = 0.0  # no draw with a valid point
+    return tuple(np.nanquantile(ratio, [_TAIL, 1 - _TAIL], axis=0))

@@ -50,14 +50,10 @@ def write_submission(challenge: str, samples: Samples, folder: Path, order: Sequ
     Raises:
         ValueError: an image has more than one hand, or an image of `order` has no prediction.
     """
-    assert samples.joint_cam is not None
-    assert samples.vert_cam is not None
     rows = _rows(samples.key, order)
     joint, vert = samples.joint_cam[rows] / 1000.0, samples.vert_cam[rows] / 1000.0
     if challenge == "ho3d":
         joint, vert = joint[:, _OPENPOSE_TO_HO3D] * _TO_OPENGL, vert * _TO_OPENGL
-    else:
-        assert challenge == "freihand"
     text = json.dumps([joint.round(_DECIMAL).tolist(), vert.round(_DECIMAL).tolist()])
     path = folder / "pred.zip"
     (folder / "pred.json").write_text(text, encoding="utf-8")

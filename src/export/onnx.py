@@ -14,9 +14,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,17 +60,12 @@ class PatchNetwork(nn.Module):
         return tuple(getattr(prediction, name) for name in OUTPUTS)
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """How far an exported output differs from the network's own."""
 
     name: str
     largest: float  # absolute, over all batches
     allowed: float
-
-    @property
-    def is_within(self) -> bool:
-        return self.largest <= self.allowed  # False for NaN
 
 
 class ExportError(RuntimeError):
@@ -149,8 +143,9 @@ def compare(net: PoseNet, exported: Run, tolerance: float, what: str) -> list[Di
         largest = np.maximum(largest, [np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])
     allowed = [tolerance * share for _, share in OUTPUTS.values()]
     differences = [Difference(*item) for item in zip(OUTPUTS, largest.tolist(), allowed, strict=True)]
-    if far := [f"{d.name} by {d.largest:.3g} (allowed {d.allowed:.3g})" for d in differences if not d.is_within]:
-        raise ExportError(f"{what} differs from the network: {', '.join(far)}; not kept (see --tolerance)")
+    far = [d for d in differences if not d.largest <= d.allowed]  # NaN, too
+    if texts := [f"{d.name} by {d.largest:.3g} (allowed {d.allowed:.3g})" for d in far]:
+        raise ExportError(f"{what} differs from the network: {', '.join(texts)}; not kept (see --tolerance)")
     return differences
 
 

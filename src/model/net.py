@@ -73,16 +73,8 @@ class PoseNet(nn.Module):
         self.dropout_rate = rate
 
     def forward(self, batch: Batch) -> Prediction:
-        """Predict the hands of a batch.
-
-        Args:
-            batch: only `patch` [B, 3, S, S] uint8, `patch_focal` [B, 2] px and `patch_princpt` [B, 2] px are read.
-
-        Returns:
-            Prediction in the patch camera, float32, with `mano_rotmat` [B, 16, 3, 3], `mano_pose` [B, 48],
-            `mano_shape` [B, 10], `root_cam` [B, 3] mm, `joint_cam` [B, 21, 3] mm, `vert_cam` [B, V, 3] mm,
-            `joint_patch` and `joint_seen` [B, 21, 2] px, `joint_heat` [B, G, G, 21].
-        """
+        """Predict the hands of a batch, of which only `patch` [B, 3, S, S] uint8, `patch_focal` and `patch_princpt`
+        [B, 2] px are read. `Prediction` (src/batch.py) lists shapes and units of the result."""
         return self.predict_patch(batch.patch, batch.patch_focal, batch.patch_princpt)
 
     def predict_patch(self, patch: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> Prediction:
