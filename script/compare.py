@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with code 2 on a usage error."""
-    doc = (__doc__ or "").partition("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs = "RUN_OR_GLOB"
     parser.add_argument("runs", nargs="*", metavar=runs, help="the runs of one side")
     parser.add_argument("--against", nargs="+", metavar=runs, help="the baseline runs")

@@ -30,9 +30,7 @@ HALVES = ("a", "b")  # as in src/data/order/plan.py, whose imports would slow do
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with code 2 on a usage error."""
-    doc = (__doc__ or "").partition("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint), or one checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. data=labs DATA.val.max_sample=null")
     parser.add_argument(

@@ -51,7 +51,7 @@ def run_evaluation(
     Args:
         output: a new folder; None: below the run folder or `GENERAL.output_root`.
         num_overlay: hands on each sheet.
-        submission: one of submission.CHALLENGES, or None; order: its image names.
+        submission: "freihand", "ho3d" or None; order: the image names of the challenge.
         half: one of src.data.order.plan.HALVES; None: all samples.
 
     Raises:

@@ -22,7 +22,6 @@ import numpy as np
 from src.hand.skeleton import MANO_TO_OPENPOSE
 from src.metric import Samples
 
-CHALLENGES = ("freihand", "ho3d")
 _DECIMAL = 6  # micrometres
 _TO_OPENGL = np.array([1.0, -1.0, -1.0])
 _OPENPOSE_TO_HO3D = np.argsort(MANO_TO_OPENPOSE)
@@ -43,7 +42,7 @@ def write_submission(challenge: str, samples: Samples, folder: Path, order: Sequ
     """Write `pred.json` and `pred.zip` into `folder`; returns the zip.
 
     Args:
-        challenge: one of CHALLENGES.
+        challenge: "freihand" or "ho3d".
         samples: with joint_cam and vert_cam, one hand per image.
         order: image names in the challenge's order, as `SEQUENCE/0000`; None: sorted by key.
 
