@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with code 2 on a usage error."""
-    doc = (__doc__ or "").partition("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs = "RUN_OR_GLOB"
     parser.add_argument("runs", nargs="*", metavar=runs, help="the runs of one side")
     parser.add_argument("--against", nargs="+", metavar=runs, help="the baseline runs")
@@ -57,8 +55,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load(args: argparse.Namespace, options: Options) -> Comparison:
     """Read every side. Raises ComparisonError."""
-    from src.compare.read import find_runs, read_sides
     from src.compare.report import Comparison, read_data
+    from src.compare.runs import find_runs, read_sides
 
     if args.redraw is not None:
         names = [*args.runs, *(name for also in args.also for name in also), *(args.against or [])]
@@ -79,33 +77,19 @@ def side_names(patterns: Sequence[Sequence[str]]) -> list[str]:
     return [f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
-def new_folder(path: Path | None) -> Path:
-    """Create the output folder. Raises ComparisonError if it is not empty or cannot be created."""
-    from src.compare.runs import ComparisonError
-
-    path = path or Path("checkpoint/comparison") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        is_empty = not any(path.iterdir())
-    except OSError as error:
-        raise ComparisonError(f"--output {path}: cannot be created ({error.strerror})") from error
-    if not is_empty:
-        raise ComparisonError(f"--output {path}: is not empty; name a new folder")
-    return path
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
 
     from src.compare.plot import plot_curves
     from src.compare.report import DATA, FIGURE, MARKDOWN, Options, grids, markdown, notes, write_data
-    from src.compare.runs import ComparisonError
     from src.utils.console import console
+    from src.utils.files import make_output
 
     try:
         comparison = load(args, Options(args.early, args.late, args.num_bootstrap, args.seed))
-        folder = new_folder(args.output)
-    except ComparisonError as error:
+        now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        folder = make_output(args.output, Path("checkpoint/comparison") / now)
+    except ValueError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     command = shlex.join(["python", "script/compare.py", *(sys.argv[1:] if argv is None else argv)])

@@ -30,9 +30,7 @@ HALVES = ("a", "b")  # as in src/data/order/plan.py, whose imports would slow do
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with code 2 on a usage error."""
-    doc = (__doc__ or "").partition("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc[0], epilog=doc[2], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint), or one checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. data=labs DATA.val.max_sample=null")
     parser.add_argument(
@@ -122,9 +120,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from src.checkpoint.network import read_configuration
     from src.data.health import BadDataError
     from src.evaluate.bootstrap import Bootstrap
-    from src.evaluate.run import Options, run_evaluation
+    from src.evaluate.run import run_evaluation
     from src.evaluate.submission import read_order
-    from src.evaluate.write import describe_intervals, terminal_grids
+    from src.evaluate.tables import summary_grids
+    from src.evaluate.write import describe_intervals
     from src.utils.console import console, progress_bar, set_up_logging
 
     set_up_logging()
@@ -133,19 +132,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint, saved = read_configuration(args.checkpoint)
         cfg = compose(saved, args.overrides, whole=args.submission is not None)
         order = None if args.order is None else read_order(args.order)
-        options = Options(args.output, bootstrap, args.num_overlay, args.submission, order, args.half)
+        options = {"output": args.output, "num_overlay": args.num_overlay, "half": args.half, "order": order}
+        options |= {"submission": args.submission, "bootstrap": bootstrap}
         with progress_bar() as progress:
-            evaluation = run_evaluation(checkpoint, cfg, options, progress)
+            folder, groups = run_evaluation(checkpoint, cfg, progress, **options)
     except (ValueError, BadDataError) as error:
         return refuse(error)
     except KeyboardInterrupt:
         print("evaluate: interrupted", file=sys.stderr)
         return 130
-    for grid in terminal_grids(evaluation.groups):
+    for grid in summary_grids(groups):
         console.print(grid.as_rich(), "")
     console.print(describe_intervals(bootstrap), soft_wrap=True)
-    written = ", ".join(sorted(path.name for path in evaluation.folder.iterdir()))
-    console.print(f"written to {evaluation.folder}: {written}", soft_wrap=True)
+    written = ", ".join(sorted(path.name for path in folder.iterdir()))
+    console.print(f"written to {folder}: {written}", soft_wrap=True)
     return 0
 
 

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 import src.utils.environment  # noqa: F401  (checks that required packages are installed)
 
 if TYPE_CHECKING:
-    from src.checkpoint.network import LoadedNetwork
     from src.export.onnx import Difference
 
 DONE, DIFFERS, WRONG_ARGUMENTS = 0, 1, 2
@@ -109,63 +108,45 @@ def output_file(args: argparse.Namespace, kind: str) -> Path:
 def export(args: argparse.Namespace) -> int:
     """Load, export, compare, report."""
     from src.checkpoint.network import load_network
-    from src.export.onnx import ExportError
+    from src.export.onnx import ExportError, trace
+    from src.export.onnx import export as export_file
+    from src.export.release import release, release_backbone
     from src.utils.console import console
 
     loaded = load_network(args.checkpoint, args.hand_model)
-    hand_model = loaded.network.hand.name
+    hand_model, output = loaded.network.hand.name, args.output
     console.print(f"{loaded.folder}, step {loaded.step}, hand model {hand_model}", soft_wrap=True)
+    lines = []
     try:
-        if CHECKPOINT in args.to:
-            export_checkpoint(loaded, args)
-        elif BACKBONE in args.to:
-            export_backbone(loaded, args)
-        else:
-            export_files(loaded, args)
+        with console.status(f"exporting to {output}"):
+            if CHECKPOINT in args.to:
+                differences = release(loaded, output, args.precision, args.tolerance)
+                report(f"checkpoint, {args.precision}: {output}", differences)
+                lines = [f"{size(output)}; edit {output / 'README.md'}"]
+            elif BACKBONE in args.to:
+                release_backbone(loaded, output)
+                file = output / "model.safetensors"
+                lines = [f"{file}: {size(file)}; use it with MODEL.backbone.backbone_str={output}"]
+            else:
+                program = trace(loaded.network)
+                for kind in dict.fromkeys(args.to):
+                    file = output_file(args, kind)
+                    report(f"{kind}: {file}", export_file(loaded, program, kind, file, args.tolerance))
+                    lines.append(f"{file}: {size(file)}")
+                if hand_model != "standin":
+                    lines.append("the files contain MANO's arrays: its licence does not allow you to redistribute them")
     except ExportError as error:
         sys.stderr.write(f"export: {error}\n")
         return DIFFERS
+    for line in lines:
+        console.print(line, soft_wrap=True)
     return DONE
 
 
-def export_files(loaded: LoadedNetwork, args: argparse.Namespace) -> None:
-    """Write the network as one file of each kind."""
-    from src.export.onnx import export, trace
-    from src.utils.console import console
-
-    with console.status("tracing"):
-        program = trace(loaded.network)
-    for kind in dict.fromkeys(args.to):
-        file = output_file(args, kind)
-        with console.status(f"exporting to {file}"):
-            differences = export(loaded, program, kind, file, args.tolerance)
-        report(f"{kind}: {file}", differences)
-        console.print(f"{file.stat().st_size / 1e6:.1f} MB, read back and compared")
-    if loaded.network.hand.name != "standin":
-        console.print("the files contain MANO's arrays: its licence does not allow you to redistribute them")
-
-
-def export_checkpoint(loaded: LoadedNetwork, args: argparse.Namespace) -> None:
-    """Write the network as a checkpoint folder without optimizer state."""
-    from src.export.release import release
-    from src.utils.console import console
-
-    with console.status(f"exporting to {args.output}"):
-        differences = release(loaded, args.output, args.precision, args.tolerance)
-    report(f"checkpoint, {args.precision}: {args.output}", differences)
-    size = sum(file.stat().st_size for file in args.output.iterdir() if file.is_file())
-    console.print(f"{size / 1e6:.1f} MB, read back and compared; edit {args.output / 'README.md'}", soft_wrap=True)
-
-
-def export_backbone(loaded: LoadedNetwork, args: argparse.Namespace) -> None:
-    """Write the backbone alone as a Hugging Face folder."""
-    from src.export.release import release_backbone
-    from src.utils.console import console
-
-    release_backbone(loaded, args.output)
-    file = args.output / "model.safetensors"
-    console.print(f"{file}: {file.stat().st_size / 1e6:.1f} MB, read back and compared; use it with "
-                  f"MODEL.backbone.backbone_str={args.output}", soft_wrap=True)  # fmt: skip
+def size(path: Path) -> str:
+    """The size of a file, or of all files in a folder."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return f"{sum(file.stat().st_size for file in files if file.is_file()) / 1e6:.1f} MB, read back and compared"
 
 
 def report(title: str, differences: Sequence[Difference]) -> None:

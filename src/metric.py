@@ -139,34 +139,40 @@ class PointErrors:
     @cached_property
     def distance(self) -> np.ndarray:
         """[B, N] in the target's unit."""
-        return point_distance(self.pred, self.target.point) / self.target.unit
+        return np.linalg.norm(self.pred - self.target.point, axis=-1) / self.target.unit
 
     @cached_property
     def curve(self) -> SampleMetric:
         """The number of valid points within each threshold; the PCK curve is sum(total) / sum(count)."""
-        return pck_curve(self.distance, self.target.valid, self.target.thresholds)
+        valid = self.target.valid
+        within = (self.distance[..., None] <= self.target.thresholds) & valid[..., None]  # [B, N, T]
+        return SampleMetric(within.sum(axis=1).astype(np.float64), valid.sum(axis=1).astype(np.float64))
 
     @cached_property
     def f_scores(self) -> list[SampleMetric]:
         """F-scores at F_THRESHOLDS_MM of the samples whose points are all valid."""
         return f_scores(self.pred, self.target.point, self.target.valid.all(axis=1), F_THRESHOLDS_MM)
 
+    def each(self) -> SampleMetric:
+        """The distances point by point, [B, N]; those of invalid points, NaN included, are ignored."""
+        valid = self.target.valid
+        return SampleMetric(np.where(valid, self.distance, 0.0), valid.astype(np.float64))
+
     def mean(self) -> SampleMetric:
         """Mean distance (MPJPE, MPVPE)."""
-        return sum_valid(self.distance, self.target.valid)
+        return SampleMetric(*(part.sum(axis=1) for part in self.each()))
 
     def share(self, threshold: float) -> SampleMetric:
         """Fraction of points within a distance (PCK). An infinite or NaN distance is never within it."""
-        return sum_valid(self.distance <= threshold, self.target.valid)
+        valid = self.target.valid
+        within = (self.distance <= threshold) & valid
+        return SampleMetric(within.sum(axis=1).astype(np.float64), valid.sum(axis=1).astype(np.float64))
 
     def auc(self) -> SampleMetric:
-        """Area under the PCK curve, between 0 and 1."""
-        return curve_auc(self.curve, self.target.thresholds)
-
-    def each(self) -> SampleMetric:
-        """The distances point by point, [B, N]."""
-        valid = self.target.valid
-        return SampleMetric(np.where(valid, self.distance, 0.0), valid.astype(np.float64))
+        """Area under the PCK curve by the trapezoidal rule, between 0 and 1 (FreiHAND's `auc`)."""
+        total, width = self.curve.total, np.diff(self.target.thresholds)
+        area = (0.5 * (total[:, 1:] + total[:, :-1]) * width).sum(axis=1) / width.sum()
+        return SampleMetric(area, self.curve.count)
 
 
 class Metric(NamedTuple):
@@ -233,11 +239,6 @@ def compare(
     return {name: METRICS[name].value(errors[METRICS[name].points]) for name in names if METRICS[name].points in errors}
 
 
-def point_distance(pred: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Euclidean distances. Args: pred, target [..., 3] mm. Returns: [...] mm."""
-    return np.sqrt(np.square(pred - target).sum(axis=-1))
-
-
 def box_side(point: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Longer side of the tight box around each sample's valid points; 0 where fewer than two are valid.
 
@@ -246,15 +247,6 @@ def box_side(point: np.ndarray, valid: np.ndarray) -> np.ndarray:
     mask = (valid > 0)[..., None]
     extent = np.where(mask, point, -np.inf).max(axis=1) - np.where(mask, point, np.inf).min(axis=1)
     return np.maximum(extent.max(axis=1), 0.0)  # -inf without a valid point
-
-
-def sum_valid(value: np.ndarray, valid: np.ndarray) -> SampleMetric:
-    """Sum over a sample's valid points; the values of invalid points, NaN included, are ignored.
-
-    Args: value [B, N]; valid [B, N] 0 or 1.
-    """
-    mask = valid > 0
-    return SampleMetric(np.where(mask, value, 0.0).sum(axis=1), mask.sum(axis=1).astype(np.float64))
 
 
 def align_procrustes(pred: np.ndarray, target: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -296,33 +288,11 @@ def align_scale_translation(pred: np.ndarray, target: np.ndarray) -> np.ndarray:
     """
 
     def bone(joint: np.ndarray) -> np.ndarray:
-        return point_distance(joint[:, MIDDLE_KNUCKLE], joint[:, WRIST])[:, None, None]
+        return np.linalg.norm(joint[:, MIDDLE_KNUCKLE] - joint[:, WRIST], axis=-1)[:, None, None]
 
     length = bone(pred)
     scale = np.where(length > 0, bone(target) / np.where(length > 0, length, 1.0), 1.0)
     return scale * (pred - pred[:, WRIST : WRIST + 1]) + target[:, WRIST : WRIST + 1]
-
-
-def pck_curve(distance: np.ndarray, valid: np.ndarray, thresholds: np.ndarray = PCK_THRESHOLDS_MM) -> SampleMetric:
-    """The number of a sample's valid points within each threshold; the curve is sum(total) / sum(count).
-
-    Args: distance, valid [B, N]; thresholds [T] in the same unit. Returns: SampleMetric(total [B, T], count [B]).
-    """
-    mask = valid > 0
-    first = np.searchsorted(thresholds, distance)  # the first threshold at or above the distance
-    slot = np.where(mask, first, len(thresholds)) + (len(thresholds) + 1) * np.arange(len(distance))[:, None]
-    count = np.bincount(slot.ravel(), minlength=len(distance) * (len(thresholds) + 1)).reshape(len(distance), -1)
-    return SampleMetric(np.cumsum(count[:, :-1], axis=1).astype(np.float64), mask.sum(axis=1).astype(np.float64))
-
-
-def curve_auc(curve: SampleMetric, thresholds: np.ndarray = PCK_THRESHOLDS_MM) -> SampleMetric:
-    """Area under a `pck_curve` by the trapezoidal rule, between 0 and 1 (FreiHAND's `auc`). Args: thresholds [T].
-
-    Returns: SampleMetric in units of points.
-    """
-    width = np.diff(thresholds)
-    area = (0.5 * (curve.total[:, 1:] + curve.total[:, :-1]) * width).sum(axis=1) / width.sum()
-    return SampleMetric(area, curve.count)
 
 
 def f_scores(

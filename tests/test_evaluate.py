@@ -29,9 +29,9 @@ from src.data.demo.make import make_demo_shards
 from src.data.loader import build_val_loader
 from src.evaluate import hand_sheets
 from src.evaluate.bootstrap import Bootstrap, Estimate, Group, summarise
-from src.evaluate.collect import to_source_camera
+from src.evaluate.run import to_source_camera
 from src.evaluate.submission import write_submission
-from src.evaluate.tables import group_grid, joint_grid, metric_grid
+from src.evaluate.tables import joint_grids, metric_grid, summary_grids
 from src.hand.skeleton import JOINT_NAMES
 from src.hand.standin.build import build_standin_hand
 from src.metric import SampleMetric, Samples
@@ -283,7 +283,7 @@ def test_tables_fit_a_terminal_and_omit_absent_metrics() -> None:
     groups += [Group("source", "a data set with a long name", 7, {"mpjpe_pa": wide}, {}, {})]
     console = Console(width=120)
     with console.capture() as capture:
-        for grid in (metric_grid(groups[0]), group_grid(groups), joint_grid(groups[0])):
+        for grid in summary_grids(groups):
             console.print(grid.as_rich())
     text = capture.get()
     assert "…" not in text, "nothing is truncated"
@@ -291,7 +291,7 @@ def test_tables_fit_a_terminal_and_omit_absent_metrics() -> None:
     partial = metric_grid(groups[1]).as_markdown()
     assert "Procrustes" in partial
     assert not any(word in partial for word in ("camera", "root-relative", "MPVPE", "F@5", "0.0"))
-    assert joint_grid(groups[1]) is None
+    assert joint_grids(groups[1]) == []
 
 
 def test_names_in_brackets_and_long_lines_are_printed_whole() -> None:

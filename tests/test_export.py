@@ -17,7 +17,7 @@ import torch
 
 from script import export as script
 from src.checkpoint.network import LoadedNetwork, load_network
-from src.export.onnx import ABOUT, INPUTS, OUTPUTS, ExportError, PatchNetwork, example_inputs, export
+from src.export.onnx import ABOUT, INPUTS, OUTPUTS, ExportError, PatchNetwork, example_inputs, export, staged
 from src.model.net import PoseNet
 from tests.helpers import ROOT
 from tests.test_predict import make_run
@@ -101,6 +101,13 @@ def test_a_file_that_differs_is_not_kept(made: Made, tmp_path: Path) -> None:
         export(other, program, "torch_export", file, 0.01)
     assert file.read_text() == "an earlier export"
     assert [p.name for p in tmp_path.iterdir()] == ["net.pt2"]
+
+
+def test_an_export_into_a_checkpoint_keeps_its_manifest(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    with staged(tmp_path) as place:
+        (place / "posenet.onnx").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "posenet.onnx"]
 
 
 def test_help_imports_nothing_heavy() -> None:

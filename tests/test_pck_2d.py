@@ -14,7 +14,7 @@ from src.data.augment import Augmentation
 from src.data.crop import crop_samples
 from src.evaluate.bootstrap import Estimate, Group
 from src.evaluate.plot import plot_pck
-from src.evaluate.tables import group_grid_2d, metric_grid
+from src.evaluate.tables import group_grids, metric_grid
 from src.metric import PCK_2D, SampleMetric, box_target, compare, measure, to_source_image
 from tests.helpers import random_batch
 
@@ -156,11 +156,12 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     groups.append(Group("source", "a data set with a long name", 7, metric, {}, {}))
     console = Console(width=120)
     with console.capture() as capture:
-        console.print(metric_grid(groups[0]).as_rich(), group_grid_2d(groups).as_rich())
+        console.print(metric_grid(groups[0]).as_rich(), *(grid.as_rich() for grid in group_grids(groups)))
     lines = capture.get().splitlines()
     assert sum("100.0 [100.0, 100.0]" in line for line in lines) == 4 + 2, "one line each, not wrapped"
     assert any("2D PCK at 0.15 box, %" in line for line in lines)
-    assert group_grid_2d(groups[:1]) is None
-    assert group_grid_2d([Group("all", "all", 1, {}, {}, {})] * 2) is None
-    assert plot_pck(groups[0], tmp_path / "pck.png"), "2D labels alone give a plot"
-    assert not plot_pck(Group("all", "all", 1, {}, {}, {}), tmp_path / "none.png")
+    assert group_grids(groups[:1]) == []
+    assert group_grids([Group("all", "all", 1, {}, {}, {})] * 2) == []
+    plot_pck(groups[0], tmp_path / "pck.png")
+    plot_pck(Group("all", "all", 1, {}, {}, {}), tmp_path / "none.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["pck.png"], "2D labels alone give a plot"

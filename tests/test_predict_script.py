@@ -17,7 +17,7 @@ from PIL.ExifTags import IFD, Base
 
 from script import predict as script
 from src.predict.boxes import HandBox, read_boxes
-from src.predict.outputs import name_outputs
+from src.predict.outputs import JSON, name_outputs
 from src.predict.photo import GUESS, PhotoError, read_photo
 from src.predict.predictor import Predictor
 from src.utils.mesh_overlay import SIDE_RGB, Mesh, draw_meshes
@@ -283,7 +283,7 @@ def test_no_two_images_share_their_outputs(tmp_path: Path) -> None:
     for names in (["a.jpg", "a.png", "a_jpg.png"], ["a_jpg_png.jpg", "a.jpg", "a.png", "a_jpg.png"]):
         outputs = name_outputs([Path(name) for name in names], tmp_path)
         assert list(outputs) == [Path(name) for name in names]
-        assert len({each.json for each in outputs.values()}) == len(names)
+        assert len({each.file(JSON) for each in outputs.values()}) == len(names)
     plain = name_outputs([Path("a.jpg"), Path("b.c.jpg"), Path("b.c.png")], tmp_path)
     assert [each.name for each in plain.values()] == ["a", "b_c_jpg", "b_c_png"]
 

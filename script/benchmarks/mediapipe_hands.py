@@ -33,7 +33,6 @@ from src.metric import (
     box_side,
     box_target,
     compare,
-    point_distance,
 )
 
 VERSION = "0.10.14"
@@ -122,7 +121,7 @@ def match(sample: Sample, detections: Iterable[Detection]) -> Detection | None:
         return None
 
     def distance(detection: Detection) -> float:
-        return float(point_distance(detection.joint_img[valid], sample.joint_img[valid].astype(np.float64)).mean())
+        return float(np.linalg.norm(detection.joint_img[valid] - sample.joint_img[valid], axis=-1).mean())
 
     side = box_side(sample.joint_img[None], valid[None])[0]
     best = min(detections, key=distance, default=None)

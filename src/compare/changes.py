@@ -124,7 +124,9 @@ def _mean(value: np.ndarray) -> float:
 
 def changes(side: Sequence[Run], against: Sequence[Run], window: Window, num_draw: int, seed: int) -> list[Change]:
     """The change of every measure that all runs of both sides have."""
-    side, against, is_paired = _match(side, against)
+    side, against = (sorted(runs, key=lambda run: str(run.seed)) for runs in (side, against))
+    seeds, seeds_against = ([str(run.seed) for run in runs] for runs in (side, against))
+    is_paired = seeds == seeds_against and len(set(seeds)) == len(seeds)
     ours, theirs = ([measure_run(run, window) for run in runs] for runs in (side, against))
     draws = _draw(len(side), len(against), is_paired, num_draw, seed)
     found = []
@@ -143,14 +145,6 @@ def without(runs: Sequence[Run], window: Window) -> dict[Measure, list[Run]]:
     values = [measure_run(run, window) for run in runs]
     lacking = {m: [run for run, v in zip(runs, values) if not np.isfinite(v[m.key])] for m in MEASURES}
     return {measure: found for measure, found in lacking.items() if found}
-
-
-def _match(side: Sequence[Run], against: Sequence[Run]) -> tuple[list[Run], list[Run], bool]:
-    """Both sides sorted by seed, and whether run i of one is paired with run i of the other."""
-    seeds = [sorted(str(run.seed) for run in runs) for runs in (side, against)]
-    is_paired = seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0])
-    in_order = [sorted(runs, key=lambda run: str(run.seed)) for runs in (side, against)]
-    return in_order[0], in_order[1], is_paired
 
 
 def _draw(

@@ -33,7 +33,8 @@ def plot_curves(comparison: Comparison, path: Path) -> None:
     axes[0].set_ylim(*_metric_range(comparison))
     axes[1].set_ylabel("training loss")
     axes[1].set_title("as trained, with dropout; moving mean", loc="right", fontsize=8, color="0.4")
-    axes[2].set(ylabel="dropout rate", xlabel="optimizer step", ylim=(-0.05 * _max_rate(comparison), None))
+    rates = [run.curve[DROPOUT_RATE].value.max() for run in comparison.runs if DROPOUT_RATE in run.curve]
+    axes[2].set(ylabel="dropout rate", xlabel="optimizer step", ylim=(-0.05 * max([*rates, 1e-3]), None))
     for axis in axes:
         axis.grid(color="0.92")
         axis.spines[["top", "right"]].set_visible(False)
@@ -44,11 +45,6 @@ def plot_curves(comparison: Comparison, path: Path) -> None:
 def _colours(comparison: Comparison) -> list[str]:
     number = len(comparison.side) - 1
     return [COLOURS[i % len(COLOURS)] for i in range(number)] + [BASELINE_COLOUR]
-
-
-def _max_rate(comparison: Comparison) -> float:
-    rates = [run.curve[DROPOUT_RATE].value.max() for run in comparison.runs if DROPOUT_RATE in run.curve]
-    return max([*rates, 1e-3])
 
 
 def _metric_range(comparison: Comparison) -> tuple[float, float]:
@@ -101,8 +97,7 @@ def _draw(
 def _moving_mean(value: np.ndarray, width: int) -> np.ndarray:
     """Centred mean over `width` points to either side, fewer at the ends; ignores NaN."""
     known = np.isfinite(value)
-    total, count = (np.concatenate([[0.0], np.cumsum(x)]) for x in (np.where(known, value, 0.0), known))
-    begin = np.maximum(np.arange(len(value)) - width, 0)
-    end = np.minimum(np.arange(len(value)) + width + 1, len(value))
+    kernel = np.ones(2 * width + 1)
+    total, count = (np.convolve(x, kernel)[width : width + len(value)] for x in (np.where(known, value, 0.0), known))
     with np.errstate(invalid="ignore"):
-        return (total[end] - total[begin]) / (count[end] - count[begin])
+        return total / count

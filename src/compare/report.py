@@ -138,7 +138,7 @@ def _interval_notes(comparison: Comparison) -> list[str]:
 
 def _run_notes(comparison: Comparison) -> list[str]:
     found, steps = [f"Skipped: {reason}" for reason in comparison.skipped], set()
-    unfinished = [run for run in comparison.runs if not run.is_finished]
+    unfinished = [run for run in comparison.runs if run.last_step < run.total_step]
     if unfinished:
         found.append(f"Not finished: {_some(f'{r.name} (step {r.last_step} of {r.total_step})' for r in unfinished)}.")
     for run in comparison.runs:

@@ -7,7 +7,6 @@ middle 95 % of the draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,22 +50,15 @@ class Group:
 
 def summarise(samples: Samples, bootstrap: Bootstrap) -> list[Group]:
     """All samples first, then each data set and each side if there is more than one."""
-    return [_group(samples, kind, name, mask, bootstrap) for kind, name, mask in group_masks(samples)]
-
-
-def group_masks(samples: Samples) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(kind, name, mask [S]) of every group."""
-    yield "all", "all", np.ones(len(samples), dtype=bool)
-    sources = sorted(set(samples.source))
-    for source in sources if len(sources) > 1 else ():
-        yield "source", source, samples.source == source
+    masks = [("all", "all", np.ones(len(samples), dtype=bool))]
+    if len(sources := sorted(set(samples.source))) > 1:
+        masks += [("source", source, samples.source == source) for source in sources]
     if 0 < samples.is_right.sum() < len(samples):
-        yield "side", "left", ~samples.is_right
-        yield "side", "right", samples.is_right
+        masks += [("side", "left", ~samples.is_right), ("side", "right", samples.is_right)]
+    return [_group(samples.select(mask), kind, name, bootstrap) for kind, name, mask in masks]
 
 
-def _group(samples: Samples, kind: str, name: str, mask: np.ndarray, bootstrap: Bootstrap) -> Group:
-    samples = samples.select(mask)
+def _group(samples: Samples, kind: str, name: str, bootstrap: Bootstrap) -> Group:
     chosen, curve = samples.metric, {}
     for key in [n for n in chosen if n.startswith("curve_")]:
         total, count = chosen.pop(key)
@@ -116,8 +108,6 @@ def _estimates(metrics: list[SampleMetric], unit: np.ndarray, bootstrap: Bootstr
 
 def _sum_units(value: np.ndarray, unit: np.ndarray, num_unit: int) -> np.ndarray:
     """Sum the rows [S, M] of each unit: [U, M]."""
-    if num_unit == len(unit):
-        return value[np.argsort(unit)]
     out = np.zeros((num_unit, value.shape[1]))
     np.add.at(out, unit, value)
     return out
@@ -135,7 +125,5 @@ def _interval(total: np.ndarray, count: np.ndarray, bootstrap: Bootstrap) -> tup
         with np.errstate(invalid="ignore", divide="ignore"):
             draws.append((weight @ total) / (weight @ count))
     ratio = np.concatenate(draws)
-    empty = np.isnan(ratio).all(axis=0)  # no draw with a valid point
-    ratio[:, empty] = 0.0
-    low, high = np.nanquantile(ratio, [_TAIL, 1 - _TAIL], axis=0)
-    return low, high
+    ratio[:, np.isnan(ratio).all(axis=0)] = 0.0  # no draw with a valid point
+    return tuple(np.nanquantile(ratio, [_TAIL, 1 - _TAIL], axis=0))

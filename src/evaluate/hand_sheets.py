@@ -24,7 +24,7 @@ RANKED_BY = {
     "mpjpe_rel": ("root-relative MPJPE", "mm"),
     "mpjpe_pa": ("PA-MPJPE", "mm"),
     "mpjpe_cam": ("camera MPJPE", "mm"),
-    "error_2d": ("2D error", "px of the patch"),
+    "error_2d": ("2D error", "px"),
 }
 _SIDE, _NUM_COLUMN, _TITLE, _CAPTION = 176, 4, 30, 34
 _REACH_MM = 160.0  # half of a side panel
@@ -57,12 +57,12 @@ def sheet(
     batch = batch.to(accelerator.device)
     with accelerator.autocast():
         prediction = net(batch)
-    unit = RANKED_BY[name][1].split()[0]
+    label, unit = RANKED_BY[name]
     captions = [f"{error[row]:.1f} {unit}" for row in rows]
     images = [_hand(batch, prediction, index, caption) for index, caption in enumerate(captions)]
     body = tile(images, min(_NUM_COLUMN, len(images)))
     head = np.full((_TITLE, body.shape[1], 3), _PAPER, np.uint8)
-    text = f"{title}, by {RANKED_BY[name][0]}. Each: target | prediction | side view (farther is right), target grey"
+    text = f"{title}, by {label}. Each: target | prediction | side view (farther is right), target grey"
     _write(head, text, (8, 20), 0.5 if body.shape[1] > 1000 else 0.32)
     return np.concatenate([head, body])
 
@@ -105,9 +105,7 @@ def _side_view(batch: Batch, prediction: Prediction, index: int) -> np.ndarray:
 def _draw_grey(canvas: np.ndarray, point: np.ndarray, valid: np.ndarray) -> None:
     for parent, child in BONES:
         if valid[parent] and valid[child]:
-            ends = [
-                tuple(np.clip(np.round(point[j] * 16), -(2**20), 2**20).astype(int).tolist()) for j in (parent, child)
-            ]
+            ends = np.clip(np.round(point[[parent, child]] * 16), -(2**20), 2**20).astype(int).tolist()
             cv2.line(canvas, *ends, _TARGET_RGB, 3, cv2.LINE_AA, 4)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,39 +15,23 @@ COLOURS = {"cam": "#7a8794", "rel": "#1f77b4", "pa": "#d1495b", "2d": "#3a7d44"}
 _DPI = 130
 
 
-class _Panel(NamedTuple):
-    """One panel of pck.png."""
-
-    title: str
-    xlabel: str
-    thresholds: np.ndarray  # [T]
-    lines: dict[str, tuple[str, str, str]]  # curve -> AUC metric, label, colour
-
-
+_IN_MM = ("error threshold, mm", PCK_THRESHOLDS_MM)
+# the panels of pck.png: title, x label, thresholds [T], curve -> (AUC metric, label, colour)
 _PANELS = (
-    *(
-        _Panel(
-            title,
-            "error threshold, mm",
-            PCK_THRESHOLDS_MM,
-            {f"{kind}_{frame}": (f"{auc}_{frame}", label, COLOURS[frame]) for frame, label in FRAMES.items()},
-        )
-        for title, kind, auc in (("joints", "joint", "auc"), ("vertices", "vert", "auc_vert"))
-    ),
-    _Panel(
-        "2D joints",
-        "error threshold, share of the hand's box",
-        PCK_2D_THRESHOLDS,
+    ("joints", *_IN_MM, {f"joint_{f}": (f"auc_{f}", label, COLOURS[f]) for f, label in FRAMES.items()}),
+    ("vertices", *_IN_MM, {f"vert_{f}": (f"auc_vert_{f}", label, COLOURS[f]) for f, label in FRAMES.items()}),
+    (
+        *("2D joints", "error threshold, share of the hand's box", PCK_2D_THRESHOLDS),
         {"joint_2d": ("auc_2d", "image", COLOURS["2d"])},
     ),
 )
 
 
-def plot_joint_error(group: Group, path: Path) -> bool:
-    """Bars of the mean error of each joint with intervals, one row per frame; False without 3D."""
+def plot_joint_error(group: Group, path: Path) -> None:
+    """Bars of the mean error of each joint with intervals, one row per frame; no file without 3D."""
     frames = [frame for frame in FRAMES if frame in group.joint]
     if not frames:
-        return False
+        return
     figure = Figure(figsize=(10, 1.0 + 2.3 * len(frames)), layout="constrained")
     for axis, frame in zip(np.atleast_1d(figure.subplots(len(frames), 1, sharex=True)), frames):
         _draw_bars(axis, group.joint[frame], COLOURS[frame])
@@ -60,7 +43,6 @@ def plot_joint_error(group: Group, path: Path) -> bool:
                       textcoords="offset points", ha="center", va="top", fontsize=9)  # fmt: skip
     figure.suptitle(f"mean error of each joint, {group.num_sample} hands; lines: 95 % interval", fontsize=11)
     figure.savefig(path, dpi=_DPI)
-    return True
 
 
 def _draw_bars(axis: object, joints: list[Estimate | None], colour: str) -> None:
@@ -77,22 +59,22 @@ def _draw_bars(axis: object, joints: list[Estimate | None], colour: str) -> None
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def plot_pck(group: Group, path: Path) -> bool:
-    """PCK curves of joints, vertices and 2D joints, AUC in the legend; False without any."""
-    panels = [panel for panel in _PANELS if any(curve in group.curve for curve in panel.lines)]
+def plot_pck(group: Group, path: Path) -> None:
+    """PCK curves of joints, vertices and 2D joints, AUC in the legend; no file without any."""
+    panels = [panel for panel in _PANELS if group.curve.keys() & panel[-1].keys()]
     if not panels:
-        return False
+        return
     figure = Figure(figsize=(1.2 + 4.4 * len(panels), 4.0), layout="constrained")
-    for axis, panel in zip(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels):
-        for name, (auc, label, colour) in panel.lines.items():
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for axis, (title, xlabel, thresholds, lines) in zip(axes, panels, strict=True):
+        for name, (auc, label, colour) in lines.items():
             if (curve := group.curve.get(name)) is not None:
-                axis.plot(panel.thresholds, curve, color=colour, label=f"{label}, AUC {group.metric[auc].value:.3f}")
-        axis.set(xlabel=panel.xlabel, xlim=panel.thresholds[[0, -1]], ylim=(0, 1))
-        axis.set_title(panel.title, loc="left", fontsize=10)
+                axis.plot(thresholds, curve, color=colour, label=f"{label}, AUC {group.metric[auc].value:.3f}")
+        axis.set(xlabel=xlabel, xlim=thresholds[[0, -1]], ylim=(0, 1))
+        axis.set_title(title, loc="left", fontsize=10)
         axis.grid(color="0.9")
         axis.legend(loc="best", fontsize=8, frameon=True)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("share of points within the threshold")
     figure.suptitle(f"PCK, {group.num_sample} hands", fontsize=11)
     figure.savefig(path, dpi=_DPI)
-    return True

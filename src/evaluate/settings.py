@@ -16,20 +16,20 @@ _WHOLE = ("DATA.val.source", "DATA.train.source")  # free-form mappings: replace
 
 
 def evaluation_config(
-    saved: Mapping[str, Any], defaults: Mapping[str, Any], changes: Mapping[str, Any], has_data_group: bool
+    saved: Mapping[str, Any], defaults: dict[str, Any], changes: Mapping[str, Any], has_data_group: bool
 ) -> Config:
     """The checked configuration.
 
     Args:
         saved: the checkpoint's. Keys unknown to this version are ignored.
-        defaults: `config/stage1-base.yaml`, for keys missing in the checkpoint; includes the command line's data group.
+        defaults: `config/stage1-base.yaml` with the command line's data group, for missing keys; modified in place.
         changes: dotted key -> value, from the command line.
         has_data_group: take DATA from `defaults` instead of the checkpoint.
 
     Raises:
         ConfigError: lists every wrong key.
     """
-    tree = _copy(defaults)
+    tree = defaults
     for key, value in flatten(saved, _WHOLE).items():
         if is_known_key(key) and not (has_data_group and key.startswith("DATA.")):
             _set(tree, key, value)
@@ -80,7 +80,3 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
             tree[name] = {}
         tree = tree[name]
     tree[leaf] = value
-
-
-def _copy(tree: Any) -> Any:
-    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree

@@ -22,7 +22,6 @@ import numpy as np
 from src.hand.skeleton import MANO_TO_OPENPOSE
 from src.metric import Samples
 
-CHALLENGES = ("freihand", "ho3d")
 _DECIMAL = 6  # micrometres
 _TO_OPENGL = np.array([1.0, -1.0, -1.0])
 _OPENPOSE_TO_HO3D = np.argsort(MANO_TO_OPENPOSE)
@@ -43,21 +42,17 @@ def write_submission(challenge: str, samples: Samples, folder: Path, order: Sequ
     """Write `pred.json` and `pred.zip` into `folder`; returns the zip.
 
     Args:
-        challenge: one of CHALLENGES.
+        challenge: "freihand" or "ho3d".
         samples: with joint_cam and vert_cam, one hand per image.
         order: image names in the challenge's order, as `SEQUENCE/0000`; None: sorted by key.
 
     Raises:
         ValueError: an image has more than one hand, or an image of `order` has no prediction.
     """
-    assert samples.joint_cam is not None
-    assert samples.vert_cam is not None
     rows = _rows(samples.key, order)
     joint, vert = samples.joint_cam[rows] / 1000.0, samples.vert_cam[rows] / 1000.0
     if challenge == "ho3d":
         joint, vert = joint[:, _OPENPOSE_TO_HO3D] * _TO_OPENGL, vert * _TO_OPENGL
-    else:
-        assert challenge == "freihand"
     text = json.dumps([joint.round(_DECIMAL).tolist(), vert.round(_DECIMAL).tolist()])
     path = folder / "pred.zip"
     (folder / "pred.json").write_text(text, encoding="utf-8")

@@ -12,19 +12,20 @@ from src.hand.skeleton import JOINT_NAMES
 from src.metric import FRAMES, METRICS, UNITS
 from src.utils.table import Grid
 
-# columns of the table of groups
-GROUP_COLUMNS = {
-    "MPJPE camera": "mpjpe_cam",
-    "MPJPE root-relative": "mpjpe_rel",
-    "PA-MPJPE": "mpjpe_pa",
-    "PA-MPVPE": "mpvpe_pa",
-}
-# the same in 2D; PCK at 0.15 does not fit within 120 columns
-GROUP_COLUMNS_2D = {
-    "PCK at 0.05, %": "pck05_2d",
-    "PCK at 0.1, %": "pck10_2d",
-    "PCK at 0.2, %": "pck20_2d",
-    "AUC 0-0.2": "auc_2d",
+# title and columns of the tables of groups; 2D PCK at 0.15 does not fit within 120 columns
+GROUP_TABLES = {
+    "by data set and side, mm": {
+        "MPJPE camera": "mpjpe_cam",
+        "MPJPE root-relative": "mpjpe_rel",
+        "PA-MPJPE": "mpjpe_pa",
+        "PA-MPVPE": "mpvpe_pa",
+    },
+    "by data set and side, 2D in shares of the hand's box": {
+        "PCK at 0.05, %": "pck05_2d",
+        "PCK at 0.1, %": "pck10_2d",
+        "PCK at 0.2, %": "pck20_2d",
+        "AUC 0-0.2": "auc_2d",
+    },
 }
 _NAME_WIDTH = 18
 
@@ -68,42 +69,34 @@ def _counts(estimates: Sequence[Estimate | None]) -> str:
     return "-".join(str(count) for count in (counts[:1] + counts[-1:] if len(counts) > 1 else counts))
 
 
-def group_grid(groups: Sequence[Group]) -> Grid | None:
-    """One row per group, mm; None if all samples are the only group."""
-    if len(groups) < 2:
-        return None
-    return _group_grid(groups, GROUP_COLUMNS, "by data set and side, mm")
+def group_grids(groups: Sequence[Group]) -> list[Grid]:
+    """One row per group, in mm and in 2D; none for a single group, nor for a table without a value for all samples."""
+    grids = []
+    for title, columns in GROUP_TABLES.items() if len(groups) > 1 else ():
+        rows = []
+        for group in groups:
+            name = group.name if len(group.name) <= _NAME_WIDTH else group.name[: _NAME_WIDTH - 3] + "..."
+            cells = [show(group.metric.get(metric), UNITS[metric]) for metric in columns.values()]
+            rows.append((name, str(group.num_sample), *cells))
+        if any(rows[0][2:]):
+            grids.append(Grid(title, ("", "hands", *columns), rows))
+    return grids
 
 
-def group_grid_2d(groups: Sequence[Group]) -> Grid | None:
-    """One row per group, 2D PCK relative to the box; None for a single group or without 2D."""
-    if len(groups) < 2 or "auc_2d" not in groups[0].metric:
-        return None
-    return _group_grid(groups, GROUP_COLUMNS_2D, "by data set and side, 2D in shares of the hand's box")
-
-
-def _group_grid(groups: Sequence[Group], columns: dict[str, str], title: str) -> Grid:
-    rows = []
-    for group in groups:
-        cells = [show(group.metric.get(name), UNITS[name]) for name in columns.values()]
-        rows.append((_shorten(group.name), str(group.num_sample), *cells))
-    return Grid(title, ("", "hands", *columns), rows)
-
-
-def joint_grid(group: Group) -> Grid | None:
-    """One row per joint, mm; None without 3D."""
-    if not group.joint:
-        return None
+def joint_grids(group: Group) -> list[Grid]:
+    """One row per joint, mm; no table without 3D."""
     rows = []
     for index, name in enumerate(JOINT_NAMES):
         cells = [show(group.joint[frame][index], "mm") if frame in group.joint else "" for frame in FRAMES]
         rows.append((name, *cells))
-    return Grid(f"{_title(group)}, mean error of each joint, mm", ("", *FRAMES.values()), rows)
+    title = f"{_title(group)}, mean error of each joint, mm"
+    return [Grid(title, ("", *FRAMES.values()), rows)] if group.joint else []
+
+
+def summary_grids(groups: Sequence[Group]) -> list[Grid]:
+    """All metrics of all samples, one row per group, the joints of all samples."""
+    return [metric_grid(groups[0]), *group_grids(groups), *joint_grids(groups[0])]
 
 
 def _title(group: Group) -> str:
     return "all samples" if group.kind == "all" else f"{group.kind} {group.name}"
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= _NAME_WIDTH else name[: _NAME_WIDTH - 3] + "..."

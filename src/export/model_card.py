@@ -22,7 +22,6 @@ BEGIN, END = "<!-- facts: written by script/export.py, do not edit -->", "<!-- e
 _BLOCK = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 _METRICS = ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error")
 
-_FACTS = "<facts>"  # placeholder in the skeleton
 _SKELETON = """# {title}
 
 TODO: what the network does, and for what it is good enough.
@@ -76,21 +75,18 @@ def write_card(folder: Path, card: str | None, loaded: LoadedNetwork, precision:
     `loaded` is the network that was released, with its weights in `precision`.
     """
     facts = "\n".join([BEGIN, *_facts(loaded, precision, (folder / MODEL).stat().st_size), END])
-    text = _skeleton(folder, loaded).replace(_FACTS, BEGIN + END) if card is None else card
-    write_atomic(folder / CARD, _BLOCK.sub(lambda _: facts, text, count=1))
-
-
-def _skeleton(folder: Path, loaded: LoadedNetwork) -> str:
-    mano = "The weights contain nothing of MANO; using them needs `MANO_RIGHT.pkl`, which has its own licence."
-    standin = "The hand model is the one in this repository; MANO is not needed."
-    name = folder.resolve().name
-    return _SKELETON.format(
-        title=name,
-        folder=f"model/{name}",
-        config=read_config_name(loaded.folder) or "TODO",
-        hand_licence=standin if loaded.network.hand.name == "standin" else mano,
-        facts=_FACTS,
-    )
+    if card is None:
+        mano = "The weights contain nothing of MANO; using them needs `MANO_RIGHT.pkl`, which has its own licence."
+        standin = "The hand model is the one in this repository; MANO is not needed."
+        name = folder.resolve().name
+        card = _SKELETON.format(
+            title=name,
+            folder=f"model/{name}",
+            config=read_config_name(loaded.folder) or "TODO",
+            hand_licence=standin if loaded.network.hand.name == "standin" else mano,
+            facts=BEGIN + END,
+        )
+    write_atomic(folder / CARD, _BLOCK.sub(lambda _: facts, card, count=1))
 
 
 def _facts(loaded: LoadedNetwork, precision: str, size: int) -> Iterator[str]:

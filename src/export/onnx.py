@@ -12,15 +12,16 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from src.checkpoint.folder import MANIFEST
 from src.checkpoint.network import LoadedNetwork
 from src.model.net import PoseNet
 
@@ -59,17 +60,12 @@ class PatchNetwork(nn.Module):
         return tuple(getattr(prediction, name) for name in OUTPUTS)
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """How far an exported output differs from the network's own."""
 
     name: str
     largest: float  # absolute, over all batches
     allowed: float
-
-    @property
-    def is_within(self) -> bool:
-        return self.largest <= self.allowed  # False for NaN
 
 
 class ExportError(RuntimeError):
@@ -79,8 +75,9 @@ class ExportError(RuntimeError):
 def trace(net: PoseNet) -> torch.export.ExportedProgram:
     """The network as a graph with a dynamic batch size; both kinds of files are written from it."""
     with torch.no_grad():
-        module = PatchNetwork(net).eval()
-        return torch.export.export(module, example_inputs(net, _TRACED_BATCH), dynamic_shapes=_dynamic_batch())
+        batch = torch.export.Dim("batch", min=1, max=65536)
+        shapes = {name: {0: batch} for name in INPUTS}
+        return torch.export.export(PatchNetwork(net).eval(), example_inputs(net, _TRACED_BATCH), dynamic_shapes=shapes)
 
 
 def export(
@@ -92,14 +89,23 @@ def export(
     Raises ExportError if an output differs by more than the tolerance; `file` is then unchanged.
     """
     save, load = {"torch_export": (_save_torch, _load_torch), "onnx": (_save_onnx, _load_onnx)}[kind]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".export-") as folder, torch.no_grad():
-        temporary = Path(folder) / file.name
-        save(program, temporary, json.dumps(about(loaded), indent=1))
-        differences = compare(loaded.network, load(temporary), tolerance, f"the {kind} file")
-        for part in Path(folder).iterdir():  # ONNX above 2 GB comes in two files
-            os.replace(part, file.parent / part.name)
-    return differences
+    with staged(file.parent) as folder, torch.no_grad():  # ONNX above 2 GB comes in two files
+        save(program, folder / file.name, json.dumps(about(loaded), indent=1))
+        return compare(loaded.network, load(folder / file.name), tolerance, f"the {kind} file")
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files replace those in `folder` at the end, a manifest last; after an error none do."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder if folder.is_dir() else folder.parent  # on the same disk
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".export-") as place:
+        yield Path(place)
+        folder.mkdir(exist_ok=True)
+        if (Path(place) / MANIFEST).exists():  # a checkpoint is incomplete until its new manifest is in place
+            (folder / MANIFEST).unlink(missing_ok=True)
+        for file in sorted(Path(place).iterdir(), key=lambda file: file.name == MANIFEST):
+            os.replace(file, folder / file.name)
 
 
 def about(loaded: LoadedNetwork) -> dict[str, Any]:
@@ -137,14 +143,10 @@ def compare(net: PoseNet, exported: Run, tolerance: float, what: str) -> list[Di
         largest = np.maximum(largest, [np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])
     allowed = [tolerance * share for _, share in OUTPUTS.values()]
     differences = [Difference(*item) for item in zip(OUTPUTS, largest.tolist(), allowed, strict=True)]
-    if far := [f"{d.name} by {d.largest:.3g} (allowed {d.allowed:.3g})" for d in differences if not d.is_within]:
-        raise ExportError(f"{what} differs from the network: {', '.join(far)}; not kept (see --tolerance)")
+    far = [d for d in differences if not d.largest <= d.allowed]  # NaN, too
+    if texts := [f"{d.name} by {d.largest:.3g} (allowed {d.allowed:.3g})" for d in far]:
+        raise ExportError(f"{what} differs from the network: {', '.join(texts)}; not kept (see --tolerance)")
     return differences
-
-
-def _dynamic_batch() -> dict[str, dict[int, Any]]:
-    batch = torch.export.Dim("batch", min=1, max=65536)
-    return {name: {0: batch} for name in INPUTS}
 
 
 def _save_torch(program: torch.export.ExportedProgram, file: Path, description: str) -> None:

@@ -15,21 +15,20 @@ to float32.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from src.checkpoint.folder import BACKBONE, CONFIG, MANIFEST, MODEL, STATE, read_config_name, write_manifest
+from src.checkpoint.folder import BACKBONE, CONFIG, MODEL, STATE, read_config_name, write_manifest
 from src.checkpoint.network import LoadedNetwork, load_network
 from src.export.model_card import CARD, read_card, write_card
-from src.export.onnx import Difference, ExportError, PatchNetwork, Run, compare, example_inputs
+from src.export.onnx import Difference, ExportError, PatchNetwork, compare, example_inputs, staged
 from src.model.backbone import Backbone
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -60,15 +59,15 @@ def release(loaded: LoadedNetwork, folder: Path, precision: str, tolerance: floa
         ValueError: a weight overflows the precision, or the existing card lacks the markers of its facts; likewise.
     """
     card = read_card(folder / CARD)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place, torch.no_grad():
-        temporary = Path(place)
+    with staged(folder) as temporary, torch.no_grad():
         _write_network(loaded, temporary, precision)
-        differences = compare(loaded.network, _load(temporary, loaded), tolerance, f"the {precision} checkpoint")
-        folder.mkdir(exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)  # the folder is incomplete until the new one is in place
-        for file in (*(temporary / each for each in (MODEL, CONFIG, BACKBONE, STATE)), temporary / MANIFEST):
-            os.replace(file, folder / file.name)
+        released = load_network(temporary, loaded.hand, loaded.network.centre.device)
+        module = PatchNetwork(released.network).eval()
+
+        def run(batch: Sequence[torch.Tensor]) -> list[np.ndarray]:
+            return [value.cpu().numpy() for value in module(*batch)]
+
+        differences = compare(loaded.network, run, tolerance, f"the {precision} checkpoint")
     write_card(folder, card, loaded, precision)
     return differences
 
@@ -78,26 +77,15 @@ def release_backbone(loaded: LoadedNetwork, folder: Path) -> None:
 
     Raises ExportError if the tokens of the saved backbone differ; `folder` is then unchanged.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
-        loaded.network.backbone.model.save_pretrained(place)
-        _check_backbone(loaded, Path(place))
-        folder.mkdir(exist_ok=True)
-        for file in Path(place).iterdir():  # large weights are split into several
-            os.replace(file, folder / file.name)
-
-
-def _check_backbone(loaded: LoadedNetwork, folder: Path) -> None:
-    """Raises ExportError if the backbone in `folder` computes other tokens than that of the network."""
     net = loaded.network
-    patch, *_ = example_inputs(net, 2)
-    image = patch.float() / 255.0
-    own = replace(loaded.model_config.backbone, backbone_str=str(folder), random_init=False)
-    with torch.no_grad():
+    with staged(folder) as temporary, torch.no_grad():
+        net.backbone.model.save_pretrained(temporary)
+        image = example_inputs(net, 2)[0].float() / 255.0
+        own = replace(loaded.model_config.backbone, backbone_str=str(temporary), random_init=False)
         tokens = Backbone(own, net.img_size).eval().to(image.device)(image)
         largest = (tokens - net.backbone(image)).abs().max().item()
-    if not largest < 1e-3:
-        raise ExportError(f"the tokens of the saved backbone differ by {largest:.3g}; it was not kept")
+        if not largest < 1e-3:
+            raise ExportError(f"the tokens of the saved backbone differ by {largest:.3g}; it was not kept")
 
 
 def _write_network(loaded: LoadedNetwork, folder: Path, precision: str) -> None:
@@ -128,13 +116,6 @@ def cast_weights(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Te
             raise ValueError(f"{name} holds a weight of {value.abs().max():.3g}, too large for {dtype}; use fp32")
         state[name] = cast.contiguous()
     return state
-
-
-def _load(folder: Path, like: LoadedNetwork) -> Run:
-    """The network in `folder` as `compare` calls it, with the hand model and on the device of `like`."""
-    released = load_network(folder, like.hand, like.network.centre.device)
-    module = PatchNetwork(released.network).eval()
-    return lambda batch: [value.cpu().numpy() for value in module(*batch)]
 
 
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:

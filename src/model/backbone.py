@@ -117,10 +117,8 @@ def _fit_position_embedding(model: Dinov2Model, img_size: int) -> None:
     grid = img_size // model.config.patch_size
     if embeddings.position_embeddings.shape[1] == grid * grid + 1:
         return
-    with torch.no_grad():
-        resampled = embeddings.interpolate_pos_encoding(
-            torch.zeros(1, grid * grid + 1, model.config.hidden_size), img_size, img_size
-        )
+    token = torch.zeros(1, grid * grid + 1, model.config.hidden_size)
+    resampled = embeddings.interpolate_pos_encoding(token, img_size, img_size)
     embeddings.position_embeddings = nn.Parameter(resampled.detach().clone())
     model.config.image_size = img_size
 

@@ -113,14 +113,8 @@ class HandDecoder(nn.Module):
     ) -> torch.Tensor:
         """Initialise and refine the queries.
 
-        Args:
-            token: [B, N, C] image tokens.
-            at_joint: [B, 21, C] image features at each predicted keypoint.
-            camera: [B, N, dim_camera] camera features of each token.
-            query_init: [B, dim_init] features of the predicted keypoints.
-
-        Returns:
-            [B, Q, D].
+        Args: token [B, N, C] image tokens; at_joint [B, 21, C] image features at each predicted keypoint; camera
+        [B, N, dim_camera] of each token; query_init [B, dim_init] features of the keypoints. Returns: [B, Q, D].
         """
         context = self.context_norm(self.from_token(token) + self.from_camera(camera))
         first, second = self.from_joint(at_joint).chunk(2, dim=-1)

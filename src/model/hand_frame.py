@@ -65,15 +65,9 @@ def _rolled(look: torch.Tensor, upwards: torch.Tensor) -> torch.Tensor:
     fade = SHORT * (-(upwards / SHORT).square().sum(-1)).exp()  # 1e-6 for a palm of 0.16 sides
     down = F.normalize(torch.stack([-upwards[:, 0], fade - upwards[:, 1]], dim=-1), dim=-1)
     right = torch.stack([down[:, 1], -down[:, 0]], dim=-1)
-    x_axis, y_axis = look[..., 0], look[..., 1]
-    return torch.stack(
-        [
-            right[:, :1] * x_axis + right[:, 1:] * y_axis,
-            down[:, :1] * x_axis + down[:, 1:] * y_axis,
-            look[..., 2],
-        ],
-        dim=-1,
-    )
+    x_axis, y_axis, z_axis = look.unbind(-1)
+    turned = [axis[:, :1] * x_axis + axis[:, 1:] * y_axis for axis in (right, down)]
+    return torch.stack([*turned, z_axis], dim=-1)
 
 
 def _rotate_back(ray: torch.Tensor, rot: torch.Tensor) -> torch.Tensor:

@@ -73,16 +73,8 @@ class PoseNet(nn.Module):
         self.dropout_rate = rate
 
     def forward(self, batch: Batch) -> Prediction:
-        """Predict the hands of a batch.
-
-        Args:
-            batch: only `patch` [B, 3, S, S] uint8, `patch_focal` [B, 2] px and `patch_princpt` [B, 2] px are read.
-
-        Returns:
-            Prediction in the patch camera, float32, with `mano_rotmat` [B, 16, 3, 3], `mano_pose` [B, 48],
-            `mano_shape` [B, 10], `root_cam` [B, 3] mm, `joint_cam` [B, 21, 3] mm, `vert_cam` [B, V, 3] mm,
-            `joint_patch` and `joint_seen` [B, 21, 2] px, `joint_heat` [B, G, G, 21].
-        """
+        """Predict the hands of a batch, of which only `patch` [B, 3, S, S] uint8, `patch_focal` and `patch_princpt`
+        [B, 2] px are read. `Prediction` (src/batch.py) lists shapes and units of the result."""
         return self.predict_patch(batch.patch, batch.patch_focal, batch.patch_princpt)
 
     def predict_patch(self, patch: torch.Tensor, focal: torch.Tensor, princpt: torch.Tensor) -> Prediction:
@@ -93,21 +85,16 @@ class PoseNet(nn.Module):
             frame = hand_frame(keypoint, focal, princpt, self.img_size)
             camera = camera_features(self.centre, focal, princpt, self.img_size)
             camera = torch.cat([camera, KEYPOINT_GAIN * frame.project(self.centre, focal, princpt)], dim=-1)
-            query_init = self._query_init(keypoint.float(), frame, focal, princpt)
+            # queries start from the keypoints as the hand camera sees them, their spread, its rotation, and the zoom
+            joint = KEYPOINT_GAIN * frame.project(keypoint.float(), focal, princpt)
+            spread = (joint - joint.mean(dim=1, keepdim=True)).square().sum(-1).mean(dim=1, keepdim=True)
+            turn = torch.cat([frame.rot[:, :2, 0], frame.rot[:, :2, 2]], dim=1)
+            zoom = log_zoom(focal, self.img_size)
+            query_init = torch.cat([joint.flatten(1), (spread + 1e-6).log(), turn, zoom], dim=1)
         at_joint = torch.einsum("bnj,bnc->bjc", heat.detach().exp().to(token.dtype), token)
         query = self.decoder(token, at_joint, camera, query_init)
         with torch.autocast(query.device.type, enabled=False):
             return self._predict(query.float(), keypoint.float(), heat, frame, focal, princpt)
-
-    def _query_init(
-        self, keypoint: torch.Tensor, frame: HandFrame, focal: torch.Tensor, princpt: torch.Tensor
-    ) -> torch.Tensor:
-        """What initialises the decoder's queries, [B, NUM_QUERY_INIT]: the keypoints [B, 21, 2] px as the hand camera
-        sees them, their spread, the hand camera's rotation, and the zoom."""
-        joint = KEYPOINT_GAIN * frame.project(keypoint, focal, princpt)
-        spread = (joint - joint.mean(dim=1, keepdim=True)).square().sum(-1).mean(dim=1, keepdim=True)
-        turn = torch.cat([frame.rot[:, :2, 0], frame.rot[:, :2, 2]], dim=1)
-        return torch.cat([joint.flatten(1), (spread + 1e-6).log(), turn, log_zoom(focal, self.img_size)], dim=1)
 
     def _predict(
         self,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KINDS = ("json", "npz", "mesh", "overlay")
+JSON, NPZ, OVERLAY = ENDINGS = (".json", ".npz", "_overlay.jpg")
 
 
 @dataclass(frozen=True)
@@ -21,33 +22,25 @@ class Outputs:
     folder: Path
     name: str
 
-    @property
-    def json(self) -> Path:
-        return self.folder / f"{self.name}.json"
-
-    @property
-    def npz(self) -> Path:
-        return self.folder / f"{self.name}.npz"
-
-    @property
-    def overlay(self) -> Path:
-        return self.folder / f"{self.name}_overlay.jpg"
+    def file(self, ending: str) -> Path:
+        """The path with one of ENDINGS."""
+        return self.folder / (self.name + ending)
 
     def mesh(self, hand: int, is_right: bool) -> Path:
-        return self.folder / f"{self.name}_{hand}_{'right' if is_right else 'left'}.obj"
+        return self.file(f"_{hand}_{'right' if is_right else 'left'}.obj")
 
     def existing(self) -> list[Path]:
         """The files that an earlier prediction of this image wrote."""
         pattern = re.compile(rf"{re.escape(self.name)}_\d+_(left|right)\.obj")
         meshes = [p for p in sorted(self.folder.glob("*.obj")) if pattern.fullmatch(p.name)]
-        return [p for p in (self.json, self.npz, self.overlay, *meshes) if p.exists()]
+        return [p for p in (*map(self.file, ENDINGS), *meshes) if p.exists()]
 
     def is_finished(self, kinds: Collection[str]) -> bool:
         """Whether an earlier prediction wrote these kinds of files completely; the JSON is written last."""
         if "json" in kinds:
-            return self.json.exists()
+            return self.file(JSON).exists()
         found = self.existing()
-        return self.npz in found if "npz" in kinds else bool(found)
+        return self.file(NPZ) in found if "npz" in kinds else bool(found)
 
 
 def name_outputs(photos: Sequence[Path], folder: Path) -> dict[Path, Outputs]:

@@ -98,10 +98,7 @@ def _exif_focal(exif: Image.Exif, size: tuple[int, int], sensor_width: float | N
     equivalent = _positive(lens.get(Base.FocalLengthIn35mmFilm))
     pixel = _pixel_pitch(lens, size)
     if sensor_width and millimetre:
-        focal, source = (
-            millimetre / sensor_width * max(size),
-            f"EXIF: {millimetre:g} mm on {sensor_width:g} mm given",
-        )
+        focal, source = millimetre / sensor_width * max(size), f"EXIF: {millimetre:g} mm on {sensor_width:g} mm given"
     elif equivalent:
         focal, source = equivalent / _FULL_FRAME_DIAGONAL * math.hypot(*size), f"EXIF: {equivalent:g} mm equivalent"
     elif millimetre and pixel:

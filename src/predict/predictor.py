@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -63,18 +63,15 @@ class Hands:
         return Hands(**{name: getattr(self, name)[chosen] for name in per_hand}, faces=self.faces)
 
 
+@dataclass(frozen=True)
 class Predictor:
     """A trained network that predicts hands in whole images."""
 
-    def __init__(self, loaded: LoadedNetwork) -> None:
-        self.loaded = loaded
+    loaded: LoadedNetwork
 
     @classmethod
     def load(
-        cls,
-        path: str | Path,
-        hand_model: str | Path | HandArrays | None = None,
-        device: torch.device | str = "cpu",
+        cls, path: str | Path, hand_model: str | Path | HandArrays | None = None, device: torch.device | str = "cpu"
     ) -> Predictor:
         """From a checkpoint; arguments and errors as of `load_network`."""
         return cls(load_network(path, hand_model, device))
@@ -144,7 +141,9 @@ def _aims_at_hands(
             raise ValueError(f"{name} has {len(value)} entries for {len(images)} images")
     aims, owner = [], []
     for index, image in enumerate(images):
-        _check_image(index, image)
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            what = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(f"image {index} must be a uint8 array [H, W, 3] in RGB, not {what}")
         of_image = np.asarray(boxes[index], np.float64).reshape(-1, 4)
         side = np.broadcast_to(np.asarray(is_right if one_side else is_right[index], bool).reshape(-1), len(of_image))
         camera = _camera(index, image, len(images), focal, princpt)
@@ -154,12 +153,6 @@ def _aims_at_hands(
             aims.append(Aim(box, *camera, bool(right), crop))
             owner.append(index)
     return aims, owner
-
-
-def _check_image(index: int, image: Any) -> None:
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        what = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"image {index} must be a uint8 array [H, W, 3] in RGB, not {what}")
 
 
 def box_problem(box: np.ndarray, width: int, height: int) -> str | None:
@@ -208,16 +201,12 @@ def _to_source(prediction: Prediction, aims: Sequence[Aim], views: Sequence[Patc
         return (point.float().cpu() @ back.transpose(1, 2)).numpy() * mirror
 
     joint_cam = to_source(prediction.joint_cam)
-    focal, princpt, box = (
-        np.stack([getattr(a, n) for a in aims]).astype(np.float32) for n in ("focal", "princpt", "box")
-    )
+    given = {n: np.stack([getattr(a, n) for a in aims]).astype(np.float32) for n in ("box", "focal", "princpt")}
     return {
         "is_right": is_right,
-        "box": box,
-        "focal": focal,
-        "princpt": princpt,
+        **given,
         "joint_cam": joint_cam,
-        "joint_img": project(joint_cam, focal, princpt),
+        "joint_img": project(joint_cam, given["focal"], given["princpt"]),
         "vert_cam": to_source(prediction.vert_cam),
         "root_cam": to_source(prediction.root_cam[:, None])[:, 0],
         "mano_pose": np.where(is_right[:, None], pose, mirror_pose(pose)).astype(np.float32),

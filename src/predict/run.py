@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,11 +43,7 @@ class Summary:
     skipped: list[tuple[Path, str]] = field(default_factory=list)  # with the reason
 
     def lines(self, folder: Path, unknown: Sequence[str], num_finished: int) -> Iterator[str]:
-        """The lines to print.
-
-        Args: folder: of the outputs; unknown: images in the boxes file that do not exist; num_finished: images that an
-        earlier prediction finished.
-        """
+        """The lines to print. `unknown`: images in the boxes file that do not exist; `num_finished`: done earlier."""
         for source, number in self.cameras.most_common():
             yield f"camera of {_count(number, 'hand')} from {source}"
         if self.assumed_right:
@@ -94,17 +90,15 @@ def predict_photos(
     wanted = [photo for photo in photos if boxes is None or boxes[photo]]
     summary.no_box = [photo for photo in photos if photo not in set(wanted)]
     with ThreadPoolExecutor(2) as pool:
-        for path, photo in _read_ahead(pool, wanted, lambda path: read_photo(path, options.sensor_width)):
+        for path, photo in _read_ahead(pool, wanted, options.sensor_width):
             try:
-                if isinstance(photo, PhotoError):
-                    raise photo
                 wanted_hands = [HandBox(None)] if boxes is None else boxes[path]
-                hands = [_resolve(photo, hand, options, predictor.loaded.crop) for hand in wanted_hands]
+                hands = [_resolve(photo.result(), hand, options, predictor.loaded.crop) for hand in wanted_hands]
             except PhotoError as error:
                 summary.skipped.append((path, str(error)))
                 progress(path, str(error))
                 continue
-            pending.append((photo, hands))
+            pending.append((photo.result(), hands))
             if sum(len(hands) for _, hands in pending) >= options.batch_size:
                 _predict(predictor, pending, outputs, options, summary, pool, progress)
                 pending = []
@@ -113,24 +107,16 @@ def predict_photos(
 
 
 def _read_ahead(
-    pool: ThreadPoolExecutor, paths: Iterable[Path], read: Callable[[Path], Photo]
-) -> Iterator[tuple[Path, Photo | PhotoError]]:
+    pool: ThreadPoolExecutor, paths: Sequence[Path], sensor_width: float | None
+) -> Iterator[tuple[Path, Future[Photo]]]:
     """Images in order, decoded a few ahead by the pool."""
     ahead: deque[tuple[Path, Future[Photo]]] = deque()
-
-    def take() -> tuple[Path, Photo | PhotoError]:
-        path, future = ahead.popleft()
-        try:
-            return path, future.result()
-        except PhotoError as error:
-            return path, error
-
     for path in paths:
-        ahead.append((path, pool.submit(read, path)))
+        ahead.append((path, pool.submit(read_photo, path, sensor_width)))
         if len(ahead) > _AHEAD:
-            yield take()
+            yield ahead.popleft()
     while ahead:
-        yield take()
+        yield ahead.popleft()
 
 
 def _resolve(photo: Photo, hand: HandBox, options: Options, crop: float) -> _Hand:

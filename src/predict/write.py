@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from src.predict.outputs import Outputs
+from src.predict.outputs import JSON, NPZ, OVERLAY, Outputs
 from src.predict.predictor import Hands
 from src.utils.files import encode_image, write_atomic
 from src.utils.mesh_overlay import Mesh, draw_box, draw_meshes, obj_text
@@ -44,13 +44,13 @@ def write_prediction(
         buffer = io.BytesIO()
         arrays = {name: getattr(hands, name) for name in ("is_right", *_ARRAYS)}
         np.savez_compressed(buffer, **arrays, bbox=hands.box, faces=hands.faces)
-        write_atomic(outputs.npz, buffer.getvalue())
+        write_atomic(outputs.file(NPZ), buffer.getvalue())
     if "overlay" in kinds:
-        write_atomic(outputs.overlay, encode_image(overlay(image, hands, meshes), jpeg_quality=92))
+        write_atomic(outputs.file(OVERLAY), encode_image(overlay(image, hands, meshes), jpeg_quality=92))
     if "json" in kinds:
         names = [outputs.mesh(i, mesh.is_right).name if "mesh" in kinds else None for i, mesh in enumerate(meshes)]
         found = [_hand_record(hands, i) | extra | {"mesh": names[i]} for i, extra in enumerate(each)]
-        write_atomic(outputs.json, json.dumps(record | {"units": UNITS, "hands": found}) + "\n")
+        write_atomic(outputs.file(JSON), json.dumps(record | {"units": UNITS, "hands": found}) + "\n")
 
 
 def overlay(image: np.ndarray, hands: Hands, meshes: Sequence[Mesh]) -> np.ndarray:

@@ -38,6 +38,21 @@ def make_new_folder(parent: Path, stem: str) -> Path:
             attempt += 1
 
 
+def make_output(asked: Path | None, default: Path) -> Path:
+    """Create `asked`, empty if it exists already, or a new folder `default`, `default-2`, ... Raises ValueError."""
+    try:
+        if asked is None:
+            default.parent.mkdir(parents=True, exist_ok=True)
+            return make_new_folder(default.parent, default.name)
+        asked.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(asked.iterdir())
+    except OSError as error:
+        raise ValueError(f"cannot create {asked or default}: {error}; choose another folder with --output") from error
+    if not is_empty:
+        raise ValueError(f"--output {asked}: is not empty; name a new folder")
+    return asked
+
+
 def try_lock(file: IO[str]) -> bool:
     """Take the POSIX lock of an open file. False if another process holds it; True on file systems without locks."""
     try:
