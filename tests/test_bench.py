@@ -183,7 +183,7 @@ def test_main_prints_and_saves(
 
 
 def test_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SIZES", {"tiny": ("stage1-demo", list(TINY))})
+    monkeypatch.setattr(checkpoint, "SIZES", {"tiny": ["stage1-demo", *TINY]})
     figures = measure("checkpoint", "--repeat", "2")
     assert_measured(figures, ["tiny: wait", "tiny: wait for the first one", "tiny: write", "tiny: wait / write"])
     assert figures["tiny: wait"].value < figures["tiny: write"].value

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
@@ -18,22 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from script.benchmarks.accuracy_data import baseline_errors, digest_of, load_sets
+from script.benchmarks.accuracy_data import baseline_errors, load_sets, rows_of
 from script.benchmarks.accuracy_report import METHODS, markdown_table, read_cells, report
-from script.benchmarks.accuracy_train import make_cell
-from script.benchmarks.measurement import Figure, Status, compose_config
+from script.benchmarks.measurement import Figure, Status, compose_config, machine
 from script.benchmarks.peers import PEERS
 from src.batch import Batch
 from src.config import BackboneConfig, Config
 from src.data.demo.make import VERSION
 from src.hand.load import load_hand
 from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
+from src.metric import Samples, measure
 from src.model.net import PoseNet
+from src.train.validation import VALIDATED
 from src.utils.files import write_atomic
+from src.utils.train_utils import get_lr_factor
 
 # Peak learning rates; docs/ABLATIONS.md has the results of other ones.
 LEARNING_RATE = {"ours": 2e-3, "hamer": 1e-3, "csvit": 2e-3}
+VAL_BATCH = 125
 FULL = {"step": 2400, "train": 24000, "val": 1500, "seeds": [0, 1, 2]}  # three times the demo's steps
 QUICK = {"step": 40, "train": 500, "val": 100, "seeds": [0]}
 
@@ -59,13 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help=f"optimizer steps of each cell (default {FULL['step']})")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, help="peak learning rate, instead of each method's own")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32"
-    )
+    default = "bf16" if torch.cuda.is_available() else "fp32"
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default=default)
     parser.add_argument("--peer-weight", nargs="+", default=[], metavar="TERM=WEIGHT", help="of the peers' losses")
-    parser.add_argument(
-        "--backbone", default="mini", help="a file of config/backbone (default mini; tiny: from scratch)"
-    )
+    parser.add_argument("--backbone", default="mini", help="a file of config/backbone (default: %(default)s)")
     parser.add_argument("--img-size", type=int, default=80, help="patch side, px (default 80)")
     parser.add_argument("--name", default="", help="a name for this variant in the results")
     parser.add_argument("--report", type=Path, help="only print the table of this results file")
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
     results = out / "accuracy.json"
     step, seeds = args.step or size["step"], args.seed or size["seeds"]
     cfg = compose_config("stage1-demo", *config_overrides(args, out, size, step))
-    train, val = load_sets(cfg, out, status)
+    train, val = load_sets(cfg, status)
     hand = load_hand(cfg.MODEL.hand_model)
     cells = []
     for seed in seeds:
@@ -147,9 +149,7 @@ def config_overrides(args: argparse.Namespace, out: Path, size: dict[str, Any], 
         f"backbone={args.backbone}",
         f"MODEL.img_size={args.img_size}",
         f"DATA.root={out}/data-{side}",
-        f"DATA.demo.train_sample={size['train']}",
-        f"DATA.demo.val_sample={size['val']}",
-        f"DATA.demo.img_size={side}",
+        f"DATA.demo={{train_sample: {size['train']}, val_sample: {size['val']}, img_size: {side}}}",
         f"GENERAL.total_step={step}",
         "GENERAL.warmup_step=0",  # the bench has its own warm-up
         f"GENERAL.dropout_warmup_step={step}",  # no dropout: a run this short does not overfit
@@ -181,6 +181,69 @@ def cell_settings(cfg: Config, method: str, seed: int, lr: float) -> dict[str, A
     if method == "ours":
         settings |= {"model": model, "loss": asdict(cfg.LOSS)}
     return settings
+
+
+def make_cell(
+    net: nn.Module, cfg: Config, settings: dict[str, Any], train: Batch, val: Batch, status: Status
+) -> dict[str, Any]:
+    """Train and evaluate one network; the settings, metrics and cost go to the results file."""
+    device = train.patch.device.type
+    net.to(device)
+    if settings["precision"] == "bf16":  # the losses stay in float32
+        net.forward = torch.autocast(device, torch.bfloat16)(net.forward)
+    if hasattr(net, "fit"):
+        net.fit(train)
+    begin = time.perf_counter()
+    net.set_dropout_rate(0.0)
+    train_network(net, cfg, settings, train, status)
+    return {
+        "settings": settings,
+        "metrics": validate(net, val),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "machine": machine(),
+    }
+
+
+def train_network(net: nn.Module, cfg: Config, settings: dict[str, Any], data: Batch, status: Status) -> None:
+    """AdamW with warm-up and cosine, as in the training loop; the seed determines the order of the samples."""
+    num_step, batch = settings["step"], cfg.TRAIN.sample_per_device
+    groups = net.parameter_groups(settings["lr"], settings["backbone_lr"], cfg.TRAIN.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    parameters = [p for group in groups for p in group["params"]]
+    order = torch.Generator().manual_seed(settings["seed"])
+    index = torch.empty(0, dtype=torch.long)
+    net.train()
+    for step in range(num_step):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * get_lr_factor(step, num_step, num_step // 25)
+        if len(index) < batch:
+            index = torch.cat([index, torch.randperm(len(data), generator=order)])
+        chosen, index = index[:batch], index[batch:]
+        net.training_loss(rows_of(data, chosen)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, cfg.TRAIN.max_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            status(f"{settings['method']}, seed {settings['seed']}: step {step} of {num_step}")
+
+
+@torch.no_grad()
+def validate(net: nn.Module, val: Batch) -> dict[str, float]:
+    """The metrics of the validation sample, mm."""
+    net.eval()
+    parts = []
+    for index in torch.arange(len(val)).split(VAL_BATCH):
+        batch = rows_of(val, index)
+        prediction = net(batch)
+        target = net.hand(net.hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean), batch.mano_shape).vert
+        parts.append(Samples.of_batch(batch, measure(prediction, batch, target, VALIDATED)))
+    return Samples.join(parts).means()
+
+
+def digest_of(what: dict[str, Any]) -> str:
+    """A name for a description: equal descriptions have equal names."""
+    return blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def weights_digest(backbone: BackboneConfig) -> str | None:

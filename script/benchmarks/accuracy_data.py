@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, fields, replace
-from hashlib import blake2b
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import fields, replace
 
 import torch
+from rich.progress import Progress
 
 from script.benchmarks.measurement import Status
 from src.batch import Batch
 from src.config import Config
-from src.data.demo.make import VERSION, make_demo_shards
+from src.data.demo.make import make_demo_data
 from src.data.loader import build_train_loader, build_val_loader
 from src.data.mean_hand import HandLabels, mean_of
 from src.hand.mano import ManoLayer
@@ -24,38 +22,23 @@ from src.train.validation import baseline_metrics
 LOADED_TOGETHER = 125
 
 
-def load_sets(cfg: Config, out: Path, status: Status) -> tuple[Batch, Batch]:
+def load_sets(cfg: Config, status: Status) -> tuple[Batch, Batch]:
     """All training and validation samples, cropped, on the device: the comparison excludes data loading."""
-    demo, root = cfg.DATA.demo, Path(cfg.DATA.root)
-    number = {"train": demo.train_sample, "val": demo.val_sample}
     status("rendering hands")
-    make_demo_shards(root, number, demo.seed, demo.img_size, demo.free_rotation)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    what = {"img_size": cfg.MODEL.img_size, "expansion_ratio": cfg.TRAIN.expansion_ratio}
-    what |= {"demo": asdict(demo), "renderer": VERSION}
-    file = out / f"patches-{digest_of(what)}.pt"
-    if not file.is_file():
-        status("cropping patches")
-        loading = replace(cfg, TRAIN=replace(cfg.TRAIN, sample_per_device=LOADED_TOGETHER))
-        loader = build_train_loader(loading, "standin", num_batch=-(-demo.train_sample // LOADED_TOGETHER))
-        sets = [_tensors(loader), _tensors(build_val_loader(loading, "standin"))]
-        partial = file.with_suffix(".part")
-        torch.save(sets, partial)
-        partial.rename(file)
-    return tuple(_batch(tensors).to(device) for tensors in torch.load(file, weights_only=True))
+    make_demo_data(cfg, Progress(disable=True))
+    status("cropping patches")
+    loading = replace(cfg, TRAIN=replace(cfg.TRAIN, sample_per_device=LOADED_TOGETHER))
+    train = build_train_loader(loading, "standin", num_batch=-(-cfg.DATA.demo.train_sample // LOADED_TOGETHER))
+    return _joined(train), _joined(build_val_loader(loading, "standin"))
 
 
-def _tensors(loader: Any) -> dict[str, torch.Tensor]:
-    """The tensors of all batches, concatenated, without padding rows."""
-    parts = [{f.name: v for f in fields(b) if hasattr(v := getattr(b, f.name), "dtype")} for b in loader]
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    real = joined["position"] >= 0
-    return {name: value[real] for name, value in joined.items()}
-
-
-def _batch(tensors: dict[str, torch.Tensor]) -> Batch:
-    num = len(tensors["position"])
-    return Batch(key=[""] * num, source=["demo"] * num, **tensors)
+def _joined(loader: Iterable[Batch]) -> Batch:
+    """All batches as one, without padding rows, on the device."""
+    batches = list(loader)
+    names = [name for name, value in vars(batches[0]).items() if torch.is_tensor(value)]
+    values = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    rows = rows_of(replace(batches[0], **values), (values["position"] >= 0).nonzero()[:, 0])
+    return rows.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def rows_of(data: Batch, index: torch.Tensor) -> Batch:
@@ -70,11 +53,5 @@ def baseline_errors(train: Batch, val: Batch, hand: HandArrays) -> dict[str, flo
     labels = HandLabels(**{f.name: getattr(train, f.name).cpu().numpy() for f in fields(HandLabels)})
     layer, val = ManoLayer(hand), val.to("cpu")
     target_vert = layer(layer.pose_to_rotmat(val.mano_pose, val.flat_hand_mean), val.mano_shape).vert
-    mean = mean_of(labels, hand, train.patch.shape[-1])
-    values = baseline_metrics(mean, val, target_points(val, target_vert))
+    values = baseline_metrics(mean_of(labels, hand, train.patch.shape[-1]), val, target_points(val, target_vert))
     return {n: (v := values[f"{n}_mean_hand"]).total.sum() / v.count.sum() for n in ("mpjpe_rel", "mpjpe_pa")}
-
-
-def digest_of(what: dict[str, Any]) -> str:
-    """A name for a description: equal descriptions have equal names."""
-    return blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()

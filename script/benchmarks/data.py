@@ -8,6 +8,8 @@ that is, per core.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -16,7 +18,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from script.benchmarks.cold import cold_figures
 from script.benchmarks.measurement import Figure, Status, seconds_of, seconds_per_call
 from script.benchmarks.shards import (
     HEIGHT,
@@ -32,6 +33,7 @@ from script.benchmarks.shards import (
 from src.data.image import decode_image
 from src.data.loader import collate
 from src.data.shards.build_index import build_index, open_indexes
+from src.data.shards.index import ShardIndex, index_path
 from src.data.shards.reader import ShardReader
 from src.data.shards.writer import write_shards
 
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
         figures += _annotation_figures(Path(folder) / "note", effort, args.seed)
         figures += _index_figures(Path(folder))
         status("cold reads")
-        figures += cold_figures(Path(folder) / "cold", shards_of(Path(folder) / "jpg")[0], effort.num_copy)
+        figures += _cold_figures(Path(folder) / "cold", shards_of(Path(folder) / "jpg")[0], effort.num_copy)
         status(f"start-up from {BIG_NUM_FRAME:,} windows")
         figures += _start_figures(Path(folder) / "big", Path(folder) / "jpg")
         return figures
@@ -132,13 +134,10 @@ def _start_figures(folder: Path, source: Path) -> list[Figure]:
     indexes = []
     opened = seconds_of(lambda: indexes.extend(open_indexes(shards)))
     num_frame = sum(index.num_frame() for index in indexes)
-    slowest = 0.0
-    for position in (0, num_frame // 3, num_frame - 40, 5 * num_frame + 12_345):
-        start = time.perf_counter()
-        fetched = bench_dataset(indexes).__getitems__(range(position, position + 32))
-        assert len(fetched.batch) == 32
-        assert not fetched.bad
-        slowest = max(slowest, time.perf_counter() - start)
+    slowest = max(
+        seconds_of(lambda first=first: bench_dataset(indexes).__getitems__(range(first, first + 32)))
+        for first in (0, num_frame // 3, num_frame - 40, 5 * num_frame + 12_345)
+    )
     memory, own = worker_memory(indexes)
     note = f"{num_frame:,} windows in {len(shards)} shards"
     return [
@@ -147,3 +146,51 @@ def _start_figures(folder: Path, source: Path) -> list[Figure]:
         Figure("memory of a worker", memory, "MB", note="resident, shared pages included"),
         Figure("memory of a worker, its own", own, "MB", note="the cost of one more worker"),
     ]
+
+
+def _cold_figures(folder: Path, shard: Path, num_copy: int) -> list[Figure]:
+    """Rates of reading `num_copy` copies of an indexed shard without decoding: from disk, in training order with and
+    without readahead and sequentially, and from the page cache."""
+    folder.mkdir()
+    shards = [folder / f"{number:03d}.tar" for number in range(num_copy)]
+    for copy in shards:
+        shutil.copy2(shard, copy)  # keeps the mtime, so that the index stays valid
+        shutil.copy2(index_path(shard), index_path(copy))
+    indexes = open_indexes(shards)
+    size = sum(index.shard_size for index in indexes) / 1e6
+    reads = {
+        "cold, without reading ahead": lambda: _in_order(indexes, read_ahead=False),
+        "cold, sequential": lambda: _sequentially(shards),
+        "cold, training order": lambda: _in_order(indexes),
+        "training order, page cache": lambda: _in_order(indexes),
+    }
+    figures = []
+    for name, read in reads.items():
+        if name.startswith("cold"):
+            _evict(shards)
+        figures.append(Figure(name, size / seconds_of(read), "MB/s", note=f"{size:,.0f} MB"))
+    return figures
+
+
+def _evict(shards: list[Path]) -> None:
+    """Remove the shards from the page cache."""
+    for shard in shards:
+        with shard.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _in_order(indexes: list[ShardIndex], read_ahead: bool = True) -> None:
+    """Read every sample of an epoch in training order."""
+    dataset = bench_dataset(indexes)
+    for position in range(len(dataset)):
+        if read_ahead and dataset.readahead and position % _BATCH == 0:
+            dataset.readahead.advance(range(position, position + _BATCH))
+        dataset.fetch(dataset.plan.locate(position))
+
+
+def _sequentially(shards: list[Path]) -> None:
+    for shard in shards:
+        with shard.open("rb", buffering=0) as file:
+            while file.read(4 << 20):
+                pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ class Figure:
     @property
     def holds(self) -> bool | None:
         """Whether the value is within its bounds; None without bounds."""
-        if self.at_least is None and self.at_most is None:
+        if not self.promise:
             return None
         low, high = self.at_least, self.at_most
         return (low is None or self.value >= low) and (high is None or self.value <= high)
@@ -80,14 +81,12 @@ def write_figures(file: Path, subject: str, figures: Sequence[Figure]) -> None:
 
 def machine() -> str:
     """Processor, usable cores and widest vector instructions, Python version."""
-    name, flags = platform.processor() or platform.machine(), ""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        name, flags = fields.get("model name", name), fields.get("flags", "")
+    file = Path("/proc/cpuinfo")
+    info = file.read_text() if file.is_file() else ""
+    model = re.search(r"model name\s*: (.*)", info)
+    name = model[1] if model else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    vector = next((v for v in ("avx512f", "avx2") if v in flags.split()), "no AVX2")
+    vector = next((v for v in ("avx512f", "avx2") if v in info), "no AVX2")
     return f"{name}, {cores} cores, {vector}, Python {platform.python_version()}"
 
 

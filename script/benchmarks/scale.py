@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +22,6 @@ import numpy as np
 
 from script.benchmarks.measurement import Figure, Status, compose_config, seconds_of
 from script.benchmarks.scale_network import communication_seconds, step_seconds
-from script.benchmarks.scale_plot import Series, draw
 from script.benchmarks.shards import bench_dataset, records, shards_of, worker_memory, write_big_indexes
 from src.data.loader import build_train_loader
 from src.data.shards.build_index import open_indexes
@@ -30,6 +31,25 @@ from src.model.net import PoseNet
 
 WINDOWS_PER_SHARD = 2_000
 LEAST_SHARE = 1e-3  # of communication: reported if the difference of the two times is smaller or negative
+
+
+@dataclass(frozen=True)
+class Series:
+    """One quantity at several sizes."""
+
+    name: str
+    of: str  # what grows
+    size: list[float]
+    value: list[float]
+    unit: str
+    note: str = ""
+
+    @property
+    def exponent(self) -> float:
+        """b of value = a size^b, by least squares of the logarithms; NaN for a single size."""
+        if len(self.size) < 2:
+            return math.nan
+        return float(np.polyfit(np.log(self.size), np.log(self.value), 1)[0])
 
 
 @dataclass(frozen=True)
@@ -58,10 +78,8 @@ QUICK = Sizes([10_000, 40_000], [1, 2], [1, 2, 3], [56, 112], ["tiny", "dinov2_s
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this sub-command."""
     parser.add_argument("--quick", action="store_true", help="small sizes, a minute")
-    parser.add_argument("--out", type=Path, default=None, help="folder for scale.json and scale.png")
-    parser.add_argument(
-        "--redraw", type=Path, default=None, metavar="JSON", help="only draw scale.png next to this file"
-    )
+    parser.add_argument("--out", type=Path, help="folder for scale.json and scale.png")
+    parser.add_argument("--redraw", type=Path, metavar="JSON", help="only draw scale.png next to this file")
 
 
 def run(args: argparse.Namespace, status: Status) -> list[Figure]:
@@ -90,16 +108,12 @@ def window_series(folder: Path, num_window: list[int], status: Status) -> list[S
     start_up, memory, lookup = [], [], []
     for number in num_window:
         status(f"{number:,} windows")
-        write_big_indexes(folder / str(number), shard, number, max(1, number // WINDOWS_PER_SHARD))
-        start = time.perf_counter()
-        dataset = bench_dataset(indexes := open_indexes(shards_of(folder / str(number))))
-        dataset.__getitems__(range(32))
-        start_up.append(time.perf_counter() - start)
+        big = folder / str(number)
+        write_big_indexes(big, shard, number, max(1, number // WINDOWS_PER_SHARD))
+        start_up.append(seconds_of(lambda big=big: bench_dataset(open_indexes(shards_of(big))).__getitems__(range(32))))
+        locate = bench_dataset(indexes := open_indexes(shards_of(big))).plan.locate
         places = np.random.default_rng(0).integers(0, number, 4000).tolist()
-        start = time.perf_counter()
-        for place in places:
-            dataset.plan.locate(place)
-        lookup.append(1e6 * (time.perf_counter() - start) / len(places))
+        lookup.append(1e6 * seconds_of(partial(list, map(locate, places))) / len(places))
         memory.append(worker_memory(indexes)[0])
     of, size = "windows", [float(number) for number in num_window]
     return [
@@ -178,3 +192,33 @@ def _figures(every: list[Series]) -> list[Figure]:
             figures.append(Figure(f"{series.name}, {size:,.0f} {series.of}", value, series.unit))
         figures.append(Figure(f"{series.name}: exponent of {series.of}", series.exponent, "", note=series.note))
     return figures
+
+
+def draw(every: Sequence[Series], path: Path) -> None:
+    """One log-log panel per series, with its exponent, in one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    columns = 4
+    rows = -(-len(every) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.0 * rows), layout="constrained", squeeze=False)
+    for axis, series in zip(axes.flat, every):
+        axis.loglog(series.size, series.value, "o-", color="tab:blue")
+        axis.set_title(f"{series.name}\nexponent {series.exponent:.2f}", fontsize=10)
+        axis.set_xlabel(series.of)
+        axis.set_ylabel(series.unit or "share")
+        labels = [EngFormatter(sep="")(float(f"{size:.3g}")) for size in series.size]  # 20000000 -> 20M
+        axis.set_xticks(series.size, labels, rotation=30 if len(series.size) > 4 else 0)
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.grid(True, alpha=0.25)
+        low, high = min(series.value), max(series.value)
+        if high < 10 * low:  # less than a decade would look steep and have no tick label
+            axis.set_ylim(low / 5, high * 5)
+    for axis in axes.flat[len(every) :]:
+        axis.set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

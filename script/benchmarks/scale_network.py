@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
 from contextlib import nullcontext
-from pathlib import Path
+from multiprocessing import SimpleQueue
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,7 @@ STEP_PER_BLOCK = 4
 
 
 def grey_batch(num: int, img_size: int) -> Batch:
-    """[num] patches without a hand: they cost what pictures cost."""
+    """[num] patches without a hand: they cost as much as photographs."""
     batch = empty_batch(num, img_size)
     pad_rows(batch, range(num))
     return batch.map(torch.from_numpy)
@@ -48,25 +47,24 @@ def step_seconds(net: PoseNet, num: int, repeat: int) -> float:
 
 def communication_seconds(cfg: Config, num_process: int, repeat: int) -> tuple[float, float]:
     """Median seconds of a step of `num_process` processes (gloo, a thread each) without and with the all-reduce."""
+    result = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="bench-gloo-") as folder:
-        multiprocessing.start_processes(
-            _process, (num_process, cfg, repeat, folder), nprocs=num_process, start_method="spawn"
-        )
-        apart, together = json.loads((Path(folder) / "seconds.json").read_text())
-    return statistics.median(apart), statistics.median(together)
+        args = (num_process, cfg, repeat, folder, result)
+        multiprocessing.start_processes(_process, args, nprocs=num_process, start_method="spawn")
+    return result.get()
 
 
-def _process(rank: int, num_process: int, cfg: Config, repeat: int, folder: str) -> None:
+def _process(rank: int, num_process: int, cfg: Config, repeat: int, folder: str, result: SimpleQueue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=num_process)
     seconds = _block_seconds(cfg, repeat)
     if rank == 0:
-        (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+        result.put(seconds)
     destroy_process_group()
 
 
-def _block_seconds(cfg: Config, repeat: int) -> tuple[list[float], list[float]]:
-    """Seconds of a step in each of `repeat` blocks, without and with the all-reduce, after one warm-up block."""
+def _block_seconds(cfg: Config, repeat: int) -> tuple[float, float]:
+    """Median seconds of a step without and with the all-reduce over `repeat` blocks, after one warm-up block."""
     net = PoseNet(cfg.MODEL, build_standin_hand()).train()
     model = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     batch = grey_batch(cfg.TRAIN.sample_per_device, cfg.MODEL.img_size)
@@ -80,4 +78,4 @@ def _block_seconds(cfg: Config, repeat: int) -> tuple[list[float], list[float]]:
                     step(model, net.hand, batch)
             dist.barrier()
             seconds.append((time.perf_counter() - start) / STEP_PER_BLOCK)
-    return apart[1:], together[1:]
+    return statistics.median(apart[1:]), statistics.median(together[1:])

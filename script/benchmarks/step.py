@@ -7,19 +7,20 @@ every ratio compares neighbouring blocks. The data are the demo's rendered hands
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 from rich.progress import Progress
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from script.benchmarks.measurement import Figure, Status, compose_config, median_figure, ratio_figure, seconds_of
+from src.batch import Batch
 from src.loss import loss_counts, loss_sums, mean_terms
 from src.train.run import Run
 from src.train.validation import evaluate
@@ -46,31 +47,25 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
 
 
 @contextmanager
-def open_bench(log_step: int, overrides: list[str]) -> Iterator[StepBench]:
-    """A run in a temporary folder to measure with; closed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="bench-step-") as folder, Progress(disable=True) as progress:
-        cfg = compose_config("stage1-dino_large", *bench_overrides(Path(folder), log_step), *overrides)
-        bench = StepBench(Run(cfg, "bench", progress))
+def open_run(*overrides: str) -> Iterator[Run]:
+    """A run of the recipe with random weights in a temporary folder; closed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, Progress(disable=True) as progress:
+        places = [f"DATA.root={folder}/data", f"GENERAL.output_root={folder}/run", f"AIM.repo={folder}/run"]
+        cfg = compose_config("stage1-dino_large", "MODEL.backbone.random_init=true", *places, *overrides)
+        run = Run(cfg, "bench", progress)
         try:
-            yield bench
+            yield run
         finally:
-            bench.run.close()
+            run.close()
 
 
-def bench_overrides(folder: Path, log_step: int) -> list[str]:
-    """The demo's hands at the recipe's image size, everything written below `folder`."""
-    return [
-        "data=demo",
-        "DATA.demo.train_sample=512",
-        "DATA.demo.val_sample=64",
-        "DATA.demo.img_size=320",
-        f"DATA.root={folder}/data",
-        f"GENERAL.output_root={folder}/run",
-        f"AIM.repo={folder}/run",
-        f"GENERAL.log_step={log_step}",
-        "MODEL.backbone.random_init=true",
-        *(ON_GPU if torch.cuda.is_available() else ON_CPU),
-    ]
+@contextmanager
+def open_bench(log_step: int, overrides: list[str]) -> Iterator[StepBench]:
+    """A StepBench on the demo's hands at the recipe's image size."""
+    data = ["data=demo", "DATA.demo={train_sample: 512, val_sample: 64, img_size: 320}"]
+    defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
+    with open_run(*data, f"GENERAL.log_step={log_step}", *defaults, *overrides) as run:
+        yield StepBench(run)
 
 
 class StepBench:
@@ -90,19 +85,20 @@ class StepBench:
             "loop": self.loop_block,
             "bare": self.bare_block,
             "backbone": self.backbone_block,
-            "validation": self.validation_block,
+            "validation": lambda num: self.validate([self.batch] * num),
             "forward": self.forward_block,
         }
         for kind in kinds.values():
             status("warming up")
             kind(2)
         self.waited.clear()
+        val_loader = self.run.val_loader
         seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "read validation", "product")}
         for number in range(repeat):
             status(f"repetition {number + 1} of {repeat}")
             for name, kind in kinds.items():
                 seconds[name].append(seconds_of(lambda kind=kind: kind(block)) / block)
-            seconds["read validation"].append(seconds_of(self.read_validation) / len(self.run.val_loader))
+            seconds["read validation"].append(seconds_of(lambda: self.validate(val_loader)) / len(val_loader))
             seconds["product"].append(1.0 / self.product_rate())
         return self._figures(seconds, self.flops())
 
@@ -144,28 +140,18 @@ class StepBench:
                 self.run.net(self.batch)
         self.run.net.train()
 
-    def validation_block(self, num: int) -> None:
-        """A validation on a batch in memory: forward pass, metrics and losses."""
-        evaluate(self.run.net, [self.batch] * num, self.run.accelerator, self.cfg.LOSS, self.run.mean_hand, draw=False)
-
-    def read_validation(self) -> None:
-        """The run's whole validation: read, crop, forward pass, metrics and losses."""
-        evaluate(self.run.net, self.run.val_loader, self.run.accelerator, self.cfg.LOSS, self.run.mean_hand, draw=False)
+    def validate(self, batches: Iterable[Batch]) -> None:
+        """Forward pass, metrics and losses."""
+        evaluate(self.run.net, batches, self.run.accelerator, self.cfg.LOSS, self.run.mean_hand, draw=False)
 
     def product_rate(self, seconds: float = 0.5) -> float:
         """FLOP/s of a large matrix product in the precision of the run: the best that this machine can do."""
         size = 8192 if self.device.type == "cuda" else 1536
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = precision.get(self.run.accelerator.mixed_precision, torch.float32)
-        left, right = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
-
-        def multiply(num: int) -> None:
-            for _ in range(num):
-                torch.matmul(left, right)  # the result is dropped: kept ones would fill the memory
-
-        multiply(1)
-        num = max(1, int(seconds / seconds_of(lambda: multiply(1))))
-        return 2 * size**3 * num / seconds_of(lambda: multiply(num))
+        factor = torch.randn(size, size, device=self.device, dtype=dtype)
+        timer = Timer("factor @ factor", globals={"factor": factor}, num_threads=torch.get_num_threads())
+        return 2 * size**3 / timer.blocked_autorange(min_run_time=seconds).mean
 
     def flops(self) -> float:
         """Floating-point operations of a bare step, as torch counts them: matrix products and convolutions."""
@@ -189,11 +175,12 @@ class StepBench:
         push = self.push_seconds()
         push_note = f"{push / statistics.median(bare):.4%} of a step; unchanged: a comparison"
         precision = self.run.accelerator.mixed_precision.replace("no", "fp32")
+        on_gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
         shape = f"{backbone.num_layer} x {backbone.hidden_size}, {self.cfg.MODEL.img_size} px"
-        most_loop = MOST_LOOP[self.device.type]
         return [
             median_figure("bare step", [1e3 * s for s in bare], "ms", f"{shape}, batch {size}, {precision}"),
-            ratio_figure("loop step over bare step", loop, bare, at_most=most_loop),
+            ratio_figure("loop step over bare step", loop, bare, at_most=MOST_LOOP[self.device.type]),
             ratio_figure("bare step over the backbone's", bare, seconds["backbone"]),
             median_figure("FLOP utilisation of the bare step", utilisation, "", f"{flops / 1e9:,.0f} GFLOP a step"),
             median_figure("matrix product", [1e-9 / s for s in seconds["product"]], "GFLOP/s", precision),
@@ -204,10 +191,5 @@ class StepBench:
             ),
             ratio_figure("the same with reading", forward, seconds["read validation"]),
             median_figure("the loop's samples", [size / s for s in loop], "samples/s"),
-            Figure("peak memory", self._peak_megabytes(), "MB", note=self.device.type),
+            Figure("peak memory", peak / 1e6, "MB", note=self.device.type),
         ]
-
-    def _peak_megabytes(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 1e6
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -50,15 +50,13 @@ def tile(images: list[np.ndarray], num_column: int) -> np.ndarray:
     return sheet
 
 
-def overlay_sheet(
-    batch: Batch, prediction: Prediction, faces: np.ndarray, num_sample: int = 8, side: int = 224
-) -> np.ndarray:
-    """Patch, target, prediction and predicted mesh of a batch's first samples, one column each: [4*side, n*side, 3].
+def overlay_sheet(batch: Batch, prediction: Prediction, faces: np.ndarray) -> np.ndarray:
+    """Patch, target, prediction and predicted mesh of a batch's first n <= 8 samples, one column each:
+    [4 * 224, n * 224, 3].
 
-    faces [F, 3] are those of the hand model. Padding rows, at the end of a batch, are skipped unless there are no
-    others.
+    faces [F, 3] are those of the hand model. Padding rows, at the end of a batch, are skipped unless it has no others.
     """
-    num_sample = max(1, min(num_sample, int((batch.position >= 0).sum())))
+    num_sample, side = max(1, min(8, int((batch.position >= 0).sum()))), 224
     scale = side / batch.patch.shape[-1]
     patches = batch.patch[:num_sample].permute(0, 2, 3, 1).cpu().numpy()
     patches = [cv2.resize(patch, (side, side), interpolation=cv2.INTER_LINEAR) for patch in patches]

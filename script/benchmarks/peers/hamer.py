@@ -44,11 +44,6 @@ def _small_linear(dim: int, out: int) -> nn.Linear:
     return linear
 
 
-def _positive(scale: torch.Tensor) -> torch.Tensor:
-    """Softplus with lower bound LEAST_SCALE: the hand is neither behind the camera nor arbitrarily far away."""
-    return LEAST_SCALE + nn.functional.softplus(scale - LEAST_SCALE)
-
-
 class HamerNet(PeerNet):
     """Our backbone with HaMeR's head."""
 
@@ -79,7 +74,9 @@ class HamerNet(PeerNet):
         shape = self.to_shape(token)
         focal, side = batch.patch_focal, self.img_size
         camera = self.mean_camera + self.to_camera(token)
-        depth = 2.0 * focal.mean(1) / (side * _positive(camera[:, 0]))
+        # bounded below, so the hand is neither behind the camera nor arbitrarily far away
+        scale = LEAST_SCALE + nn.functional.softplus(camera[:, 0] - LEAST_SCALE)
+        depth = 2.0 * focal.mean(1) / (side * scale)
         # mm, in a camera that looks at the patch centre
         place = 1000.0 * torch.cat([camera[:, 1:], depth[:, None]], dim=1)
         middle = torch.full_like(focal, (side - 1) / 2)
