@@ -58,7 +58,7 @@ def test_all_figures_of_the_data_layer(tmp_path: Path, monkeypatch: pytest.Monke
     threads = cv2.getNumThreads()
     shown: list[str] = []
     try:
-        figures = data.run(argparse.Namespace(quick=True, seed=0), shown.append)
+        figures = data.run(argparse.Namespace(quick=True), shown.append)
     finally:
         cv2.setNumThreads(threads)
     values = {figure.name: figure.value for figure in figures}

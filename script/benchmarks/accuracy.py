@@ -12,33 +12,37 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import nn
 
-from script.benchmarks.accuracy_data import baseline_errors, load_sets, rows_of
 from script.benchmarks.accuracy_report import METHODS, markdown_table, read_cells, report
 from script.benchmarks.measurement import Figure, Status, compose_config, machine
 from script.benchmarks.peers import PEERS
 from src.batch import Batch
 from src.config import BackboneConfig, Config
-from src.data.demo.make import VERSION
+from src.data.demo.make import VERSION, make_demo_data
+from src.data.loader import build_train_loader, build_val_loader
+from src.data.mean_hand import HandLabels, mean_of
 from src.hand.load import load_hand
+from src.hand.mano import ManoLayer
+from src.hand.skeleton import HandArrays
 from src.loss import loss_counts, loss_sums, loss_weights, mean_terms
-from src.metric import Samples, measure
+from src.metric import Samples, measure, target_points
 from src.model.net import PoseNet
-from src.train.validation import VALIDATED
+from src.train.validation import VALIDATED, baseline_metrics
 from src.utils.files import write_atomic
 from src.utils.train_utils import get_lr_factor
 
 # Peak learning rates; docs/ABLATIONS.md has the results of other ones.
 LEARNING_RATE = {"ours": 2e-3, "hamer": 1e-3, "csvit": 2e-3}
-VAL_BATCH = 125
+LOADED_TOGETHER = VAL_BATCH = 125
 FULL = {"step": 2400, "train": 24000, "val": 1500, "seeds": [0, 1, 2]}  # three times the demo's steps
 QUICK = {"step": 40, "train": 500, "val": 100, "seeds": [0]}
 
@@ -46,9 +50,7 @@ QUICK = {"step": 40, "train": 500, "val": 100, "seeds": [0]}
 class OurNet(PoseNet):
     """PoseNet with the recipe's losses, computed as in `Trainer`."""
 
-    def __init__(self, cfg: Config, hand: Any) -> None:
-        super().__init__(cfg.MODEL, hand)
-        self.loss_weight = loss_weights(cfg.LOSS)
+    loss_weight: torch.Tensor
 
     def training_loss(self, batch: Batch) -> torch.Tensor:
         sums = loss_sums(self(batch), batch, self.hand).sum(0)
@@ -98,7 +100,8 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
             cell = read_cells(results).get(digest_of(settings))
             if cell is None:
                 torch.manual_seed(seed)
-                net = OurNet(cfg, hand) if method == "ours" else PEERS[method](cfg.MODEL, hand, settings["loss"])
+                net = {"ours": OurNet, **PEERS}[method](cfg.MODEL, hand)
+                net.loss_weight = loss_weights(cfg.LOSS) if method == "ours" else settings["loss"]
                 cell = make_cell(net, cfg, settings, train, val, status)
                 text = json.dumps(read_cells(results) | {digest_of(settings): cell}, indent=1)
                 write_atomic(results, text + "\n")
@@ -183,6 +186,31 @@ def cell_settings(cfg: Config, method: str, seed: int, lr: float) -> dict[str, A
     return settings
 
 
+def load_sets(cfg: Config, status: Status) -> tuple[Batch, Batch]:
+    """All training and validation samples, cropped, on the device: the comparison excludes data loading."""
+    status("rendering hands")
+    make_demo_data(cfg, Progress(disable=True))
+    status("cropping patches")
+    loading = replace(cfg, TRAIN=replace(cfg.TRAIN, sample_per_device=LOADED_TOGETHER))
+    train = build_train_loader(loading, "standin", num_batch=-(-cfg.DATA.demo.train_sample // LOADED_TOGETHER))
+    return _joined(train), _joined(build_val_loader(loading, "standin"))
+
+
+def _joined(loader: Iterable[Batch]) -> Batch:
+    """All batches as one, without padding rows, on the device."""
+    batches = list(loader)
+    names = [name for name, value in vars(batches[0]).items() if torch.is_tensor(value)]
+    values = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
+    rows = rows_of(replace(batches[0], **values), (values["position"] >= 0).nonzero()[:, 0])
+    return rows.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def rows_of(data: Batch, index: torch.Tensor) -> Batch:
+    """The samples `index` [B] of a set."""
+    names = ["demo"] * len(index)
+    return replace(data.map(lambda t: t[index.to(t.device)]), key=names, source=names)
+
+
 def make_cell(
     net: nn.Module, cfg: Config, settings: dict[str, Any], train: Batch, val: Batch, status: Status
 ) -> dict[str, Any]:
@@ -239,6 +267,16 @@ def validate(net: nn.Module, val: Batch) -> dict[str, float]:
         target = net.hand(net.hand.pose_to_rotmat(batch.mano_pose, batch.flat_hand_mean), batch.mano_shape).vert
         parts.append(Samples.of_batch(batch, measure(prediction, batch, target, VALIDATED)))
     return Samples.join(parts).means()
+
+
+def baseline_errors(train: Batch, val: Batch, hand: HandArrays) -> dict[str, float]:
+    """MPJPE (mm) of the image-independent baseline on the validation set, root-relative and after Procrustes alignment.
+    A network that is not below it has learned nothing from the images."""
+    labels = HandLabels(**{f.name: getattr(train, f.name).cpu().numpy() for f in fields(HandLabels)})
+    layer, val = ManoLayer(hand), val.to("cpu")
+    target_vert = layer(layer.pose_to_rotmat(val.mano_pose, val.flat_hand_mean), val.mano_shape).vert
+    values = baseline_metrics(mean_of(labels, hand, train.patch.shape[-1]), val, target_points(val, target_vert))
+    return {n: (v := values[f"{n}_mean_hand"]).total.sum() / v.count.sum() for n in ("mpjpe_rel", "mpjpe_pa")}
 
 
 def digest_of(what: dict[str, Any]) -> str:

@@ -59,7 +59,6 @@ _LEAST_RATIO = {"jpg": 0.65, "webp": 0.85}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this sub-command."""
     parser.add_argument("--quick", action="store_true", help="a few seconds: less to read, shorter measurements")
-    parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace, status: Status) -> list[Figure]:
@@ -70,9 +69,9 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
         figures = []
         for kind in QUALITY:
             status(f"{kind}: decoding, cropping, augmenting")
-            figures += _pixel_figures(Path(folder) / kind, kind, effort, args.seed)
+            figures += _pixel_figures(Path(folder) / kind, kind, effort)
         status("annotations and index")
-        figures += _annotation_figures(Path(folder) / "note", effort, args.seed)
+        figures += _annotation_figures(Path(folder) / "note", effort)
         figures += _index_figures(Path(folder))
         status("cold reads")
         figures += _cold_figures(Path(folder) / "cold", shards_of(Path(folder) / "jpg")[0], effort.num_copy)
@@ -81,11 +80,11 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
         return figures
 
 
-def _pixel_figures(folder: Path, kind: str, effort: Effort, seed: int) -> list[Figure]:
+def _pixel_figures(folder: Path, kind: str, effort: Effort) -> list[Figure]:
     """The rates of decoding alone and of whole samples, and their ratio."""
-    write_shards(records(effort.num_image, kind, seed), folder, num_per_shard=effort.num_image)
+    write_shards(records(effort.num_image, kind), folder, num_per_shard=effort.num_image)
     (index,) = open_indexes(shards_of(folder))
-    dataset, reader = bench_dataset([index], seed), ShardReader(index, stride=1)
+    dataset, reader = bench_dataset([index]), ShardReader(index, stride=1)
     encoded = [reader.read(row)[3] for row in range(_BATCH)]
 
     def only_decode(_: int) -> None:
@@ -105,11 +104,11 @@ def _pixel_figures(folder: Path, kind: str, effort: Effort, seed: int) -> list[F
     ]
 
 
-def _annotation_figures(folder: Path, effort: Effort, seed: int) -> list[Figure]:
+def _annotation_figures(folder: Path, effort: Effort) -> list[Figure]:
     """Annotations of single frames in training order, none of them cached."""
     num = effort.num_window
-    write_shards(records(num, "jpg", seed, num_image=1), folder, num_per_shard=num)
-    dataset = bench_dataset(open_indexes(shards_of(folder)), seed)
+    write_shards(records(num, "jpg", num_image=1), folder, num_per_shard=num)
+    dataset = bench_dataset(open_indexes(shards_of(folder)))
     (per_call,) = seconds_per_call(
         [lambda i: dataset.annotation(dataset.plan.locate(i))], effort.seconds / 3, num, time.thread_time
     )

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
     """Alternate blocks of each method's steps."""
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
         status("writing shards, building networks")
-        write_shards(records(256, "jpg", 0), Path(folder), num_per_shard=64)
+        write_shards(records(256, "jpg"), Path(folder), num_per_shard=64)
         data = [f"DATA.root={folder}", "DATA.train.source=['*.tar']", "DATA.val={source: ['*.tar'], max_sample: 16}"]
         defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
         with open_run(*data, "MODEL.hand_model=standin", *defaults, *args.overrides) as training:

@@ -29,7 +29,6 @@ from src.train.validation import evaluate
 ON_GPU = ["backbone=dinov2_large", "TRAIN.sample_per_device=64", "GENERAL.num_worker=12"]
 ON_CPU = ["backbone=dinov2_small", "TRAIN.sample_per_device=4", "GENERAL.num_worker=0"]
 MOST_LOOP = {"cuda": 1.03, "cpu": 1.05}  # the loop's step over the bare one
-LEAST_VALIDATION = 0.9  # rate of a validation over that of the bare forward pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +99,7 @@ class StepBench:
                 seconds[name].append(seconds_of(lambda kind=kind: kind(block)) / block)
             seconds["read validation"].append(seconds_of(lambda: self.validate(val_loader)) / len(val_loader))
             seconds["product"].append(1.0 / self.product_rate())
-        return self._figures(seconds, self.flops())
+        return self._figures(seconds)
 
     def loop_block(self, num: int) -> None:
         """Steps of the loop of script/stage1.py: data, schedules, step, clipping, log line, journal."""
@@ -144,35 +143,28 @@ class StepBench:
         """Forward pass, metrics and losses."""
         evaluate(self.run.net, batches, self.run.accelerator, self.cfg.LOSS, self.run.mean_hand, draw=False)
 
-    def product_rate(self, seconds: float = 0.5) -> float:
+    def product_rate(self) -> float:
         """FLOP/s of a large matrix product in the precision of the run: the best that this machine can do."""
         size = 8192 if self.device.type == "cuda" else 1536
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = precision.get(self.run.accelerator.mixed_precision, torch.float32)
         factor = torch.randn(size, size, device=self.device, dtype=dtype)
         timer = Timer("factor @ factor", globals={"factor": factor}, num_threads=torch.get_num_threads())
-        return 2 * size**3 / timer.blocked_autorange(min_run_time=seconds).mean
-
-    def flops(self) -> float:
-        """Floating-point operations of a bare step, as torch counts them: matrix products and convolutions."""
-        with FlopCounterMode(display=False) as counter:
-            self.bare_block(1)
-        return float(counter.get_total_flops())
-
-    def push_seconds(self, num: int = 2000) -> float:
-        """Time of `set_dropout_rate` when the rate changes at every call, as on a ramp."""
-        rates = [0.1 + 1e-6 * index for index in range(num)]
-        return seconds_of(lambda: [self.run.net.set_dropout_rate(rate) for rate in rates]) / num
+        return 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).mean
 
     def _update(self) -> None:
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad(set_to_none=True)
 
-    def _figures(self, seconds: dict[str, list[float]], flops: float) -> list[Figure]:
+    def _figures(self, seconds: dict[str, list[float]]) -> list[Figure]:
+        with FlopCounterMode(display=False) as counter:  # counts matrix products and convolutions
+            self.bare_block(1)
+        flops = counter.get_total_flops()
         size, backbone = len(self.batch), self.cfg.MODEL.backbone
         loop, bare, forward = seconds["loop"], seconds["bare"], seconds["forward"]
         utilisation = [flops / step * product for step, product in zip(bare, seconds["product"])]
-        push = self.push_seconds()
+        rates = [0.1 + 1e-6 * index for index in range(2000)]  # as on a ramp: the rate changes at every call
+        push = seconds_of(lambda: [self.run.net.set_dropout_rate(rate) for rate in rates]) / len(rates)
         push_note = f"{push / statistics.median(bare):.4%} of a step; unchanged: a comparison"
         precision = self.run.accelerator.mixed_precision.replace("no", "fp32")
         on_gpu = self.device.type == "cuda"
@@ -186,9 +178,7 @@ class StepBench:
             median_figure("matrix product", [1e-9 / s for s in seconds["product"]], "GFLOP/s", precision),
             Figure("set_dropout_rate, changed", 1e6 * push, "us", note=push_note),
             median_figure("wait for data in a step", [1e3 * s for s in self.waited], "ms"),
-            ratio_figure(
-                "validation rate over forward rate", forward, seconds["validation"], at_least=LEAST_VALIDATION
-            ),
+            ratio_figure("validation rate over forward rate", forward, seconds["validation"], at_least=0.9),
             ratio_figure("the same with reading", forward, seconds["read validation"]),
             median_figure("the loop's samples", [size / s for s in loop], "samples/s"),
             Figure("peak memory", peak / 1e6, "MB", note=self.device.type),

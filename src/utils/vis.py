@@ -14,11 +14,6 @@ FINGER_RGB = ((235, 80, 70), (240, 180, 40), (80, 190, 90), (60, 150, 235), (180
 SUBPIXEL_BITS = 4
 
 
-def _fixed_point(point: np.ndarray) -> tuple[int, int]:
-    x, y = np.clip(np.round(np.nan_to_num(point) * (1 << SUBPIXEL_BITS)), -(2**30), 2**30)
-    return int(x), int(y)
-
-
 def draw_skeleton(image: np.ndarray, joint: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
     """A copy of the image with the hand's bones and joints drawn over it.
 
@@ -29,13 +24,14 @@ def draw_skeleton(image: np.ndarray, joint: np.ndarray, valid: np.ndarray | None
     valid = np.ones(len(joint)) if valid is None else valid
     width = max(1, round(max(image.shape[:2]) / 110))
     draw = {"lineType": cv2.LINE_AA, "shift": SUBPIXEL_BITS}
+    point = np.clip(np.round(np.nan_to_num(joint) * (1 << SUBPIXEL_BITS)), -(2**30), 2**30).astype(int).tolist()
     for parent, child in BONES:
         if valid[parent] and valid[child]:
             colour = FINGER_RGB[(child - 1) // 4]
-            cv2.line(out, _fixed_point(joint[parent]), _fixed_point(joint[child]), colour, width, **draw)
+            cv2.line(out, point[parent], point[child], colour, width, **draw)
     for index in np.flatnonzero(valid):
         colour = FINGER_RGB[(index - 1) // 4] if index else (255, 255, 255)
-        cv2.circle(out, _fixed_point(joint[index]), (width + 1) << SUBPIXEL_BITS, colour, -1, **draw)
+        cv2.circle(out, point[index], (width + 1) << SUBPIXEL_BITS, colour, -1, **draw)
     return out
 
 

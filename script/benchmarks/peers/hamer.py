@@ -55,8 +55,8 @@ class HamerNet(PeerNet):
         "betas": 0.0005,
     }
 
-    def __init__(self, cfg: ModelConfig, hand: HandArrays, loss_weight: Mapping[str, float] | None = None) -> None:
-        super().__init__(cfg, hand, loss_weight)
+    def __init__(self, cfg: ModelConfig, hand: HandArrays) -> None:
+        super().__init__(cfg, hand)
         dim = cfg.handec.dim
         shape = replace(cfg.handec, num_layer=6, num_head=8, dim_head=max(dim // 16, 16), dim_mlp=dim, dropout=0.0)
         self.decoder = OneTokenDecoder(shape, self.backbone.hidden_size)
