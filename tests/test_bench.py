@@ -144,12 +144,12 @@ def test_gpu_without_a_gpu_is_an_error(tmp_path: Path) -> None:
 
 
 def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"NUM_WINDOW": [64, 128], "NUM_WORKER": [1], "NUM_PROCESS": [1, 2], "IMG_SIZE": [56, 112]}
+    sizes = {"NUM_WINDOW": [64, 128], "NUM_WORKER": [1, 2], "NUM_PROCESS": [1, 2, 3], "IMG_SIZE": [56, 112]}
     for name, values in {**sizes, "BACKBONE": ["tiny"], "NUM_REPEAT": 1}.items():
         monkeypatch.setattr(scale, name, values)
     monkeypatch.setattr(scale, "WINDOWS_PER_SHARD", 32)
     measured = scale.communication_seconds  # starting a process takes seconds: one case starts them
-    monkeypatch.setattr(scale, "communication_seconds", lambda *args: measured(*args) if args[1] == 2 else (0.1, 0.1))
+    monkeypatch.setattr(scale, "communication_seconds", lambda *args: measured(*args) if args[1] == 2 else (0.1, 0.2))
     monkeypatch.setattr(scale, "compose_config", lambda name, *overrides: compose_config(name, *TINY, *overrides))
     figures = measure("scale", "--out", str(tmp_path))
     costs = {name: figure for name, figure in figures.items() if "exponent" not in name}

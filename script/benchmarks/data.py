@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -41,17 +40,9 @@ BIG_NUM_FRAME = 20_000_000
 BIG_NUM_SHARD = 10_000
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured."""
-
-    seconds: float  # of each measurement
-    num_image: int  # samples in the shard of images, a multiple of the batch
-    num_window: int  # samples in the shard of annotations
-    num_copy: int  # copies of the shard of images, for cold reads
-
-
-EFFORT = {"quick": Effort(1.5, 64, 2000, 16), "full": Effort(10.0, 256, 8000, 24)}
+# seconds of a measurement, samples in the shard of images (a multiple of the batch), copies of it for cold reads,
+# samples in the shard of annotations
+EFFORT = {"quick": (1.5, 64, 16, 2000), "full": (10.0, 256, 24, 8000)}
 _BATCH = 32
 _LEAST_RATIO = {"jpg": 0.65, "webp": 0.85}
 
@@ -64,25 +55,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, status: Status) -> list[Figure]:
     """Measure decoding, annotations, index, cold reads and start-up."""
     cv2.setNumThreads(0)
-    effort = EFFORT["quick" if args.quick else "full"]
+    seconds, num_image, num_copy, num_window = EFFORT["quick" if args.quick else "full"]
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         figures = []
         for kind in QUALITY:
             status(f"{kind}: decoding, cropping, augmenting")
-            figures += _pixel_figures(Path(folder) / kind, kind, effort)
+            figures += _pixel_figures(Path(folder) / kind, kind, num_image, seconds)
         status("annotations and index")
-        figures += _annotation_figures(Path(folder) / "note", effort)
+        figures += _annotation_figures(Path(folder) / "note", num_window, seconds / 3)
         figures += _index_figures(Path(folder))
         status("cold reads")
-        figures += _cold_figures(Path(folder) / "cold", shards_of(Path(folder) / "jpg")[0], effort.num_copy)
+        figures += _cold_figures(Path(folder) / "cold", shards_of(Path(folder) / "jpg")[0], num_copy)
         status(f"start-up from {BIG_NUM_FRAME:,} windows")
         figures += _start_figures(Path(folder) / "big", Path(folder) / "jpg")
         return figures
 
 
-def _pixel_figures(folder: Path, kind: str, effort: Effort) -> list[Figure]:
+def _pixel_figures(folder: Path, kind: str, num_image: int, seconds: float) -> list[Figure]:
     """The rates of decoding alone and of whole samples, and their ratio."""
-    write_shards(records(effort.num_image, kind), folder, num_per_shard=effort.num_image)
+    write_shards(records(num_image, kind), folder, num_per_shard=num_image)
     (index,) = open_indexes(shards_of(folder))
     dataset, reader = bench_dataset([index]), ShardReader(index, stride=1)
     encoded = [reader.read(row)[3] for row in range(_BATCH)]
@@ -94,8 +85,8 @@ def _pixel_figures(folder: Path, kind: str, effort: Effort) -> list[Figure]:
     def load(batch: int) -> None:
         collate(dataset.__getitems__(range(_BATCH * batch, _BATCH * (batch + 1))))
 
-    num = effort.num_image // _BATCH
-    decode, full = (s / _BATCH for s in seconds_per_call((only_decode, load), effort.seconds, num, time.thread_time))
+    times = seconds_per_call((only_decode, load), seconds, num_image // _BATCH, time.thread_time)
+    decode, full = (s / _BATCH for s in times)
     size = f"{WIDTH}x{HEIGHT}, {np.mean([len(e) for e in encoded]) / 1000:.0f} kB"
     return [
         Figure(f"decode only, {kind}", 1 / decode, "images/s", note=size),
@@ -104,13 +95,12 @@ def _pixel_figures(folder: Path, kind: str, effort: Effort) -> list[Figure]:
     ]
 
 
-def _annotation_figures(folder: Path, effort: Effort) -> list[Figure]:
+def _annotation_figures(folder: Path, num: int, seconds: float) -> list[Figure]:
     """Annotations of single frames in training order, none of them cached."""
-    num = effort.num_window
     write_shards(records(num, "jpg", num_image=1), folder, num_per_shard=num)
     dataset = bench_dataset(open_indexes(shards_of(folder)))
     (per_call,) = seconds_per_call(
-        [lambda i: dataset.annotation(dataset.plan.locate(i))], effort.seconds / 3, num, time.thread_time
+        [lambda i: dataset.annotation(dataset.plan.locate(i))], seconds, num, time.thread_time
     )
     return [Figure("annotations", 1 / per_call, "windows/s", at_least=10_000, note="order, read, checksum, parse")]
 

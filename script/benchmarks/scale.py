@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import tempfile
@@ -65,9 +64,7 @@ class Series:
 
     @property
     def exponent(self) -> float:
-        """b of value = a size^b, by least squares of the logarithms; NaN for a single size."""
-        if len(self.size) < 2:
-            return math.nan
+        """b of value = a size^b, by least squares of the logarithms."""
         return float(np.polyfit(np.log(self.size), np.log(self.value), 1)[0])
 
 
@@ -249,10 +246,8 @@ def draw(every: Sequence[Series], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    columns = 4
-    rows = -(-len(every) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.0 * rows), layout="constrained", squeeze=False)
-    for axis, series in zip(axes.flat, every):
+    figure, axes = plt.subplots(2, 4, figsize=(14.4, 6.0), layout="constrained")
+    for axis, series in zip(axes.flat, every, strict=True):
         axis.loglog(series.size, series.value, "o-", color="tab:blue")
         axis.set_title(f"{series.name}\nexponent {series.exponent:.2f}", fontsize=10)
         axis.set_xlabel(series.of)
@@ -265,7 +260,5 @@ def draw(every: Sequence[Series], path: Path) -> None:
         low, high = min(series.value), max(series.value)
         if high < 10 * low:  # less than a decade would look steep and have no tick label
             axis.set_ylim(low / 5, high * 5)
-    for axis in axes.flat[len(every) :]:
-        axis.set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -181,5 +181,5 @@ class StepBench:
             ratio_figure("validation rate over forward rate", forward, seconds["validation"], at_least=0.9),
             ratio_figure("the same with reading", forward, seconds["read validation"]),
             median_figure("the loop's samples", [size / s for s in loop], "samples/s"),
-            Figure("peak memory", peak / 1e6, "MB", note=self.device.type),
+            Figure("peak memory", peak / 1e6, "MB", note=torch.cuda.get_device_name() if on_gpu else "cpu"),
         ]

@@ -37,13 +37,9 @@ def draw_skeleton(image: np.ndarray, joint: np.ndarray, valid: np.ndarray | None
 
 def tile(images: list[np.ndarray], num_column: int) -> np.ndarray:
     """Images of one size on a grid, row by row; unused cells are dark."""
-    height, width = images[0].shape[:2]
-    num_row = -(-len(images) // num_column)
-    sheet = np.full((num_row * height, num_column * width, 3), 24, np.uint8)
-    for index, image in enumerate(images):
-        row, col = divmod(index, num_column)
-        sheet[row * height : (row + 1) * height, col * width : (col + 1) * width] = image
-    return sheet
+    cells = images + [np.full_like(images[0], 24)] * (-len(images) % num_column)
+    rows = [np.concatenate(cells[i : i + num_column], axis=1) for i in range(0, len(cells), num_column)]
+    return np.concatenate(rows)
 
 
 def overlay_sheet(batch: Batch, prediction: Prediction, faces: np.ndarray) -> np.ndarray:
