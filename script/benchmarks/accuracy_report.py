@@ -47,7 +47,7 @@ def report(cells: Sequence[dict[str, Any]]) -> list[Figure]:
 def markdown_table(cells: Sequence[dict[str, Any]]) -> str:
     """One row for all cells that differ only in their seed: mm, mean ± standard deviation over the seeds.
 
-    Rows that would read the same list the settings in which they differ, such as the digest of the weights.
+    Rows that would otherwise be identical list the settings that differ, for example the digest of the weights.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:

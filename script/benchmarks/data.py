@@ -18,17 +18,7 @@ import cv2
 import numpy as np
 
 from script.benchmarks.measurement import Figure, Status, seconds_of, seconds_per_call
-from script.benchmarks.shards import (
-    HEIGHT,
-    PATCH,
-    QUALITY,
-    WIDTH,
-    bench_dataset,
-    records,
-    shards_of,
-    worker_memory,
-    write_big_indexes,
-)
+from script.benchmarks.shards import QUALITY, bench_dataset, records, shards_of, worker_memory, write_big_indexes
 from src.data.image import decode_image
 from src.data.loader import collate
 from src.data.shards.build_index import build_index, open_indexes
@@ -87,10 +77,13 @@ def _pixel_figures(folder: Path, kind: str, num_image: int, seconds: float) -> l
 
     times = seconds_per_call((only_decode, load), seconds, num_image // _BATCH, time.thread_time)
     decode, full = (s / _BATCH for s in times)
-    size = f"{WIDTH}x{HEIGHT}, {np.mean([len(e) for e in encoded]) / 1000:.0f} kB"
+    height, width = decode_image(encoded[0]).shape[:2]
+    size = f"{width}x{height}, {np.mean([len(e) for e in encoded]) / 1000:.0f} kB"
     return [
         Figure(f"decode only, {kind}", 1 / decode, "images/s", note=size),
-        Figure(f"full sample, {kind}", 1 / full, "samples/s", note=f"to {PATCH} px, all augmentation, batches"),
+        Figure(
+            f"full sample, {kind}", 1 / full, "samples/s", note=f"to {dataset.img_size} px, all augmentation, batches"
+        ),
         Figure(f"full over decode, {kind}", decode / full, "", at_least=_LEAST_RATIO[kind]),
     ]
 
@@ -180,6 +173,4 @@ def _in_order(indexes: list[ShardIndex], read_ahead: bool = True) -> None:
 
 def _sequentially(shards: list[Path]) -> None:
     for shard in shards:
-        with shard.open("rb", buffering=0) as file:
-            while file.read(4 << 20):
-                pass
+        shard.read_bytes()

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for evaluate: DATA.root=data ...")
     parser.add_argument("--half", choices=HALVES, help="only this half of the samples, as in evaluate.py")
     parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws; default: %(default)s")
-    parser.add_argument("--resample", choices=("sample", "clip"), default="sample", help="what is drawn anew")
+    parser.add_argument("--resample", choices=("sample", "clip"), default="sample", help="what is resampled")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--confidence", type=float, default=0.5, help="min_detection_confidence; default: %(default)s")
     parser.add_argument("--pad", type=float, default=0.0, help="black border, share of the longer side of the image")

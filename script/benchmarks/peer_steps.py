@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from script.benchmarks.measurement import Figure, Status, median_figure, ratio_figure, seconds_of
 from script.benchmarks.peers import PEERS
 from script.benchmarks.shards import records
-from script.benchmarks.step import ON_GPU, open_run
+from script.benchmarks.step import ON_GPU, open_run, training_step
 from src.batch import Batch, Sample
 from src.config import Config
 from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation
@@ -39,7 +39,6 @@ from src.data.dataset import HandDataset
 from src.data.rng import uniforms
 from src.data.shards.writer import write_shards
 from src.hand.load import load_hand
-from src.train.run import Run
 
 ON_CPU = ["backbone=tiny", "MODEL.img_size=112", "TRAIN.sample_per_device=16", "GENERAL.num_worker=0"]
 LEAST_RATIO = {"cuda": 2.0, "cpu": 1.5}
@@ -64,7 +63,12 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
         defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
         with open_run(*data, "MODEL.hand_model=standin", *defaults, *args.overrides) as training:
             cfg, dataset = training.cfg, training.train_loader.dataset
-            methods = [OurStep(training), HamerStep(cfg, dataset), CsVitStep(cfg, dataset)]
+            hamer, csvit = HamerStep(cfg, dataset), CsVitStep(cfg, dataset)
+            methods = {
+                "our step": (training.micro_batches, partial(training_step, training)),
+                "HaMeR's step": (hamer.batches, hamer.step),
+                "CS-ViT2's step": (csvit.batches, csvit.step),
+            }
             rates = measure(methods, cfg, args.repeat, args.block, status)
     shape = f"{cfg.MODEL.backbone.num_layer} x {cfg.MODEL.backbone.hidden_size}, {cfg.MODEL.img_size} px"
     note = f"{shape}, batch {cfg.TRAIN.sample_per_device}, {cfg.GENERAL.num_worker} workers"
@@ -75,48 +79,33 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
 
 
 def measure(
-    methods: list[OurStep | PeerStep], cfg: Config, repeat: int, block: int, status: Status
+    methods: dict[str, tuple[Callable, Callable]], cfg: Config, repeat: int, block: int, status: Status
 ) -> dict[str, list[float]]:
-    """Samples a second of each block. A block starts its own workers and first uses up what they have prefetched."""
+    """Samples a second of each block, from the function that makes a method's batches and its step.
+
+    A block starts its own workers and first uses up what they have prefetched.
+    """
     prefetched = cfg.GENERAL.num_worker * cfg.GENERAL.prefetch_factor
-    rates: dict[str, list[float]] = {method.name: [] for method in methods}
+    rates: dict[str, list[float]] = {name: [] for name in methods}
     for number in range(repeat):
-        for method in methods:
-            status(f"{method.name}, repetition {number + 1} of {repeat}")
-            batches = method.batches()
-            take_steps(method, batches, prefetched + 1)
-            seconds = seconds_of(partial(take_steps, method, batches, block))
-            rates[method.name].append(block * cfg.TRAIN.sample_per_device / seconds)
+        for name, (make_batches, step) in methods.items():
+            status(f"{name}, repetition {number + 1} of {repeat}")
+            batches = make_batches()
+            take_steps(step, batches, prefetched + 1)
+            seconds = seconds_of(partial(take_steps, step, batches, block))
+            rates[name].append(block * cfg.TRAIN.sample_per_device / seconds)
             del batches  # ends its workers
     return rates
 
 
-def take_steps(method: OurStep | PeerStep, batches: Iterator[Any], num: int) -> None:
+def take_steps(step: Callable, batches: Iterator[Any], num: int) -> None:
     for batch in islice(batches, num):
-        method.step(batch)
-
-
-class OurStep:
-    """The training loop of script/stage1.py."""
-
-    name = "our step"
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.cfg = run, run.cfg
-
-    def batches(self) -> Iterator[list[Batch]]:
-        return self.run.micro_batches()
-
-    def step(self, batch: list[Batch]) -> None:
-        result = self.run.step(batch)
-        if self.run.is_due(self.cfg.GENERAL.log_step):
-            self.run.log(result)
+        step(batch)
 
 
 class PeerStep:
     """What the peers' steps share: torch's default AdamW, a loader of their own rows, float32."""
 
-    name: str
     peer: str  # key of PEERS
     rows: Callable[[HandDataset, list[int]], tuple]  # (data set, positions) -> inputs and labels
 
@@ -165,7 +154,7 @@ def hamer_rows(dataset: HandDataset, positions: list[int]) -> tuple[torch.Tensor
 class HamerStep(PeerStep):
     """The step of HaMeR's training module."""
 
-    name, peer, rows = "HaMeR's step", "hamer", staticmethod(hamer_rows)
+    peer, rows = "hamer", staticmethod(hamer_rows)
 
     def step(self, batch: tuple[torch.Tensor, Batch]) -> None:
         patch, labels = (part.to(self.device) for part in batch)
@@ -189,7 +178,7 @@ def csvit_rows(dataset: HandDataset, positions: list[int]) -> tuple[list[torch.T
 class CsVitStep(PeerStep):
     """The step of CS-ViT2's training script."""
 
-    name, peer, rows = "CS-ViT2's step", "csvit", staticmethod(csvit_rows)
+    peer, rows = "csvit", staticmethod(csvit_rows)
 
     def step(self, batch: tuple[list[torch.Tensor], Batch]) -> None:
         frames, labels = batch[0], batch[1].to(self.device)

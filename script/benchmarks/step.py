@@ -67,6 +67,13 @@ def open_bench(log_step: int, overrides: list[str]) -> Iterator[StepBench]:
         yield StepBench(run)
 
 
+def training_step(run: Run, micro_batches: list[Batch]) -> None:
+    """A step of the loop of script/stage1.py: schedules, step, clipping, log line, journal."""
+    result = run.step(micro_batches)
+    if run.is_due(run.cfg.GENERAL.log_step):
+        run.log(result)
+
+
 class StepBench:
     """Steps of one run's network, from the whole training loop down to the backbone alone."""
 
@@ -102,14 +109,12 @@ class StepBench:
         return self._figures(seconds)
 
     def loop_block(self, num: int) -> None:
-        """Steps of the loop of script/stage1.py: data, schedules, step, clipping, log line, journal."""
+        """Steps of the training loop, with their data."""
         for _ in range(num):
             start = time.perf_counter()
             micro_batches = next(self.batches)
             self.waited.append(time.perf_counter() - start)
-            result = self.run.step(micro_batches)
-            if self.run.is_due(self.cfg.GENERAL.log_step):
-                self.run.log(result)
+            training_step(self.run, micro_batches)
 
     def bare_block(self, num: int) -> None:
         """Forward, loss, backward and optimizer step of the same network on a batch in memory."""
