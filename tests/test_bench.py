@@ -145,7 +145,7 @@ def test_gpu_without_a_gpu_is_an_error(tmp_path: Path) -> None:
 
 def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"NUM_WINDOW": [64, 128], "NUM_WORKER": [1, 2], "NUM_PROCESS": [1, 2, 3], "IMG_SIZE": [56, 112]}
-    for name, values in {**sizes, "BACKBONE": ["tiny"], "NUM_REPEAT": 1}.items():
+    for name, values in {**sizes, "BACKBONE": ["tiny", "dinov2_small"], "NUM_REPEAT": 1}.items():
         monkeypatch.setattr(scale, name, values)
     monkeypatch.setattr(scale, "WINDOWS_PER_SHARD", 32)
     measured = scale.communication_seconds  # starting a process takes seconds: one case starts them

@@ -114,15 +114,13 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
 
 def peer_weights(published: Mapping[str, float], method: str, changed: Sequence[str]) -> dict[str, float]:
     """The published weights of a peer's losses, with the changes `TERM=WEIGHT` of the command line."""
-    new = dict(item.partition("=")[::2] for item in changed)
-    if unknown := set(new) - set(published):
-        raise SystemExit(
-            f"--peer-weight: {method} has no term {', '.join(sorted(unknown))}; it has {', '.join(published)}"
-        )
     try:
-        return {**published, **{term: float(value) for term, value in new.items()}}
+        new = {term: float(value) for term, _, value in (item.partition("=") for item in changed)}
     except ValueError as error:
         raise SystemExit(f"--peer-weight: {error}") from None
+    if unknown := ", ".join(sorted(set(new) - set(published))):
+        raise SystemExit(f"--peer-weight: {method} has no term {unknown}; it has {', '.join(published)}")
+    return {**published, **new}
 
 
 def reported(file: Path) -> list[Figure]:

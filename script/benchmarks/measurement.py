@@ -24,7 +24,7 @@ Status = Callable[[str], None]  # updates the status line
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, with a bound where the project promises one."""
+    """One measured number, with a lower or an upper bound where the project promises one."""
 
     name: str
     value: float
@@ -35,18 +35,17 @@ class Figure:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the value is within its bounds; None without bounds."""
-        if not self.promise:
-            return None
-        low, high = self.at_least, self.at_most
-        return (low is None or self.value >= low) and (high is None or self.value <= high)
+        """Whether the value is within its bound; None without one."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return None if self.at_most is None else self.value <= self.at_most
 
     @property
     def promise(self) -> str:
-        """The bounds as text."""
-        parts = [f">= {self.at_least:,g}"] if self.at_least is not None else []
-        parts += [f"<= {self.at_most:,g}"] if self.at_most is not None else []
-        return ", ".join(parts)
+        """The bound as text."""
+        if self.at_least is not None:
+            return f">= {self.at_least:,g}"
+        return "" if self.at_most is None else f"<= {self.at_most:,g}"
 
 
 def median_figure(name: str, values: Sequence[float], unit: str = "", note: str = "", **bound: float) -> Figure:
