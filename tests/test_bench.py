@@ -18,6 +18,7 @@ from script.bench import SUBJECTS, main
 from script.benchmarks import checkpoint, gpu, scale, shards
 from script.benchmarks.measurement import Figure, compose_config
 from script.benchmarks.step import MOST_LOOP
+from src.config import Config
 from src.data.demo.make import make_demo_shards
 from src.data.shards.build_index import open_indexes
 from src.data.shards.writer import write_shards
@@ -150,7 +151,13 @@ def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale, "WINDOWS_PER_SHARD", 32)
     measured = scale.communication_seconds  # starting a process takes seconds: one case starts them
     monkeypatch.setattr(scale, "communication_seconds", lambda *args: measured(*args) if args[1] == 2 else (0.1, 0.2))
-    monkeypatch.setattr(scale, "compose_config", lambda name, *overrides: compose_config(name, *TINY, *overrides))
+
+    def tiny(name: str, *overrides: str) -> Config:
+        """Networks of two sizes."""
+        num_layer = 2 if "backbone=dinov2_small" in overrides else 1
+        return compose_config(name, *TINY, *overrides, f"MODEL.backbone.num_layer={num_layer}")
+
+    monkeypatch.setattr(scale, "compose_config", tiny)
     figures = measure("scale", "--out", str(tmp_path))
     costs = {name: figure for name, figure in figures.items() if "exponent" not in name}
     assert_measured(costs, ["start-up to the first batch, 64 windows", "step by patch size, 64 image tokens"])
