@@ -21,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
@@ -52,17 +52,7 @@ SMALL = (
 )
 BY_VALIDATION = {"validation_due", "best_metric", "best_step", "tracker"}  # state that a validation changes
 PLACES = ("start-up", "step", "validation", "checkpoint write")
-
-
-@dataclass
-class Attempt:
-    """One start of the run and how it ended."""
-
-    signal: str = ""
-    where: str = ""  # what the signal interrupted
-    resumed: str = "-"  # the step resumed from
-    seconds: float = 0.0  # from the signal to the exit
-    faults: str = ""  # empty if everything is equal
+COLUMNS = ("kill", "signal", "interrupted", "resumed from", "ended in", "ok")
 
 
 class Torture:
@@ -81,19 +71,13 @@ class Torture:
     def start(self, name: str, *overrides: str) -> tuple[subprocess.Popen, Path]:
         """Start a run with its folders below `work/name`; its output goes to the file that is returned."""
         places = (f"DATA.root={self.work}/data", f"GENERAL.output_root={self.work}/{name}", f"AIM.repo={self.work}")
-        command = [sys.executable, str(ROOT / "script/stage1.py"), *SMALL, *places, *overrides]
+        settings = (*SMALL, *places, *overrides, f"GENERAL.total_step={self.total}")
+        command = [sys.executable, str(ROOT / "script/stage1.py"), *settings]
         self.started += 1
         output = self.work / f"{name}-{self.started}.log"
+        where = {"cwd": self.work, "start_new_session": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
         with open(output, "w") as file:
-            process = subprocess.Popen(
-                [*command, f"GENERAL.total_step={self.total}"],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                cwd=self.work,
-                start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-        return process, output
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **where), output
 
     def run_to_end(self, name: str, *overrides: str) -> Path:
         """Run without interruption; returns the run folder."""
@@ -108,10 +92,10 @@ class Torture:
 
     # ---- one attempt ------------------------------------------------------------------------------------------------
 
-    def attempt(self, number: int) -> Attempt:
-        """Start, wait for the moment, send the signal, check what is left."""
+    def attempt(self, number: int) -> tuple[str, ...]:
+        """Start, wait for the moment, send the signal, check what is left; returns a cell for each of COLUMNS."""
         place = self.rng.choice(PLACES[1:] if number == 0 else PLACES)
-        attempt = Attempt(self.rng.choice(("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1")))
+        name = self.rng.choice(("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGUSR1"))
         before, self.start_time = self.steps_done(), time.time()
         process, output = self.start("tortured", "GENERAL.resume_path=auto")
         try:
@@ -119,42 +103,48 @@ class Torture:
         finally:
             sent = time.monotonic()
             if process.poll() is None:
-                process.send_signal(signal.Signals[attempt.signal])
+                process.send_signal(signal.Signals[name])
             code = process.wait(TIMEOUT)
-        attempt.seconds = time.monotonic() - sent
-        text = output.read_text()
-        attempt.where = self.where(text)
+        seconds, text = time.monotonic() - sent, output.read_text()
+        where = self.where(text)
         found = re.search(r"resuming from .*checkpoint-(\d+)", text)
-        attempt.resumed = f"step {found[1]}" if found else "new run"
-        attempt.faults = "; ".join(self.faults(attempt, code, text, found and int(found[1])))
-        return attempt
+        faults = self.faults(found and found[1])
+        if name != "SIGKILL":
+            # a signal before Python installs its handlers
+            is_early = where == "start-up" and code == -signal.Signals[name]
+            if seconds > STOP_TIMEOUT or (code not in (0, 75) and not is_early):
+                faults.append(f"ended with {code} after {seconds:.0f} s")
+            if "Traceback" in text:  # after SIGKILL data workers may print one: the trainer is gone
+                faults.append("a traceback was printed")
+        resumed = f"step {found[1]}" if found else "new run"
+        return str(number + 1), name, where, resumed, f"{seconds:.1f} s", "; ".join(faults) or "yes"
 
     def await_moment(self, process: subprocess.Popen, place: str, before: int) -> None:
         """Return at the moment for the signal, or when the run has ended."""
-        deadline = time.monotonic() + TIMEOUT
         if place == "start-up":
             time.sleep(self.rng.uniform(0.05, 4.0))
             return
+        deadline = time.monotonic() + TIMEOUT
         due = (before // CHECKPOINT_STEP + 1) * CHECKPOINT_STEP
         target = before + self.rng.randint(1, STEP_PER_ATTEMPT) if place == "step" else due
         delay = self.rng.uniform(0.0, 0.02 if place == "step" else 0.003)
-
-        def reached() -> bool:
-            if place == "checkpoint write":
-                return self.writing() is not None
-            return self.steps_done() >= target
-
-        while process.poll() is None and not reached():
+        while process.poll() is None:
+            if self.writing() if place == "checkpoint write" else self.steps_done() >= target:
+                break
             if time.monotonic() > deadline:
                 raise SystemExit(f"no progress for {TIMEOUT:.0f} s; see {self.work}/tortured-{self.started}.log")
             time.sleep(0.0005)
         time.sleep(delay)
 
-    def rows(self) -> list[dict]:
+    def journal_so_far(self) -> bytes:
+        """metrics.jsonl of the tortured run."""
         run = self.folder("tortured")
         path = run / "metrics.jsonl" if run else None
-        lines = path.read_bytes().split(b"\n")[:-1] if path and path.exists() else []
-        return [json.loads(line) for line in lines]
+        return path.read_bytes() if path and path.exists() else b""
+
+    def rows(self) -> list[dict]:
+        """The complete rows of the journal."""
+        return [json.loads(line) for line in self.journal_so_far().split(b"\n")[:-1]]
 
     def writing(self) -> str | None:
         """Name of the checkpoint that this attempt is, or was, writing."""
@@ -183,24 +173,13 @@ class Torture:
 
     # ---- comparisons ------------------------------------------------------------------------------------------------
 
-    def faults(self, attempt: Attempt, code: int, text: str, resumed: int | None) -> list[str]:
-        """Differences from the undisturbed run, and other faults, after a kill."""
-        faults = []
-        run = self.folder("tortured")
-        if run is not None and (run / "metrics.jsonl").exists():
-            journal = (run / "metrics.jsonl").read_bytes()
-            if not self.journal.startswith(journal):
-                faults.append("metrics.jsonl differs")
-        if attempt.signal != "SIGKILL" and (attempt.seconds > STOP_TIMEOUT or code not in (0, 75)):
-            # a signal before Python installs its handlers
-            is_early = attempt.where == "start-up" and code == -signal.Signals[attempt.signal]
-            faults += [] if is_early else [f"ended with {code} after {attempt.seconds:.0f} s"]
-        if "Traceback" in text and attempt.signal != "SIGKILL":  # data workers may print one when the trainer is gone
-            faults.append("a traceback was printed")
-        mine = run / "checkpoints" / f"checkpoint-{resumed}" if resumed else None
-        theirs = self.reference / "checkpoints" / f"checkpoint-{resumed}"
-        if mine and mine.exists() and theirs.exists():
-            faults += self.differences(mine, theirs)
+    def faults(self, resumed: str | None) -> list[str]:
+        """Differences from the undisturbed run: in the journal, and in the checkpoint of the step resumed from."""
+        faults = [] if self.journal.startswith(self.journal_so_far()) else ["metrics.jsonl differs"]
+        checkpoint = f"checkpoints/checkpoint-{resumed}"
+        mine, theirs = self.folder("tortured"), self.reference / checkpoint
+        if resumed and (mine / checkpoint).exists() and theirs.exists():
+            faults += self.differences(mine / checkpoint, theirs)
         return faults
 
     def differences(self, mine: Path, theirs: Path) -> list[str]:
@@ -239,16 +218,9 @@ def _equal(first: object, second: object) -> bool:
     return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
-def table(attempts: list[Attempt]) -> str:
-    """The attempts as a Markdown table."""
-    lines = [
-        "| kill | signal | interrupted | resumed from | ended in | ok |",
-        "|---|---|---|---|---|---|",
-    ]
-    for number, each in enumerate(attempts, 1):
-        cells = (number, each.signal, each.where, each.resumed, f"{each.seconds:.1f} s", each.faults or "yes")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
@@ -267,15 +239,16 @@ def main() -> int:
         attempts = []
         for number in range(args.kills):
             attempts.append(torture.attempt(number))
-            print(table(attempts).splitlines()[-1], flush=True)
+            print(row(attempts[-1]), flush=True)
         faults = torture.final_faults()
     verdict = "; ".join(faults) or "equal to the undisturbed run, bit by bit"
     summary = f"{args.kills} kills, seed {args.seed}, {time.monotonic() - start:.0f} s: metrics, image journal, "
     summary += f"weights, optimizer and state {verdict}"
     print(summary)
     if args.markdown:
-        args.markdown.write_text(f"{table(attempts)}\n\n{summary}\n", encoding="utf-8")
-    return 1 if faults or any(attempt.faults for attempt in attempts) else 0
+        lines = [row(COLUMNS), "|---" * len(COLUMNS) + "|", *map(row, attempts), "", summary]
+        args.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 1 if faults or any(attempt[-1] != "yes" for attempt in attempts) else 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from script.bench import SUBJECTS, main
 from script.benchmarks import checkpoint, gpu, scale, shards
 from script.benchmarks.measurement import Figure, compose_config
 from script.benchmarks.step import MOST_LOOP
+from src.config import Config
 from src.data.demo.make import make_demo_shards
 from src.data.shards.build_index import open_indexes
 from src.data.shards.writer import write_shards
@@ -144,13 +145,20 @@ def test_gpu_without_a_gpu_is_an_error(tmp_path: Path) -> None:
 
 
 def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = scale.Sizes([64, 128], [1], [1, 2], [56, 112], ["tiny"], 1)
-    monkeypatch.setattr(scale, "QUICK", sizes)
+    sizes = {"NUM_WINDOW": [64, 128], "NUM_WORKER": [1, 2], "NUM_PROCESS": [1, 2, 3], "IMG_SIZE": [56, 112]}
+    for name, values in {**sizes, "BACKBONE": ["tiny", "dinov2_small"], "NUM_REPEAT": 1}.items():
+        monkeypatch.setattr(scale, name, values)
     monkeypatch.setattr(scale, "WINDOWS_PER_SHARD", 32)
     measured = scale.communication_seconds  # starting a process takes seconds: one case starts them
-    monkeypatch.setattr(scale, "communication_seconds", lambda *args: measured(*args) if args[1] == 2 else (0.1, 0.1))
-    monkeypatch.setattr(scale, "compose_config", lambda name, *overrides: compose_config(name, *TINY, *overrides))
-    figures = measure("scale", "--quick", "--out", str(tmp_path))
+    monkeypatch.setattr(scale, "communication_seconds", lambda *args: measured(*args) if args[1] == 2 else (0.1, 0.2))
+
+    def tiny(name: str, *overrides: str) -> Config:
+        """Networks of two sizes."""
+        num_layer = 2 if "backbone=dinov2_small" in overrides else 1
+        return compose_config(name, *TINY, *overrides, f"MODEL.backbone.num_layer={num_layer}")
+
+    monkeypatch.setattr(scale, "compose_config", tiny)
+    figures = measure("scale", "--out", str(tmp_path))
     costs = {name: figure for name, figure in figures.items() if "exponent" not in name}
     assert_measured(costs, ["start-up to the first batch, 64 windows", "step by patch size, 64 image tokens"])
     series = [scale.Series(**row) for row in json.loads((tmp_path / "scale.json").read_text())]
@@ -183,7 +191,7 @@ def test_main_prints_and_saves(
 
 
 def test_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SIZES", {"tiny": ("stage1-demo", list(TINY))})
+    monkeypatch.setattr(checkpoint, "SIZES", {"tiny": ["stage1-demo", *TINY]})
     figures = measure("checkpoint", "--repeat", "2")
     assert_measured(figures, ["tiny: wait", "tiny: wait for the first one", "tiny: write", "tiny: wait / write"])
     assert figures["tiny: wait"].value < figures["tiny: write"].value
@@ -191,7 +199,7 @@ def test_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_big_indexes_share_one_shard(tmp_path: Path) -> None:
     """Shards of millions of windows take no space: they are hard links."""
-    write_shards(shards.records(8, "jpg", 0, num_image=1), tmp_path / "small", num_per_shard=8)
+    write_shards(shards.records(8, "jpg", num_image=1), tmp_path / "small", num_per_shard=8)
     (shard,) = shards.shards_of(tmp_path / "small")
     shards.write_big_indexes(tmp_path / "big", shard, 100, 4)
     links = shards.shards_of(tmp_path / "big")

@@ -66,7 +66,7 @@ def test_matching_uses_valid_joints_only() -> None:
     hand = replace(hand, joint_2d_valid=valid, joint_img=place)
     near = Detection(np.where(valid[:, None] > 0, place + 3, 0), np.zeros((21, 3)))
     assert match(hand, [near]) is near
-    assert measure_hand(hand, [near])["pck05_2d"].count.tolist() == [10]
+    assert measure_hand(hand, [near])["pck05_2d"].count.tolist() == [[10]]
     assert match(replace(hand, joint_2d_valid=np.zeros(21, np.float32)), [near]) is None
 
 

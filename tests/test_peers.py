@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from script.benchmarks import accuracy, accuracy_train
+from script.benchmarks import accuracy
 from script.benchmarks.peers import PEERS
 from script.benchmarks.peers.csvit import CsVitNet, finger_length
 from script.benchmarks.peers.hamer import HamerNet
@@ -129,10 +129,10 @@ def test_same_backbone_for_all(batch: Batch) -> None:
     """Equal seeds give equal initial weights of the backbone, whatever decoder follows."""
     cfg, tokens = small_config(), []
     image = torch.randn(2, 3, 56, 56)
-    for peer in (None, *PEERS.values()):
+    for peer in (accuracy.OurNet, *PEERS.values()):
         torch.manual_seed(5)
         hand = build_standin_hand()
-        net = peer(cfg.MODEL, hand) if peer else accuracy.OurNet(cfg, hand)
+        net = peer(cfg.MODEL, hand)
         tokens.append(net.backbone(image))
     assert torch.equal(tokens[0], tokens[1])
     assert torch.equal(tokens[0], tokens[2])
@@ -149,7 +149,7 @@ def test_interrupted_bench_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     network = ["--backbone", "tiny", "--img-size", "56", *small]
     args = parser.parse_args(["--quick", "--out", str(tmp_path), "--batch", "4", *network])
     trained: list[str] = []
-    train = accuracy_train.train_network
+    train = accuracy.train_network
 
     def counting(net: torch.nn.Module, cfg: object, settings: dict, *rest: object) -> None:
         trained.append(f"{settings['method']}, seed {settings['seed']}")
@@ -157,7 +157,7 @@ def test_interrupted_bench_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
         train(net, cfg, settings, *rest)
 
-    monkeypatch.setattr(accuracy_train, "train_network", counting)
+    monkeypatch.setattr(accuracy, "train_network", counting)
     with pytest.raises(KeyboardInterrupt):
         accuracy.run(args, lambda text: None)
     first = len(trained)

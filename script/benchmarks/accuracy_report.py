@@ -13,7 +13,7 @@ from script.benchmarks.measurement import Figure
 METHODS = ("ours", "hamer", "csvit")
 METRICS = ("mpjpe_rel", "mpjpe_pa", "mpjpe_cam")
 MOST_OF_BETTER_PEER = {"mpjpe_rel": 0.85, "mpjpe_pa": 0.85, "mpjpe_cam": 0.7}
-COLUMNS = ("pretrain", "step", "method", "variant", "lr", "backbone lr", "seeds", *METRICS, "seconds a cell")
+COLUMNS = ("step", "method", "variant", "lr", "backbone lr", "seeds", *METRICS, "seconds a cell")
 
 
 def read_cells(file: Path) -> dict[str, Any]:
@@ -23,22 +23,22 @@ def read_cells(file: Path) -> dict[str, Any]:
 
 def report(cells: Sequence[dict[str, Any]]) -> list[Figure]:
     """Mean and spread of each method and metric over the seeds, and the ratio of ours to the better peer."""
-    value = {
-        method: {m: [c["metrics"][m] for c in cells if c["settings"]["method"] == method] for m in METRICS}
-        for method in METHODS
-        if any(c["settings"]["method"] == method for c in cells)
-    }
     figures = []
     for metric in METRICS:
-        for method, of in value.items():
-            spread = f"{min(of[metric]):.2f} to {max(of[metric]):.2f} over {len(of[metric])} seeds"
-            if len(of[metric]) > 1:
-                spread = f"sd {statistics.stdev(of[metric]):.2f}, {spread}"
-            figures.append(Figure(f"{metric}, {method}", statistics.mean(of[metric]), "mm", note=spread))
-        peers = {method: statistics.mean(of[metric]) for method, of in value.items() if method != "ours"}
-        if peers and "ours" in value:
+        mean = {}
+        for method in METHODS:
+            value = [cell["metrics"][metric] for cell in cells if cell["settings"]["method"] == method]
+            if not value:
+                continue
+            mean[method] = statistics.mean(value)
+            spread = f"{min(value):.2f} to {max(value):.2f} over {len(value)} seeds"
+            if len(value) > 1:
+                spread = f"sd {statistics.stdev(value):.2f}, {spread}"
+            figures.append(Figure(f"{metric}, {method}", mean[method], "mm", note=spread))
+        peers = {method: error for method, error in mean.items() if method != "ours"}
+        if peers and "ours" in mean:
             better = min(peers, key=peers.__getitem__)
-            ratio = statistics.mean(value["ours"][metric]) / peers[better]
+            ratio = mean["ours"] / peers[better]
             name = f"{metric}, ours over the better peer"
             figures.append(Figure(name, ratio, "", at_most=MOST_OF_BETTER_PEER[metric], note=better))
     return figures
@@ -47,7 +47,7 @@ def report(cells: Sequence[dict[str, Any]]) -> list[Figure]:
 def markdown_table(cells: Sequence[dict[str, Any]]) -> str:
     """One row for all cells that differ only in their seed: mm, mean ± standard deviation over the seeds.
 
-    Rows that would read the same list the settings in which they differ, such as the digest of the weights.
+    Rows that would otherwise be identical list the settings that differ, for example the digest of the weights.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
@@ -64,17 +64,16 @@ def markdown_table(cells: Sequence[dict[str, Any]]) -> str:
         errors = [_mean_and_spread([cell["metrics"][metric] for cell in row]) for metric in METRICS]
         seconds = [round(cell["seconds"]) for cell in row]
         took = f"{min(seconds)} to {max(seconds)}" if len(seconds) > 1 else str(seconds[0])
-        rates = [f"{rate:g}" for rate in (settings["lr"], settings.get("backbone_lr", settings["lr"]))]
-        what = [str(settings.get("pretrain", 0)), str(settings["step"]), settings["method"], variant]
+        rates = [f"{settings[rate]:g}" for rate in ("lr", "backbone_lr")]
+        what = [str(settings["step"]), settings["method"], variant]
         lines.append("| " + " | ".join([*what, *rates, seeds, *errors, took]) + " |")
     return "\n".join(lines)
 
 
 def _order(settings: dict[str, Any]) -> tuple[Any, ...]:
-    """Sort key of a row: its columns, most pre-training and training steps first."""
-    lr, method = settings["lr"], METHODS.index(settings["method"])
-    steps = -settings.get("pretrain", 0), -settings["step"]
-    return *steps, method, settings["name"].strip(), lr, settings.get("backbone_lr", lr)
+    """Sort key of a row: its columns, most steps first."""
+    method = METHODS.index(settings["method"])
+    return -settings["step"], method, settings["name"].strip(), settings["lr"], settings["backbone_lr"]
 
 
 def _mean_and_spread(value: Sequence[float]) -> str:

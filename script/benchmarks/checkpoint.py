@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from script.benchmarks.measurement import Figure, compose_config
+from script.benchmarks.measurement import Figure, Status, compose_config, seconds_of
 from src.checkpoint.save import TrainState
 from src.checkpoint.writer import CheckpointWriter
 from src.config import Config
@@ -24,11 +23,8 @@ from src.model.net import PoseNet
 from src.train.optimizer import build_optimizer
 
 SIZES = {
-    "demo": ("stage1-demo", []),
-    "DINOv2-base": (
-        "stage1-dino_large",
-        ["backbone=dinov2_base", "data=demo", "MODEL.backbone.random_init=true", "MODEL.hand_model=standin"],
-    ),
+    "demo": ["stage1-demo"],
+    "DINOv2-base": ["stage1-dino_large", "backbone=dinov2_base", "data=demo", "MODEL.backbone.random_init=true"],
 }
 
 
@@ -37,16 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=5, help="checkpoints of each size (default 5)")
 
 
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> list[Figure]:
-    """Measure every size; `say` gets a line per checkpoint."""
+def run(args: argparse.Namespace, status: Status) -> list[Figure]:
+    """Measure every size."""
     figures = []
-    for name, (config, overrides) in SIZES.items():
-        say(f"{name}: building the network")
-        figures += measure(name, compose_config(config, *overrides), args.repeat, say)
+    for name, config in SIZES.items():
+        status(f"{name}: building the network")
+        figures += measure(name, compose_config(*config), args.repeat, status)
     return figures
 
 
-def measure(name: str, cfg: Config, repeat: int, say: Callable[[str], None]) -> list[Figure]:
+def measure(name: str, cfg: Config, repeat: int, status: Status) -> list[Figure]:
     """Write `repeat` checkpoints of this configuration's network."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = PoseNet(cfg.MODEL, build_standin_hand()).to(device)
@@ -58,12 +54,13 @@ def measure(name: str, cfg: Config, repeat: int, say: Callable[[str], None]) -> 
     writer, waited, wrote = CheckpointWriter(), [], []
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
         what = {"model": net, "optimizer": optimizer, "scaler": None, "state": TrainState(step=1), "keep": 1}
-        first = seconds(lambda: writer.save(Path(folder), **what))  # allocates the host memory
+        save = partial(writer.save, Path(folder), **what)
+        first = seconds_of(save)  # allocates the host memory
         writer.join()
         for number in range(repeat):
-            say(f"{name}: checkpoint {number + 1} of {repeat}")
-            waited.append(seconds(lambda: writer.save(Path(folder), **what)))
-            wrote.append(waited[-1] + seconds(writer.join))
+            status(f"{name}: checkpoint {number + 1} of {repeat}")
+            waited.append(seconds_of(save))
+            wrote.append(waited[-1] + seconds_of(writer.join))
         files = (Path(folder) / "checkpoints" / "checkpoint-1").iterdir()
         size = sum(file.stat().st_size for file in files) / 2**20
     share = [100 * a / b for a, b in zip(waited, wrote, strict=True)]
@@ -74,10 +71,3 @@ def measure(name: str, cfg: Config, repeat: int, say: Callable[[str], None]) -> 
         Figure(f"{name}: write", 1000 * statistics.median(wrote), "ms"),
         Figure(f"{name}: wait / write", statistics.median(share), "%", note=spread),
     ]
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock duration of a call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

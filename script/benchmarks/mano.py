@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,8 +16,6 @@ import torch
 from script.benchmarks.measurement import Figure, Status, seconds_per_call, wait_for_gpu
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import MANO_PARENTS, MANO_TIP_VERTEX_IDS, NUM_MANO_VERTEX, HandArrays
-
-Work = Callable[[int], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, status: Status) -> list[Figure]:
     """Measure the forward pass, alone and with two losses."""
     status(f"{args.batch} hands of {NUM_MANO_VERTEX} vertices")
-    layer = ManoLayer(random_arrays()).to(args.device)
-    works = _works(layer, args.batch)
+    works = _works(args.batch, args.device)
     times = seconds_per_call(list(works.values()), args.seconds, num=1)
     threads = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
     note = f"batch {args.batch}, {NUM_MANO_VERTEX} vertices, float32, {threads}"
@@ -39,9 +37,9 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
     return [*figures, Figure("rate with a loss on vertices and joints", rate, "hands/s", note="forward and backward")]
 
 
-def random_arrays(seed: int = 0) -> HandArrays:
+def random_arrays() -> HandArrays:
     """Random arrays with MANO's sizes and magnitudes."""
-    rng, num = np.random.default_rng(seed), NUM_MANO_VERTEX
+    rng, num = np.random.default_rng(0), NUM_MANO_VERTEX
     weights, regressor = rng.random((num, 16)) ** 8, rng.random((16, num)) ** 8
     return HandArrays(
         name="noise",
@@ -57,30 +55,25 @@ def random_arrays(seed: int = 0) -> HandArrays:
     )
 
 
-def _works(layer: ManoLayer, batch: int) -> dict[str, Work]:
+def _works(batch: int, device: str) -> dict[str, Callable[[int], None]]:
     """The timed functions by name."""
-    device = layer.faces.device
-    generator = torch.Generator().manual_seed(0)
-    pose = (0.4 * torch.randn(batch, 48, generator=generator)).to(device)
-    shape = torch.randn(batch, 10, generator=generator).to(device)
+    layer = ManoLayer(random_arrays()).to(device)
+    pose, shape = 0.4 * torch.randn(batch, 48, device=device), torch.randn(batch, 10, device=device)
 
     @torch.no_grad()
     def forward(_: int) -> None:
         layer(layer.pose_to_rotmat(pose, False), shape)
         wait_for_gpu()
 
-    def both(with_vertices: bool) -> Work:
-        def work(_: int) -> None:
-            leaf, beta = pose.clone().requires_grad_(), shape.clone().requires_grad_()
-            out = layer(layer.pose_to_rotmat(leaf, False), beta)
-            loss = out.joint.square().mean() + (out.vert.square().mean() if with_vertices else 0.0)
-            loss.backward()
-            wait_for_gpu()
-
-        return work
+    def both(_: int, with_vertices: bool) -> None:
+        leaf, beta = pose.clone().requires_grad_(), shape.clone().requires_grad_()
+        out = layer(layer.pose_to_rotmat(leaf, False), beta)
+        loss = out.joint.square().mean() + (out.vert.square().mean() if with_vertices else 0.0)
+        loss.backward()
+        wait_for_gpu()
 
     return {
         "forward, vertices and joints": forward,
-        "forward and backward, loss on joints": both(False),
-        "forward and backward, loss on vertices and joints": both(True),
+        "forward and backward, loss on joints": partial(both, with_vertices=False),
+        "forward and backward, loss on vertices and joints": partial(both, with_vertices=True),
     }

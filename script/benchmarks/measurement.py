@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ Status = Callable[[str], None]  # updates the status line
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, with a bound where the project promises one."""
+    """One measured number, with a lower or an upper bound where the project promises one."""
 
     name: str
     value: float
@@ -34,18 +35,17 @@ class Figure:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the value is within its bounds; None without bounds."""
-        if self.at_least is None and self.at_most is None:
-            return None
-        low, high = self.at_least, self.at_most
-        return (low is None or self.value >= low) and (high is None or self.value <= high)
+        """Whether the value is within its bound; None without one."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return None if self.at_most is None else self.value <= self.at_most
 
     @property
     def promise(self) -> str:
-        """The bounds as text."""
-        parts = [f">= {self.at_least:,g}"] if self.at_least is not None else []
-        parts += [f"<= {self.at_most:,g}"] if self.at_most is not None else []
-        return ", ".join(parts)
+        """The bound as text."""
+        if self.at_least is not None:
+            return f">= {self.at_least:,g}"
+        return "" if self.at_most is None else f"<= {self.at_most:,g}"
 
 
 def median_figure(name: str, values: Sequence[float], unit: str = "", note: str = "", **bound: float) -> Figure:
@@ -80,14 +80,12 @@ def write_figures(file: Path, subject: str, figures: Sequence[Figure]) -> None:
 
 def machine() -> str:
     """Processor, usable cores and widest vector instructions, Python version."""
-    name, flags = platform.processor() or platform.machine(), ""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        name, flags = fields.get("model name", name), fields.get("flags", "")
+    file = Path("/proc/cpuinfo")
+    info = file.read_text() if file.is_file() else ""
+    model = re.search(r"model name\s*: (.*)", info)
+    name = model[1] if model else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    vector = next((v for v in ("avx512f", "avx2") if v in flags.split()), "no AVX2")
+    vector = next((v for v in ("avx512f", "avx2") if v in info), "no AVX2")
     return f"{name}, {cores} cores, {vector}, Python {platform.python_version()}"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -19,7 +19,7 @@ import numpy as np
 
 from script.benchmarks.measurement import Figure, Status, compose_config
 from src.batch import NUM_JOINT, Sample
-from src.data.loader import HandLoader, build_val_loader
+from src.data.loader import build_val_loader
 from src.data.order.plan import HALVES
 from src.evaluate.bootstrap import Bootstrap, Group, summarise
 from src.evaluate.run import name_unknown
@@ -39,7 +39,6 @@ VERSION = "0.10.14"
 INSTALL = f"python3.11 -m venv mediapipe-venv && mediapipe-venv/bin/pip install -e . mediapipe=={VERSION}"
 MAX_DISTANCE = 1.0  # largest mean joint distance, in box sides, at which a detection is the annotated hand
 SHOWN = ("found", *PCK_2D, "auc_2d", "mpjpe_pa")
-BORDER = (0, 0, 0)
 
 
 class Detection(NamedTuple):
@@ -49,15 +48,12 @@ class Detection(NamedTuple):
     joint_world: np.ndarray  # [J, 3] mm, relative to the hand's centre; axes as in our camera frame
 
 
-Detector = Callable[[np.ndarray], Sequence[Detection]]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this sub-command."""
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for evaluate: DATA.root=data ...")
     parser.add_argument("--half", choices=HALVES, help="only this half of the samples, as in evaluate.py")
     parser.add_argument("--num_bootstrap", type=int, default=1000, help="draws; default: %(default)s")
-    parser.add_argument("--resample", choices=("sample", "clip"), default="sample", help="what is drawn anew")
+    parser.add_argument("--resample", choices=("sample", "clip"), default="sample", help="what is resampled")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--confidence", type=float, default=0.5, help="min_detection_confidence; default: %(default)s")
     parser.add_argument("--pad", type=float, default=0.0, help="black border, share of the longer side of the image")
@@ -68,16 +64,20 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
     detect = load_detector(args.confidence, args.pad)
     cfg = compose_config("stage1-demo", "DATA.demo=null", "DATA.val.max_sample=null", *args.overrides)
     loader = build_val_loader(cfg, "standin", half=args.half)
-    rows = []
-    for position, sample in read_samples(loader):
-        rows.append((position, sample.key, sample.source, sample.is_right, measure_hand(sample, detect(sample.image))))
-        status(f"{len(rows)} of {loader.dataset.plan.num_frame} hands")
-    samples = name_unknown(stack_samples(rows), loader, cfg)
+    dataset, hands = loader.dataset, []
+    for batch in loader:
+        for position in batch.position[batch.position >= 0].tolist():
+            sample = dataset.read(dataset.plan.locate(position))
+            values = measure_hand(sample, detect(sample.image))
+            names = (np.array([name], dtype=object) for name in (sample.key, sample.source))
+            hands.append(Samples(np.array([position]), *names, np.array([sample.is_right]), values))
+            status(f"{len(hands)} of {dataset.plan.num_frame} hands")
+    samples = name_unknown(Samples.join(hands), loader, cfg)
     groups = summarise(samples, Bootstrap(args.num_bootstrap, args.resample, args.seed))
     return [figure for group in groups for figure in group_figures(group)]
 
 
-def load_detector(confidence: float, pad: float) -> Detector:
+def load_detector(confidence: float, pad: float) -> Callable[[np.ndarray], Sequence[Detection]]:
     """MediaPipe Hands for single images. Raises SystemExit if it is not installed."""
     try:
         mediapipe = importlib.import_module("mediapipe")
@@ -89,7 +89,7 @@ def load_detector(confidence: float, pad: float) -> Detector:
 
     def detect(image: np.ndarray) -> list[Detection]:
         border = round(pad * max(image.shape[:2]))
-        padded = cv2.copyMakeBorder(image, border, border, border, border, cv2.BORDER_CONSTANT, value=BORDER)
+        padded = cv2.copyMakeBorder(image, border, border, border, border, cv2.BORDER_CONSTANT)
         result = hands.process(padded)
         size = np.array(padded.shape[1::-1])
         pairs = zip(result.multi_hand_landmarks or (), result.multi_hand_world_landmarks or (), strict=True)
@@ -102,15 +102,6 @@ def load_detector(confidence: float, pad: float) -> Detector:
 def _points(landmarks: Any) -> np.ndarray:
     """MediaPipe's list of landmarks as [J, 3]."""
     return np.array([(point.x, point.y, point.z) for point in landmarks.landmark], np.float64)
-
-
-def read_samples(loader: HandLoader) -> Iterator[tuple[int, Sample]]:
-    """(position, sample) of every hand of an evaluation with this loader, in its order."""
-    dataset = loader.dataset
-    for batch in loader:
-        for position in batch.position.tolist():
-            if position >= 0:
-                yield position, dataset.read(dataset.plan.locate(position))
 
 
 def match(sample: Sample, detections: Iterable[Detection]) -> Detection | None:
@@ -137,22 +128,11 @@ def measure_hand(sample: Sample, detections: Iterable[Detection]) -> dict[str, S
     world = alignment_target(sample.joint_cam[None].astype(np.float64), valid_3d & (found is not None))
     target = {"joint_2d": box_target(sample.joint_img[None].astype(np.float64), valid_2d), "joint_pa": world}
     pred = {"joint_2d": joint_img[None], "joint_pa": align_procrustes(joint_world[None], world.point, world.valid)}
-    return {
+    values = {
         "found": SampleMetric(np.array([float(found is not None)]), np.array([float(valid_2d.any())])),
         **compare(pred, target, (*PCK_2D, "auc_2d", "curve_2d", "mpjpe_pa")),
     }
-
-
-def stack_samples(rows: Sequence[tuple[int, str, str, bool, dict[str, SampleMetric]]]) -> Samples:
-    """Rows of (position, key, source, is_right, metrics) in the form that an evaluation uses."""
-    position, key, source, is_right, values = zip(*rows, strict=True)
-    num = len(rows)
-    metric = {
-        name: SampleMetric(*(np.concatenate([v[name][part] for v in values]).reshape(num, -1) for part in (0, 1)))
-        for name in values[0]
-    }
-    keys, sources = (np.array(names, dtype=object) for names in (key, source))
-    return Samples(np.array(position), keys, sources, np.array(is_right), metric)
+    return {name: SampleMetric(*(part.reshape(1, -1) for part in value)) for name, value in values.items()}
 
 
 def group_figures(group: Group) -> list[Figure]:
@@ -161,7 +141,7 @@ def group_figures(group: Group) -> list[Figure]:
     for name in SHOWN:
         if (estimate := group.metric.get(name)) is None:
             continue
-        unit = {"found": "%"}.get(name, UNITS.get(name, ""))
+        unit = "%" if name == "found" else UNITS.get(name, "")
         scale = 100.0 if unit == "%" else 1.0
         interval = "" if estimate.low is None else f"[{scale * estimate.low:.4g}, {scale * estimate.high:.4g}] "
         note = f"{interval}of {estimate.num_sample} hands"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from script.benchmarks.measurement import Figure, Status, compose_config, median_figure, ratio_figure, seconds_of
+from script.benchmarks.measurement import Figure, Status, median_figure, ratio_figure, seconds_of
 from script.benchmarks.peers import PEERS
 from script.benchmarks.shards import records
+from script.benchmarks.step import ON_GPU, open_run, training_step
 from src.batch import Batch, Sample
 from src.config import Config
 from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation
@@ -39,12 +39,12 @@ from src.data.dataset import HandDataset
 from src.data.rng import uniforms
 from src.data.shards.writer import write_shards
 from src.hand.load import load_hand
-from src.train.run import Run
 
-ON_GPU = ["backbone=dinov2_large", "TRAIN.sample_per_device=64", "GENERAL.num_worker=12"]
 ON_CPU = ["backbone=tiny", "MODEL.img_size=112", "TRAIN.sample_per_device=16", "GENERAL.num_worker=0"]
 LEAST_RATIO = {"cuda": 2.0, "cpu": 1.5}
 EPOCH = 100_000  # length of a peer's data set: more than the benchmark reads
+MEAN = np.array([123.675, 116.28, 103.53], np.float32)[:, None, None]
+STD = np.array([58.395, 57.12, 57.375], np.float32)[:, None, None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,58 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, status: Status) -> list[Figure]:
     """Alternate blocks of each method's steps."""
-    with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder, Progress(disable=True) as progress:
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
         status("writing shards, building networks")
-        write_shards(records(256, "jpg", 0), Path(folder) / "data", num_per_shard=64)
-        cfg = compose_config("stage1-dino_large", *peers_overrides(Path(folder)), *args.overrides)
-        ours = OurStep(Run(cfg, "bench", progress))
-        try:
-            dataset = ours.run.train_loader.dataset
-            methods = [ours, HamerStep(cfg, dataset), CsVitStep(cfg, dataset)]
+        write_shards(records(256, "jpg"), Path(folder), num_per_shard=64)
+        data = [f"DATA.root={folder}", "DATA.train.source=['*.tar']", "DATA.val={source: ['*.tar'], max_sample: 16}"]
+        defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
+        with open_run(*data, "MODEL.hand_model=standin", *defaults, *args.overrides) as training:
+            cfg, dataset = training.cfg, training.train_loader.dataset
+            hamer, csvit = HamerStep(cfg, dataset), CsVitStep(cfg, dataset)
+            methods = {
+                "our step": (training.micro_batches, partial(training_step, training)),
+                "HaMeR's step": (hamer.batches, hamer.step),
+                "CS-ViT2's step": (csvit.batches, csvit.step),
+            }
             rates = measure(methods, cfg, args.repeat, args.block, status)
-        finally:
-            ours.run.close()
-    return figures(rates, cfg)
-
-
-def peers_overrides(folder: Path) -> list[str]:
-    """The bench's shards (640x480), everything written below `folder`."""
-    return [
-        f"DATA.root={folder}/data",
-        "DATA.train.source=['*.tar']",
-        "DATA.val={source: ['*.tar'], max_sample: 16}",
-        f"GENERAL.output_root={folder}/run",
-        f"AIM.repo={folder}/run",
-        "MODEL.hand_model=standin",
-        "MODEL.backbone.random_init=true",
-        *(ON_GPU if torch.cuda.is_available() else ON_CPU),
-    ]
-
-
-def measure(
-    methods: list[OurStep | PeerStep], cfg: Config, repeat: int, block: int, status: Status
-) -> dict[str, list[float]]:
-    """Samples a second of each block. A block starts its own workers and first uses up what they have prefetched."""
-    prefetched = cfg.GENERAL.num_worker * cfg.GENERAL.prefetch_factor
-    rates: dict[str, list[float]] = {method.name: [] for method in methods}
-    for number in range(repeat):
-        for method in methods:
-            status(f"{method.name}, repetition {number + 1} of {repeat}")
-            batches = method.batches()
-            take_steps(method, batches, prefetched + 1)
-            seconds = seconds_of(partial(take_steps, method, batches, block))
-            rates[method.name].append(block * cfg.TRAIN.sample_per_device / seconds)
-            del batches  # ends its workers
-    return rates
-
-
-def take_steps(method: OurStep | PeerStep, batches: Iterator[Any], num: int) -> None:
-    for batch in islice(batches, num):
-        method.step(batch)
-
-
-def figures(rates: dict[str, list[float]], cfg: Config) -> list[Figure]:
-    """The rates, and ours over the better peer's in each repetition."""
     shape = f"{cfg.MODEL.backbone.num_layer} x {cfg.MODEL.backbone.hidden_size}, {cfg.MODEL.img_size} px"
     note = f"{shape}, batch {cfg.TRAIN.sample_per_device}, {cfg.GENERAL.num_worker} workers"
     rows = [median_figure(name, values, "samples/s", note) for name, values in rates.items()]
@@ -116,29 +78,36 @@ def figures(rates: dict[str, list[float]], cfg: Config) -> list[Figure]:
     return [*rows, ratio_figure("ours over the better peer", rates["our step"], better, at_least=least)]
 
 
-class OurStep:
-    """The training loop of script/stage1.py."""
+def measure(
+    methods: dict[str, tuple[Callable, Callable]], cfg: Config, repeat: int, block: int, status: Status
+) -> dict[str, list[float]]:
+    """Samples a second of each block, from the function that makes a method's batches and its step.
 
-    name = "our step"
+    A block starts its own workers and first uses up what they have prefetched.
+    """
+    prefetched = cfg.GENERAL.num_worker * cfg.GENERAL.prefetch_factor
+    rates: dict[str, list[float]] = {name: [] for name in methods}
+    for number in range(repeat):
+        for name, (make_batches, step) in methods.items():
+            status(f"{name}, repetition {number + 1} of {repeat}")
+            batches = make_batches()
+            take_steps(step, batches, prefetched + 1)
+            seconds = seconds_of(partial(take_steps, step, batches, block))
+            rates[name].append(block * cfg.TRAIN.sample_per_device / seconds)
+            del batches  # ends its workers
+    return rates
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.cfg = run, run.cfg
 
-    def batches(self) -> Iterator[list[Batch]]:
-        return self.run.micro_batches()
-
-    def step(self, batch: list[Batch]) -> None:
-        result = self.run.step(batch)
-        if self.run.is_due(self.cfg.GENERAL.log_step):
-            self.run.log(result)
+def take_steps(step: Callable, batches: Iterator[Any], num: int) -> None:
+    for batch in islice(batches, num):
+        step(batch)
 
 
 class PeerStep:
     """What the peers' steps share: torch's default AdamW, a loader of their own rows, float32."""
 
-    name: str
     peer: str  # key of PEERS
-    rows: type[Dataset]
+    rows: Callable[[HandDataset, list[int]], tuple]  # (data set, positions) -> inputs and labels
 
     def __init__(self, cfg: Config, dataset: HandDataset) -> None:
         self.cfg = cfg
@@ -149,11 +118,11 @@ class PeerStep:
         self.dataset = dataset
 
     def batches(self) -> Iterator[Any]:
-        worker = self.cfg.GENERAL.num_worker
-        ahead = self.cfg.GENERAL.prefetch_factor if worker else None
-        size = self.cfg.TRAIN.sample_per_device
+        general, size = self.cfg.GENERAL, self.cfg.TRAIN.sample_per_device
+        ahead = general.prefetch_factor if general.num_worker else None
+        rows = partial(self.rows, self.dataset)  # called in the workers
         return iter(
-            DataLoader(self.rows(self.dataset), size, num_workers=worker, prefetch_factor=ahead, collate_fn=tuple)
+            DataLoader(range(EPOCH), size, collate_fn=rows, num_workers=general.num_worker, prefetch_factor=ahead)
         )
 
     def update(self, loss: torch.Tensor) -> torch.Tensor:
@@ -165,42 +134,27 @@ class PeerStep:
         return norm
 
 
-class _Rows(Dataset):
-    """What the peers' data sets share: samples in our order, with the parameters of our augmentation."""
-
-    def __init__(self, dataset: HandDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return EPOCH
-
-    def samples(self, positions: list[int]) -> tuple[list[Sample], list[Augmentation]]:
-        """The decoded samples and their augmentations."""
-        samples = [self.dataset.read(self.dataset.plan.locate(position)) for position in positions]
-        draws = [uniforms("augment", position, num=NUM_UNIFORM) for position in positions]
-        return samples, [draw_augmentation(draw, self.dataset.augment) for draw in draws]
+def read_samples(dataset: HandDataset, positions: list[int]) -> tuple[list[Sample], list[Augmentation]]:
+    """The decoded samples at these positions of our order, with the parameters of our augmentation."""
+    samples = [dataset.read(dataset.plan.locate(position)) for position in positions]
+    draws = [uniforms("augment", position, num=NUM_UNIFORM) for position in positions]
+    return samples, [draw_augmentation(draw, dataset.augment) for draw in draws]
 
 
-class _HamerRows(_Rows):
-    """The patch, normalised to float32 in the worker, with its labels."""
-
-    mean = np.array([123.675, 116.28, 103.53], np.float32)[:, None, None]
-    std = np.array([58.395, 57.12, 57.375], np.float32)[:, None, None]
-
-    def __getitems__(self, positions: list[int]) -> tuple[torch.Tensor, Batch]:
-        batch = crop_samples(*self.samples(positions), self.dataset.img_size, self.dataset.expansion_ratio)
-        patches = [self._normalised(patch, position) for patch, position in zip(batch.patch, positions)]
-        return torch.from_numpy(np.stack(patches)), batch.map(torch.from_numpy)
-
-    def _normalised(self, patch: np.ndarray, position: int) -> np.ndarray:
+def hamer_rows(dataset: HandDataset, positions: list[int]) -> tuple[torch.Tensor, Batch]:
+    """The patches, normalised to float32 in the worker, with their labels."""
+    batch = crop_samples(*read_samples(dataset, positions), dataset.img_size, dataset.expansion_ratio)
+    patches = []
+    for patch, position in zip(batch.patch, positions):
         colour = np.random.default_rng(position).uniform(0.8, 1.2, (3, 1, 1)).astype(np.float32)
-        return (np.clip(patch.astype(np.float32) * colour, 0, 255) - self.mean) / self.std
+        patches.append((np.clip(patch.astype(np.float32) * colour, 0, 255) - MEAN) / STD)
+    return torch.from_numpy(np.stack(patches)), batch.map(torch.from_numpy)
 
 
 class HamerStep(PeerStep):
     """The step of HaMeR's training module."""
 
-    name, peer, rows = "HaMeR's step", "hamer", _HamerRows
+    peer, rows = "hamer", staticmethod(hamer_rows)
 
     def step(self, batch: tuple[torch.Tensor, Batch]) -> None:
         patch, labels = (part.to(self.device) for part in batch)
@@ -212,21 +166,19 @@ class HamerStep(PeerStep):
         float(norm), loss.item()  # error_if_nonfinite and the progress bar
 
 
-class _FrameRows(_Rows):
-    """The whole frame as uint8, with the labels and the homography to the patch."""
-
-    def __getitems__(self, positions: list[int]) -> tuple[list[torch.Tensor], Batch]:
-        samples, augmentations = self.samples(positions)
-        batch = empty_batch(len(samples), self.dataset.img_size)  # its patches are cropped on the device
-        fill_labels(batch, range(len(samples)), samples, augmentations, self.dataset.expansion_ratio)
-        frames = [torch.from_numpy(sample.image).permute(2, 0, 1).contiguous() for sample in samples]
-        return frames, batch.map(torch.from_numpy)
+def csvit_rows(dataset: HandDataset, positions: list[int]) -> tuple[list[torch.Tensor], Batch]:
+    """The whole frames as uint8, with the labels and the homographies to the patches."""
+    samples, augmentations = read_samples(dataset, positions)
+    batch = empty_batch(len(samples), dataset.img_size)  # its patches are cropped on the device
+    fill_labels(batch, range(len(samples)), samples, augmentations, dataset.expansion_ratio)
+    frames = [torch.from_numpy(sample.image).permute(2, 0, 1).contiguous() for sample in samples]
+    return frames, batch.map(torch.from_numpy)
 
 
 class CsVitStep(PeerStep):
     """The step of CS-ViT2's training script."""
 
-    name, peer, rows = "CS-ViT2's step", "csvit", _FrameRows
+    peer, rows = "csvit", staticmethod(csvit_rows)
 
     def step(self, batch: tuple[list[torch.Tensor], Batch]) -> None:
         frames, labels = batch[0], batch[1].to(self.device)

@@ -72,20 +72,17 @@ def _spans(tri: np.ndarray, low: np.ndarray, high: np.ndarray, width: int, heigh
     num = np.maximum(np.minimum(np.floor(high), height - 1).astype(np.int64) - top + 1, 0)
     owner = np.repeat(np.arange(len(tri)), num)
     row = np.arange(len(owner)) + (top - np.cumsum(num) + num).take(owner)
-    y = row.astype(np.float32)
+    y, zero, far = row.astype(np.float32), np.float32(0), np.float32(1e9)
     left = np.full(len(owner), -0.5, np.float32)
     right = np.full(len(owner), width - 0.5, np.float32)
     for i in range(3):
         a, b = tri[:, i], tri[:, (i + 1) % 3]
         rise = b[:, 1] - a[:, 1]
-        flat = np.abs(rise) < 1e-6
-        slope = (b[:, 0] - a[:, 0]) / np.where(flat, np.float32(1.0), rise)
+        slope = (b[:, 0] - a[:, 0]) / np.where(np.abs(rise) < 1e-6, np.float32(1.0), rise)
         x = a[:, 0].take(owner) + slope.take(owner) * (y - a[:, 1].take(owner))
         # along the contour of a front-facing triangle, left edges lead down the screen and right edges up
-        far = np.float32(1e9)
-        leads_down, leads_up = (rise > 0) & ~flat, (rise < 0) & ~flat
-        left = np.maximum(left, x - np.where(leads_down, 0, far).astype(np.float32).take(owner))
-        right = np.minimum(right, x + np.where(leads_up, 0, far).astype(np.float32).take(owner))
+        left = np.maximum(left, x - np.where(rise >= 1e-6, zero, far).take(owner))
+        right = np.minimum(right, x + np.where(rise <= -1e-6, zero, far).take(owner))
     first = np.maximum(np.ceil(left - 1e-3), 0).astype(np.int64)
     last = np.minimum(np.floor(right + 1e-3), width - 1).astype(np.int64)
     hit = np.flatnonzero(last >= first)

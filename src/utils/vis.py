@@ -14,11 +14,6 @@ FINGER_RGB = ((235, 80, 70), (240, 180, 40), (80, 190, 90), (60, 150, 235), (180
 SUBPIXEL_BITS = 4
 
 
-def _fixed_point(point: np.ndarray) -> tuple[int, int]:
-    x, y = np.clip(np.round(np.nan_to_num(point) * (1 << SUBPIXEL_BITS)), -(2**30), 2**30)
-    return int(x), int(y)
-
-
 def draw_skeleton(image: np.ndarray, joint: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
     """A copy of the image with the hand's bones and joints drawn over it.
 
@@ -29,36 +24,31 @@ def draw_skeleton(image: np.ndarray, joint: np.ndarray, valid: np.ndarray | None
     valid = np.ones(len(joint)) if valid is None else valid
     width = max(1, round(max(image.shape[:2]) / 110))
     draw = {"lineType": cv2.LINE_AA, "shift": SUBPIXEL_BITS}
+    point = np.clip(np.round(np.nan_to_num(joint) * (1 << SUBPIXEL_BITS)), -(2**30), 2**30).astype(int).tolist()
     for parent, child in BONES:
         if valid[parent] and valid[child]:
             colour = FINGER_RGB[(child - 1) // 4]
-            cv2.line(out, _fixed_point(joint[parent]), _fixed_point(joint[child]), colour, width, **draw)
+            cv2.line(out, point[parent], point[child], colour, width, **draw)
     for index in np.flatnonzero(valid):
         colour = FINGER_RGB[(index - 1) // 4] if index else (255, 255, 255)
-        cv2.circle(out, _fixed_point(joint[index]), (width + 1) << SUBPIXEL_BITS, colour, -1, **draw)
+        cv2.circle(out, point[index], (width + 1) << SUBPIXEL_BITS, colour, -1, **draw)
     return out
 
 
 def tile(images: list[np.ndarray], num_column: int) -> np.ndarray:
     """Images of one size on a grid, row by row; unused cells are dark."""
-    height, width = images[0].shape[:2]
-    num_row = -(-len(images) // num_column)
-    sheet = np.full((num_row * height, num_column * width, 3), 24, np.uint8)
-    for index, image in enumerate(images):
-        row, col = divmod(index, num_column)
-        sheet[row * height : (row + 1) * height, col * width : (col + 1) * width] = image
-    return sheet
+    cells = images + [np.full_like(images[0], 24)] * (-len(images) % num_column)
+    rows = [np.concatenate(cells[i : i + num_column], axis=1) for i in range(0, len(cells), num_column)]
+    return np.concatenate(rows)
 
 
-def overlay_sheet(
-    batch: Batch, prediction: Prediction, faces: np.ndarray, num_sample: int = 8, side: int = 224
-) -> np.ndarray:
-    """Patch, target, prediction and predicted mesh of a batch's first samples, one column each: [4*side, n*side, 3].
+def overlay_sheet(batch: Batch, prediction: Prediction, faces: np.ndarray) -> np.ndarray:
+    """Patch, target, prediction and predicted mesh of a batch's first n <= 8 samples, one column each:
+    [4 * 224, n * 224, 3].
 
-    faces [F, 3] are those of the hand model. Padding rows, at the end of a batch, are skipped unless there are no
-    others.
+    faces [F, 3] are those of the hand model. Padding rows, at the end of a batch, are skipped unless it has no others.
     """
-    num_sample = max(1, min(num_sample, int((batch.position >= 0).sum())))
+    num_sample, side = max(1, min(8, int((batch.position >= 0).sum()))), 224
     scale = side / batch.patch.shape[-1]
     patches = batch.patch[:num_sample].permute(0, 2, 3, 1).cpu().numpy()
     patches = [cv2.resize(patch, (side, side), interpolation=cv2.INTER_LINEAR) for patch in patches]

@@ -26,12 +26,12 @@ class PeerNet(nn.Module):
     """A network with another project's decoder and losses.
 
     A subclass defines `LOSS_WEIGHT`, `decode(batch) -> [B, D]`, `read_out(token, batch) -> Prediction` in float32, and
-    `training_loss(batch) -> scalar tensor`, whose terms are weighted by `loss_weight` (default: `LOSS_WEIGHT`).
+    `training_loss(batch) -> scalar tensor`, whose terms are weighted by `loss_weight` (at first `LOSS_WEIGHT`).
     """
 
     LOSS_WEIGHT: ClassVar[Mapping[str, float]]  # as published
 
-    def __init__(self, cfg: ModelConfig, hand: HandArrays, loss_weight: Mapping[str, float] | None = None) -> None:
+    def __init__(self, cfg: ModelConfig, hand: HandArrays) -> None:
         super().__init__()
         self.img_size = cfg.img_size
         self.backbone = Backbone(cfg.backbone, cfg.img_size)
@@ -39,7 +39,7 @@ class PeerNet(nn.Module):
         self.register_buffer("img_mean", torch.tensor(cfg.img_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("img_std", torch.tensor(cfg.img_std).view(1, 3, 1, 1), persistent=False)
         self.dropout_rate = -1.0
-        self.loss_weight = self.LOSS_WEIGHT if loss_weight is None else loss_weight
+        self.loss_weight = self.LOSS_WEIGHT
 
     parameter_groups = PoseNet.parameter_groups
     set_dropout_rate = PoseNet.set_dropout_rate

@@ -78,8 +78,8 @@ class CsVitNet(PeerNet):
 
     LOSS_WEIGHT: ClassVar[Mapping[str, float]] = {"theta": 3.0, "shape": 3.0, "trans": 0.05, "rel": 0.012, "img": 0.002}
 
-    def __init__(self, cfg: ModelConfig, hand: HandArrays, loss_weight: Mapping[str, float] | None = None) -> None:
-        super().__init__(cfg, hand, loss_weight)
+    def __init__(self, cfg: ModelConfig, hand: HandArrays) -> None:
+        super().__init__(cfg, hand)
         dim, width = cfg.handec.dim, self.backbone.hidden_size
         shape = replace(cfg.handec, num_layer=4, num_head=16, dim_head=max(dim // 16, 8), dim_mlp=4 * dim, dropout=0.0)
         self.rays = RayEmbedder(cfg, width, self.backbone.grid_size**2)

@@ -44,11 +44,6 @@ def _small_linear(dim: int, out: int) -> nn.Linear:
     return linear
 
 
-def _positive(scale: torch.Tensor) -> torch.Tensor:
-    """Softplus with lower bound LEAST_SCALE: the hand is neither behind the camera nor arbitrarily far away."""
-    return LEAST_SCALE + nn.functional.softplus(scale - LEAST_SCALE)
-
-
 class HamerNet(PeerNet):
     """Our backbone with HaMeR's head."""
 
@@ -60,8 +55,8 @@ class HamerNet(PeerNet):
         "betas": 0.0005,
     }
 
-    def __init__(self, cfg: ModelConfig, hand: HandArrays, loss_weight: Mapping[str, float] | None = None) -> None:
-        super().__init__(cfg, hand, loss_weight)
+    def __init__(self, cfg: ModelConfig, hand: HandArrays) -> None:
+        super().__init__(cfg, hand)
         dim = cfg.handec.dim
         shape = replace(cfg.handec, num_layer=6, num_head=8, dim_head=max(dim // 16, 16), dim_mlp=dim, dropout=0.0)
         self.decoder = OneTokenDecoder(shape, self.backbone.hidden_size)
@@ -79,7 +74,9 @@ class HamerNet(PeerNet):
         shape = self.to_shape(token)
         focal, side = batch.patch_focal, self.img_size
         camera = self.mean_camera + self.to_camera(token)
-        depth = 2.0 * focal.mean(1) / (side * _positive(camera[:, 0]))
+        # bounded below, so the hand is neither behind the camera nor arbitrarily far away
+        scale = LEAST_SCALE + nn.functional.softplus(camera[:, 0] - LEAST_SCALE)
+        depth = 2.0 * focal.mean(1) / (side * scale)
         # mm, in a camera that looks at the patch centre
         place = 1000.0 * torch.cat([camera[:, 1:], depth[:, None]], dim=1)
         middle = torch.full_like(focal, (side - 1) / 2)
