@@ -24,15 +24,18 @@ from src.utils.console import make_console
 
 # sub-command -> (help, module with add_arguments(parser) and run(args, status) -> list[Figure])
 SUBJECTS = {
-    "accuracy": ("our decoder and losses against HaMeR's and CS-ViT2's", "script.benchmarks.accuracy"),
+    "accuracy": (
+        "our decoder and losses against rebuilt HaMeR-style and CS-ViT2-style ones",
+        "script.benchmarks.accuracy",
+    ),
     "checkpoint": ("how long training waits for a checkpoint", "script.benchmarks.checkpoint"),
     "data": ("reading, decoding and augmenting shards", "script.benchmarks.data"),
     "gpu": ("DINOv2-large on a GPU: step, compiled step, data, profile", "script.benchmarks.gpu"),
-    "peers": ("a training step against HaMeR's and CS-ViT2's, end to end", "script.benchmarks.peer_steps"),
+    "peers": ("a training step against rebuilt HaMeR-style and CS-ViT2-style ones", "script.benchmarks.peer_steps"),
     "scale": ("how cost grows with data, workers, processes and sizes", "script.benchmarks.scale"),
     "mano": ("the hand layer, forward and backward", "script.benchmarks.mano"),
     "mediapipe": ("MediaPipe Hands on the validation hands of evaluate.py", "script.benchmarks.mediapipe_hands"),
-    "step": ("the training loop against the bare network and the machine", "script.benchmarks.step"),
+    "step": ("overhead of the training loop over the bare network, FLOP utilisation", "script.benchmarks.step"),
 }
 
 

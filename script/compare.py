@@ -1,9 +1,9 @@
 """Compare finished or running trainings: overlaid curves and a table of changes with bootstrap intervals.
 
-Name a run by its folder; a folder with runs below it, a glob, or several of them stand for all their runs, such as the
-seeds of one setting. The metrics.jsonl and config.yaml of each run are read.
+Name a run by its folder; a folder with runs below it, a glob, or several of them select all their runs (a group),
+such as the seeds of one setting. The metrics.jsonl and config.yaml of each run are read.
 
-python script/compare.py checkpoint/claim/gate --against checkpoint/claim/constant
+python script/compare.py checkpoint/schedule/gate --against checkpoint/schedule/constant
 python script/compare.py checkpoint/2026-02-01/12-00-00_stage1-dino_large --against 'checkpoint/2026-01-*/*dino_large'
 python script/compare.py RUN --also ANOTHER --against BASELINE --metric mpjpe_rel --output comparison
 python script/compare.py gate --against constant --redraw docs/figures/data/claim.json --output comparison
@@ -31,16 +31,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; exits with code 2 on a usage error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs = "RUN_OR_GLOB"
-    parser.add_argument("runs", nargs="*", metavar=runs, help="the runs of one side")
+    parser.add_argument("runs", nargs="*", metavar=runs, help="a group of runs")
     parser.add_argument("--against", nargs="+", metavar=runs, help="the baseline runs")
-    parser.add_argument("--also", nargs="+", metavar=runs, action="append", default=[], help="one more side")
+    parser.add_argument("--also", nargs="+", metavar=runs, action="append", default=[], help="a further group")
     parser.add_argument("--metric", help="in mm; default: mpjpe_cam, or the first that all runs have")
     parser.add_argument("--early", type=float, default=1 / 3, help="fraction of the run that is early; default: 1/3")
     parser.add_argument("--late", type=float, default=1 / 3, help="fraction of the run that is late; default: 1/3")
     parser.add_argument("--num_bootstrap", type=int, default=10000, help="bootstrap draws; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument(
-        "--redraw", type=Path, metavar="JSON", help="an earlier comparison.json; name its sides, or none for all"
+        "--redraw",
+        type=Path,
+        metavar="JSON",
+        help="redraw an earlier comparison.json: all of its groups, or those named",
     )
     parser.add_argument("--output", type=Path, help="a new folder; default: checkpoint/comparison/<date and time>")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Export a trained network, to one file for other programs or to a small checkpoint, and compare it with the original.
+"""Export a trained network: a file for other programs, a small checkpoint or a backbone folder, checked against it.
 
 python script/export.py checkpoint/2026-01-31/12-00-00_stage1-demo --to torch_export onnx
 python script/export.py RUN/checkpoints/best --to onnx --output exported --tolerance 0.01
@@ -36,8 +36,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint), one checkpoint, or `best`")
-    parser.add_argument("--to", choices=tuple(NEEDS), nargs="+", required=True)
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run folder (its newest checkpoint) or a checkpoint, e.g. RUN/checkpoints/best"
+    )
+    parser.add_argument("--to", choices=tuple(NEEDS), nargs="+", required=True, help="what to write")
     parser.add_argument("--output", type=Path, default=Path("exported"), help="folder; default: %(default)s")
     parser.add_argument("--name", default="posenet", help="of the files, without suffix; default: %(default)s")
     parser.add_argument(
@@ -50,7 +52,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--tolerance",
         type=float,
         metavar="MM",
-        help="largest difference in mm and px; a hundredth of it for rotations and shape; default: 0.01, fp16: 0.5",
+        help="largest difference in mm and px; a hundredth of it for rotations and shape; default: 0.01 (fp16: 0.5)",
     )
     parser.add_argument("--hand_model", help="path of MANO_RIGHT.pkl; default: the checkpoint's")
     args = parser.parse_args(argv)

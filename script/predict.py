@@ -27,7 +27,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint), one checkpoint, or `best`")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run folder (its newest checkpoint) or a checkpoint, e.g. RUN/checkpoints/best"
+    )
     parser.add_argument("photos", type=Path, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--boxes", type=Path, help="JSON list of hands; without it each image is a crop of one hand")
     parser.add_argument("--handedness", choices=("left", "right"), help="of every hand; overrides the boxes file")
@@ -93,8 +95,8 @@ def predict(args: argparse.Namespace) -> int:
     finished = [photo for photo in photos if outputs[photo].existing()]
     if finished and not (args.overwrite or args.skip_existing):
         raise ValueError(
-            f"{outputs[finished[0]].existing()[0]} exists, as do outputs of {len(finished)} of {len(photos)} images; "
-            f"choose --overwrite, --skip_existing or another --output"
+            f"outputs of {len(finished)} of {len(photos)} images already exist, e.g. "
+            f"{outputs[finished[0]].existing()[0]}; choose --overwrite, --skip_existing or another --output"
         )
     if args.skip_existing:
         photos = [photo for photo in photos if not outputs[photo].is_finished(args.write)]

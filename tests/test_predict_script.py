@@ -118,7 +118,8 @@ def test_nothing_is_overwritten(run: Path, photos: Path, tmp_path: Path, capsys:
     assert "warning: no --boxes, so the whole image is treated as the crop of one hand; " in capsys.readouterr().out
     (out / "p0.json").write_text("mine")
     assert predict(run, photos, "--output", out) == script.WRONG_ARGUMENTS
-    assert "p0.json exists, as do outputs of 1 of 3 images; choose --overwrite" in capsys.readouterr().err
+    assert "outputs of 1 of 3 images already exist, e.g. " in (message := capsys.readouterr().err)
+    assert "p0.json; choose --overwrite" in message
     assert predict(run, photos, "--output", out, "--skip_existing", "--write", "json") == script.DONE
     assert "2 hands in 2 images predicted, 0 skipped" in (said := capsys.readouterr().out)
     assert "1 image predicted earlier" in said

@@ -62,7 +62,7 @@ def sheet(
     images = [_hand(batch, prediction, index, caption) for index, caption in enumerate(captions)]
     body = tile(images, min(_NUM_COLUMN, len(images)))
     head = np.full((_TITLE, body.shape[1], 3), _PAPER, np.uint8)
-    text = f"{title}, by {label}. Each: target | prediction | side view (farther is right), target grey"
+    text = f"{title}; numbers: {label}. Each: target | prediction | side view (farther is right), target grey"
     _write(head, text, (8, 20), 0.5 if body.shape[1] > 1000 else 0.32)
     return np.concatenate([head, body])
 

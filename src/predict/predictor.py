@@ -1,8 +1,8 @@
 """Predict hands in images, in three lines of Python:
 
     from src.predict.predictor import Predictor
-    predictor = Predictor.load("RUN/checkpoints/best", device="cpu")
-    hands = predictor.predict(images, boxes, focal, princpt, is_right=[True, [False, True]])
+    predictor = Predictor.load("model/hand-mini")
+    hands = predictor.predict([image], [[412, 230, 655, 480]], is_right=True)
 
 Patches are cut as in training; predictions are rotated and mirrored back to the camera of each image.
 Shape legend: M images, N hands, V vertices, F faces, S patch side, J = 21 joints.

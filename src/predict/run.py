@@ -55,7 +55,7 @@ class Summary:
         if num_finished:
             yield f"{_count(num_finished, 'image')} predicted earlier"
         done = f"{_count(self.num_hand, 'hand')} in {_count(self.num_photo, 'image')} predicted"
-        yield f"{done}, {len(self.skipped)} skipped: {folder}"
+        yield f"{done}, {len(self.skipped)} skipped; written to {folder}"
 
 
 def _count(number: int, noun: str) -> str:

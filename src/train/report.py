@@ -66,7 +66,7 @@ def closing_table(folder: Path, seconds: float, start_step: int = 0) -> Table:
     title = f"\nDone in {seconds:.0f} s{since}. Validation at step {first['step']} and {last['step']}, mm"
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("")
-    for name in ("before", "after", "baseline", "against it"):
+    for name in ("before", "after", "baseline", "vs. baseline"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, label in ROWS:
         if key in last:
