@@ -144,7 +144,8 @@ def _fill(typed: DictConfig, flat: Mapping[str, Any]) -> Iterator[str]:
         try:
             OmegaConf.update(typed, key, value, merge=False)
         except OmegaConfBaseException as error:
-            yield f"{key}={value}: {str(error).splitlines()[0]}. Expected {_type_name(hint)}"
+            kind = hint.__name__ if type(hint) is type else str(hint).replace("None", "null")
+            yield f"{key}={value}: {str(error).splitlines()[0]}. Expected {kind}"
             continue
         value = OmegaConf.select(typed, key)
         items = value if isinstance(value, ListConfig) else [value]
@@ -168,10 +169,6 @@ def _dataclass_of(hint: Any) -> Any:
     """The dataclass in a type hint (`X` or `X | None`), else None."""
     options = getattr(hint, "__args__", (hint,))
     return next((o for o in options if is_dataclass(o)), None)
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if type(hint) is type else str(hint).replace("None", "null")
 
 
 def is_known_key(key: str) -> bool:

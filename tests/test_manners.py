@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -241,8 +242,9 @@ def test_run_name_distinguishes_runs() -> None:
     assert name_run("stage1-demo", [], 42) == "stage1-demo seed 42"
 
 
-def test_run_folder_keeps_its_name(tmp_path: Path) -> None:
-    options = {"config": {}, "server_url": None, "repo": tmp_path, "experiment": "test", "use_aim": False}
+def test_run_folder_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    options = {"config": {}, "aim": AimConfig(server_url=None, repo=str(tmp_path), experiment="test")}
     for name in ("first", "second"):
         tracker = Tracker.open(tmp_path, run_name=name, **options)
         tracker.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ class Frozen:
         return self.value
 
 
+def map_tensors(func: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """A copy of nested mappings, lists and tuples with `func` applied to every tensor."""
+    if isinstance(tree, torch.Tensor):
+        return func(tree)
+    if isinstance(tree, Mapping):
+        return {name: map_tensors(func, item) for name, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(func, item) for item in tree)
+    return copy.deepcopy(tree)
+
+
 class HostCopy:
     """Copies nested dicts and lists of tensors to host memory, into buffers that are allocated once.
 
@@ -35,27 +47,22 @@ class HostCopy:
     """
 
     def __init__(self) -> None:
-        self._buffer: dict[tuple, torch.Tensor] = {}
+        self._buffer: dict[tuple[str, int], torch.Tensor] = {}
 
-    def __call__(self, tree: Any, at: tuple = ()) -> Any:
+    def __call__(self, tree: Any, at: str) -> Any:
         """A copy of `tree`, valid until the next copy at the same place `at`."""
         buffers: dict[tuple, torch.Tensor] = {}
         sources: list[torch.Tensor] = []
 
-        def walk(value: Any, path: tuple) -> Any:
-            if isinstance(value, torch.Tensor):
-                key = (value.data_ptr(), value.shape, value.stride(), value.dtype, path if not value.numel() else ())
-                if key not in buffers:
-                    buffers[key] = self._host(path, value)
-                    sources.append(value.detach())
-                return buffers[key]
-            if isinstance(value, dict):
-                return {name: walk(item, (*path, name)) for name, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                return type(value)(walk(item, (*path, index)) for index, item in enumerate(value))
-            return copy.deepcopy(value)
+        def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
+            number = len(sources)
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, None if tensor.numel() else number)
+            if key not in buffers:
+                buffers[key] = self._host((at, number), tensor)
+                sources.append(tensor.detach())
+            return buffers[key]
 
-        result = walk(tree, at)
+        result = map_tensors(host_buffer, tree)
         num_thread = torch.get_num_threads()
         torch.set_num_threads(1)  # on busy cores each of hundreds of small copies would wait for a second thread
         if sources:
@@ -65,11 +72,11 @@ class HostCopy:
             torch.cuda.current_stream().synchronize()
         return result
 
-    def _host(self, path: tuple, tensor: torch.Tensor) -> torch.Tensor:
-        buffer = self._buffer.get(path)
+    def _host(self, place: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffer.get(place)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffer[path] = buffer
+            self._buffer[place] = buffer
         return buffer
 
 
@@ -101,7 +108,7 @@ class CheckpointWriter:
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         for name, part in parts.items():
             if part is not None and not isinstance(part, Frozen):
-                parts[name] = Frozen(self._copy(part.state_dict(), (name,)))
+                parts[name] = Frozen(self._copy(part.state_dict(), name))
         state = copy.deepcopy(state)
 
         def write() -> None:

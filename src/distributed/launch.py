@@ -21,11 +21,7 @@ _FIRST_PORT, _NUM_PORT = 20_000, 10_000  # below the ephemeral ports of Linux
 REQUEUE = "STAGE1_REQUEUE"  # set to 1 in a Slurm job that may be requeued, as script/train.sbatch does
 
 
-_PLUGINS = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
+_PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
 def check_launcher(env: Mapping[str, str]) -> None:
@@ -34,10 +30,10 @@ def check_launcher(env: Mapping[str, str]) -> None:
     Raises:
         ConfigError: naming the plugin, and what to use instead.
     """
-    for variable, name in _PLUGINS.items():
+    for variable in _PLUGINS:
         if env.get(variable, "").lower() == "true":
             raise ConfigError(
-                f"{variable}=true: {name} is not supported as a plugin of Accelerate. Launch without it and shard the "
+                f"{variable}=true: Accelerate's plugins are not supported. Launch without them and shard the "
                 f"weights with TRAIN.shard_weights=true; TRAIN.activation_checkpointing=true and a smaller "
                 f"TRAIN.sample_per_device with a larger TRAIN.grad_accum_step save memory, too (docs/CLUSTER.md)"
             )
@@ -67,13 +63,8 @@ def start_missing_processes() -> None:
     os.execv(sys.executable, [*torchrun, *sys.argv])
 
 
-def adopt_slurm_variables() -> None:
-    """Set torchrun's variables in a task that `srun` started, one of several."""
-    os.environ.update(slurm_variables(os.environ))
-
-
 def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for a task of a Slurm step.
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for one of several tasks that `srun` started.
 
     Empty outside of Slurm, for a single task, and for the processes of a torchrun that srun started once on each node.
     Only a step's own variables count: the shell of `sbatch` and `salloc` has SLURM_NTASKS, too.

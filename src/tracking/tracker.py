@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from src.config import AimConfig
 from src.utils.append_file import AppendFile
 from src.utils.files import encode_image, write_atomic
 
@@ -72,26 +73,18 @@ class Tracker:
         *,
         run_name: str,
         config: dict[str, Any],
-        server_url: str | None,
-        repo: Path | str,
-        experiment: str,
+        aim: AimConfig,
         description: str = "",
         resume: dict[str, int] | None = None,
-        use_aim: bool = True,
         start_timeout: float = 5.0,
     ) -> Tracker:
         """Open or continue the journals of `run_folder` and start the child.
 
         run_name: the name in AIM of a new run; a run folder keeps its first one.
-        server_url: `aim://host:port`, or None for the local repository in the folder `repo`.
         resume: `Tracker.state()` from the checkpoint that the run resumes from. Rows written after it are moved to
             `<journal>.discarded-<n>` and written again by the resumed run, which continues its AIM run.
         start_timeout: seconds to wait for the child's first message; training starts without it.
-
-        Raises ValueError if `server_url` is not an AIM address.
         """
-        if server_url is not None and not server_url.startswith("aim://"):
-            raise ValueError(f"AIM.server_url must look like aim://127.0.0.1:53800 or be null, not {server_url!r}")
         run_folder = Path(run_folder).resolve()
         before = read_object(run_folder / HEADER)
         run_name, cuts = before.get("run_name", run_name), before.get("cuts", [])
@@ -101,9 +94,9 @@ class Tracker:
                 cuts = [*cuts, end]
         header = {
             "run_name": run_name,
-            "experiment": experiment,
+            "experiment": aim.experiment,
             "description": description,
-            "target": server_url or str(Path(repo).resolve()),
+            "target": aim.server_url or str(Path(aim.repo).resolve()),
             "config": config,
             "cuts": cuts,
         }
@@ -112,10 +105,10 @@ class Tracker:
             for name, at in end.items():
                 _cut(run_folder / name, at)
         child = None
-        if use_aim and importlib.util.find_spec("aim") is None:
-            version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        if importlib.util.find_spec("aim") is None:
+            version = ".".join(map(str, sys.version_info[:2]))
             logger.warning("AIM is not installed (Python %s): metrics are kept in %s alone", version, METRICS)
-        elif use_aim:
+        else:
             child = _Child(run_folder)
             child.poll(start_timeout)
         return cls(run_folder, child, run_name)
@@ -177,7 +170,7 @@ class _Child:
         self._text = b""
         self.warned = False
         self._closed = False  # the child has reported that everything arrived
-        command = [sys.executable, "-m", "src.tracking.aim_child", str(run_folder), "--parent", str(os.getpid())]
+        command = [sys.executable, "-m", "src.tracking.aim_child", str(run_folder), str(os.getpid())]
         with open(run_folder / CHILD_LOG, "ab") as log:
             self._process = subprocess.Popen(
                 command,

@@ -10,6 +10,7 @@ Steps are numbered as in the log: the number of steps done, this one included. N
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class BadStep:
 
     def bad_terms(self) -> list[str]:
         """Names of the terms that are not finite."""
-        return [name for name, value in self.terms.items() if not _is_finite(value)]
+        return [name for name, value in self.terms.items() if not math.isfinite(value)]
 
     def suspects(self) -> list[dict[str, Any]]:
         """The samples whose own loss is not finite; all samples if only the gradient is not."""
@@ -63,10 +64,6 @@ class BadStep:
         if len(self.suspects()) == len(self.samples):
             return "Every sample is affected, so suspect the weights rather than the data: try a lower TRAIN.lr"
         return "Only these samples are affected: check their shards with script/check_shards.py, or exclude them"
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")  # false for nan too
 
 
 def describe_samples(
@@ -106,7 +103,7 @@ def write_report(run_folder: Path, bad: BadStep, context: dict[str, Any]) -> Non
 
 
 def _report_text(bad: BadStep, context: dict[str, Any]) -> str:
-    terms = {name: value if _is_finite(value) else str(value) for name, value in bad.terms.items()}
+    terms = {name: value if math.isfinite(value) else str(value) for name, value in bad.terms.items()}
     report = {"step": bad.step, "in_row": bad.in_row, **context, "terms": terms, "samples": bad.samples}
     return json.dumps(report, indent=1)
 

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from src.checkpoint.folder import is_released, resume_refusal
 from src.config import BackboneConfig, Config, ConfigError, named_sources
 from src.data.shards.paths import resolve_source
 from src.hand.load import STANDIN, hand_model_problem
@@ -85,6 +84,3 @@ def _resume_problems(cfg: Config) -> Iterator[str]:
                 f"or one of its checkpoints/checkpoint-<step>"
                 + (", or auto for the newest run of this config" if key == "GENERAL.resume_path" else "")
             )
-    path = cfg.GENERAL.resume_path
-    if path not in (None, AUTO) and is_released(Path(path)):
-        yield f"GENERAL.resume_path={resume_refusal(Path(path))}"

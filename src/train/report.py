@@ -15,6 +15,7 @@ from src.config import AimConfig, Config
 from src.hand.skeleton import HandArrays
 from src.model.net import PoseNet
 from src.tracking.tracker import FALLBACK, METRICS, read_rows
+from src.utils.table import Grid
 
 ROWS = (
     ("mpjpe_rel", "root-relative MPJPE"),
@@ -64,14 +65,12 @@ def closing_table(folder: Path, seconds: float, start_step: int = 0) -> Table:
     validations = [row for row in rows if row["subset"] == "val"]
     first, last = validations[0], validations[-1]
     title = f"\nDone in {seconds:.0f} s{since}. Validation at step {first['step']} and {last['step']}, mm"
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("")
-    for name in ("before", "after", "baseline", "against it"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for key, label in ROWS:
-        if key in last:
-            table.add_row(label, _mm(first.get(key)), _mm(last[key]), *_against_baseline(key, last))
-    return table
+    rows = [
+        (label, _mm(first.get(key)), _mm(last[key]), *_against_baseline(key, last))
+        for key, label in ROWS
+        if key in last
+    ]
+    return Grid(title, ("", "before", "after", "baseline", "against it"), rows).as_rich()
 
 
 def where_to_look(folder: Path, aim: AimConfig, run_name: str, is_behind: bool) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from src.batch import Batch
 from src.config import Config
@@ -93,6 +94,8 @@ class Trainer:
         self.cfg = cfg
         self.accelerator = accelerator
         self.model = model  # as Accelerate wrapped it
+        if isinstance(model, DistributedDataParallel):
+            model.broadcast_buffers = False  # they are constants
         self.net = unwrap(model)
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
