@@ -6,15 +6,13 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import Config, ConfigError, cross_problems, flatten
+from src.config import Config, ConfigError, cross_problems, flatten, schema, section_of
 
 # `${env:NAME,default}` in a configuration: as in a shell's ${NAME:-default}, an empty variable counts as unset.
 OmegaConf.register_new_resolver("env", lambda name, default=None: os.environ.get(name) or default, replace=True)
@@ -132,11 +130,10 @@ def _choose(value: str, known: Sequence[str]) -> str:
 
 def _fill(typed: DictConfig, flat: Mapping[str, Any]) -> Iterator[str]:
     """Fill the typed config with a flat one in the order of the schema; yields a line for each unusable value."""
-    for key in known_keys():
-        hint, bounds = _schema(key)
+    for key, (hint, bounds) in schema().items():
         if key not in flat:
             if OmegaConf.select(typed, key) is None and any(below.startswith(f"{key}.") for below in flat):
-                OmegaConf.update(typed, key, OmegaConf.structured(_dataclass_of(hint)))  # an optional section
+                OmegaConf.update(typed, key, OmegaConf.structured(section_of(hint)))  # an optional section
             continue
         value = flat[key]
         if isinstance(value, float) and value.is_integer() and hint in (int, int | None):
@@ -152,36 +149,9 @@ def _fill(typed: DictConfig, flat: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"{key}={value}: {p}" for item in items if item is not None and (p := _bound_problem(item, bounds)))
 
 
-@cache
-def _schema(key: str) -> tuple[Any, Mapping[str, Any]]:
-    """Type and bounds of a dotted key; None and nothing for an unknown key."""
-    hint, bounds = Config, {}
-    for part in key.split("."):
-        section = _dataclass_of(hint)
-        specs = {spec.name: spec for spec in fields(section)} if section else {}
-        if part not in specs:
-            return None, {}
-        hint, bounds = get_type_hints(section)[part], specs[part].metadata
-    return hint, bounds
-
-
-def _dataclass_of(hint: Any) -> Any:
-    """The dataclass in a type hint (`X` or `X | None`), else None."""
-    options = getattr(hint, "__args__", (hint,))
-    return next((o for o in options if is_dataclass(o)), None)
-
-
 def is_known_key(key: str) -> bool:
     """Whether the schema has this dotted key (any key below a free-form value is known)."""
-    return _schema(key)[0] is not None or key.startswith(tuple(f"{free}." for free in FREE_FORM))
-
-
-def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, sections included."""
-    for name, hint in get_type_hints(cls).items():
-        yield prefix + name
-        if section := _dataclass_of(hint):
-            yield from known_keys(section, f"{prefix}{name}.")
+    return key in schema() or key.startswith(tuple(f"{free}." for free in FREE_FORM))
 
 
 def unknown_key_message(key: str) -> str:
@@ -190,7 +160,7 @@ def unknown_key_message(key: str) -> str:
     if key.rpartition(".")[2].lower() in _OUR_KEY:
         hint = f"use {meant}" + ", in optimizer steps" * ("epoch" in key.lower())
     else:
-        near = [meant] if meant else difflib.get_close_matches(key, [*known_keys(), *GROUPS], n=1, cutoff=0.6)
+        near = [meant] if meant else difflib.get_close_matches(key, [*schema(), *GROUPS], n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else "config/stage1-base.yaml lists all keys"
     return f"{key}: there is no such key; {hint}"
 
@@ -198,7 +168,7 @@ def unknown_key_message(key: str) -> str:
 def _meant_key(key: str) -> str | None:
     """Our key for another tool's option, or for the same name in another section."""
     leaf = key.rpartition(".")[2].lower()
-    same = [known for known in known_keys() if known.rpartition(".")[2].lower() == leaf]
+    same = [known for known in schema() if known.rpartition(".")[2].lower() == leaf]
     return _OUR_KEY.get(leaf) or next(iter(difflib.get_close_matches(key, same, n=1, cutoff=0.0)), None)
 
 

@@ -9,8 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from src.compare.runs import Run, differences
-from src.config import flatten, housekeeping_keys
-from src.config_parse import known_keys
+from src.config import flatten, housekeeping_keys, schema
 from src.train.resume import _check_changes, changed_settings
 from tests.helpers import compose_config
 
@@ -31,7 +30,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_housekeeping_keys_exist() -> None:
     keys = set(housekeeping_keys())
-    assert keys < set(known_keys())
+    assert keys < set(schema())
     assert {"GENERAL.output_root", "DATA.index_dir", "AIM.repo"} < keys
     assert not keys & {"GENERAL.seed", "DATA.root", "MODEL.init_from"}, "a run from other weights or data is another"
 

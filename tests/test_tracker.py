@@ -83,7 +83,7 @@ def start(run: Path, repo: Path, server_url: str | None = None, use_aim: bool = 
     run.mkdir(exist_ok=True)
     aim, config = AimConfig(server_url=server_url, repo=str(repo), experiment="test"), {"LOSS": {"lambda": [3.0, None]}}
     with contextlib.nullcontext() if use_aim else mock.patch("importlib.util.find_spec", return_value=None):
-        return Tracker.open(run, run_name=run.name, config=config, aim=aim, **keywords)
+        return Tracker(run, run_name=run.name, config=config, aim=aim, **keywords)
 
 
 def fill(tracker: Tracker, first: int, last: int) -> None:
@@ -134,16 +134,6 @@ def test_cost_of_a_row(tmp_path: Path) -> None:
     fill(tracker, 0, 2000)
     assert (time.process_time() - begin) / 2000 < 200e-6  # 7 us on a quiet machine
     tracker.close()
-
-
-def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    tracker = Tracker.disabled()
-    tracker.log(1, "train", {"lr": 1.0})
-    tracker.image(1, "val", "overlay", np.zeros((4, 4, 3), np.uint8))
-    assert tracker.state() == {}
-    tracker.close()
-    assert not list(tmp_path.iterdir())
 
 
 def test_resume_moves_later_rows_to_a_discarded_file(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import psutil
 
 from src.config import ConfigError
 
-_NUM_PROCESSES = re.compile(r"--num[_-]processes(?:=(\d+))?$")
 _FIRST_PORT, _NUM_PORT = 20_000, 10_000  # below the ephemeral ports of Linux
 REQUEUE = "STAGE1_REQUEUE"  # set to 1 in a Slurm job that may be requeued, as script/train.sbatch does
 
@@ -41,11 +40,8 @@ def check_launcher(env: Mapping[str, str]) -> None:
 
 def requested_processes(command: list[str]) -> int:
     """N of `--num_processes N` in a launcher's command line, else 1."""
-    for index, argument in enumerate(command):
-        if match := _NUM_PROCESSES.match(argument):
-            value = match[1] or (command[index + 1] if index + 1 < len(command) else "")
-            return int(value) if value.isdigit() else 1
-    return 1
+    match = re.search(r"(?:^|\s)--num[_-]processes[= ](\d+)(?:\s|$)", " ".join(command))
+    return int(match[1]) if match else 1
 
 
 def start_missing_processes() -> None:

@@ -53,22 +53,10 @@ def name_run(config_name: str, overrides: Sequence[str], seed: int) -> str:
 
 
 class Tracker:
-    """Journals of one run and the child that feeds AIM. `Tracker.open` on rank 0, `Tracker.disabled` elsewhere."""
+    """Journals of one run and the child that feeds AIM; on rank 0 only."""
 
-    def __init__(self, run_folder: Path | None, child: _Child | None, run_name: str = "") -> None:
-        self.run_name = run_name  # in AIM
-        self._run_folder = run_folder
-        self._child = child
-        self._journal = {} if run_folder is None else {name: AppendFile(run_folder / name) for name in JOURNALS}
-
-    @classmethod
-    def disabled(cls) -> Tracker:
-        """A tracker that discards everything, for ranks other than 0."""
-        return cls(None, None)
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         run_folder: Path,
         *,
         run_name: str,
@@ -77,7 +65,7 @@ class Tracker:
         description: str = "",
         resume: dict[str, int] | None = None,
         start_timeout: float = 5.0,
-    ) -> Tracker:
+    ) -> None:
         """Open or continue the journals of `run_folder` and start the child.
 
         run_name: the name in AIM of a new run; a run folder keeps its first one.
@@ -85,15 +73,15 @@ class Tracker:
             `<journal>.discarded-<n>` and written again by the resumed run, which continues its AIM run.
         start_timeout: seconds to wait for the child's first message; training starts without it.
         """
-        run_folder = Path(run_folder).resolve()
+        self._run_folder = run_folder = run_folder.resolve()
         before = read_object(run_folder / HEADER)
-        run_name, cuts = before.get("run_name", run_name), before.get("cuts", [])
+        self.run_name, cuts = before.get("run_name", run_name), before.get("cuts", [])
         if resume is not None:
             end = {name: resume.get(name, 0) for name in JOURNALS}
             if any(file_size(run_folder / name) > at for name, at in end.items()):
                 cuts = [*cuts, end]
         header = {
-            "run_name": run_name,
+            "run_name": self.run_name,
             "experiment": aim.experiment,
             "description": description,
             "target": aim.server_url or str(Path(aim.repo).resolve()),
@@ -104,19 +92,17 @@ class Tracker:
         if resume is not None:  # after the header: after a crash in between, the next resume cuts
             for name, at in end.items():
                 _cut(run_folder / name, at)
-        child = None
+        self._child = None
         if importlib.util.find_spec("aim") is None:
             version = ".".join(map(str, sys.version_info[:2]))
             logger.warning("AIM is not installed (Python %s): metrics are kept in %s alone", version, METRICS)
         else:
-            child = _Child(run_folder)
-            child.poll(start_timeout)
-        return cls(run_folder, child, run_name)
+            self._child = _Child(run_folder)
+            self._child.poll(start_timeout)
+        self._journal = {name: AppendFile(run_folder / name) for name in JOURNALS}
 
     def log(self, step: int, subset: str, metrics: dict[str, float]) -> None:
         """Append one row (about 7 us). `subset` is one of those above; values are Python or numpy numbers."""
-        if self._run_folder is None:
-            return
         row: dict[str, Any] = {"step": step, "subset": subset}
         for name, value in metrics.items():
             value = float(value)
@@ -125,8 +111,6 @@ class Tracker:
 
     def image(self, step: int, subset: str, name: str, image: np.ndarray) -> None:
         """Write `image` [H, W, 3] uint8 RGB as a JPEG to `images/` and append its row."""
-        if self._run_folder is None:
-            return
         file = Path("images") / f"{subset}_{name}_{step:07d}.jpg"
         encoded = encode_image(image, jpeg_quality=90)
         try:
@@ -152,7 +136,7 @@ class Tracker:
         """Wait up to `timeout` seconds for the child to send the rest to AIM, then end it. Safe to call twice."""
         for journal in self._journal.values():
             journal.close()
-        child, self._child, self._run_folder = self._child, None, None
+        child, self._child = self._child, None
         if child is not None:
             child.close(timeout)
 

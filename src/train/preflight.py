@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from src.config import BackboneConfig, Config, ConfigError, named_sources
+from src.config import Config, ConfigError, named_sources
 from src.data.shards.paths import resolve_source
 from src.hand.load import STANDIN, hand_model_problem
 
@@ -30,31 +30,23 @@ def check_files(cfg: Config) -> None:
 
 def _backbone_problems(cfg: Config) -> Iterator[str]:
     backbone = cfg.MODEL.backbone
-    patch_size = backbone.patch_size
-    problem = None if backbone.random_init else _missing_weights(backbone)
-    if problem:
-        yield problem
+    folder, patch_size = Path(backbone.backbone_str), backbone.patch_size
+    has_weights = (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHT_FILES)
+    if has_weights and not backbone.random_init:
+        patch_size = json.loads((folder / "config.json").read_text())["patch_size"]
     elif not backbone.random_init:
-        patch_size = json.loads((Path(backbone.backbone_str) / "config.json").read_text())["patch_size"]
+        what = "there are no weights in this folder" if folder.is_dir() else "there is no such folder"
+        yield (
+            f"MODEL.backbone.backbone_str={backbone.backbone_str}: {what}. Fetch them with\n"
+            f"    hf download facebook/{folder.name} --local-dir {backbone.backbone_str}\n"
+            f"or start from random weights with MODEL.backbone.random_init=true"
+        )
     if cfg.MODEL.img_size % patch_size:
         nearest = max(1, round(cfg.MODEL.img_size / patch_size)) * patch_size
         yield (
             f"MODEL.img_size={cfg.MODEL.img_size}: the backbone cuts patches of {patch_size} px, so the side must be "
             f"a multiple of {patch_size}; try MODEL.img_size={nearest}"
         )
-
-
-def _missing_weights(backbone: BackboneConfig) -> str | None:
-    folder = Path(backbone.backbone_str)
-    has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
-    if has_weights and (folder / "config.json").is_file():
-        return None
-    what = "there are no weights in this folder" if folder.is_dir() else "there is no such folder"
-    return (
-        f"MODEL.backbone.backbone_str={backbone.backbone_str}: {what}. Fetch them with\n"
-        f"    hf download facebook/{folder.name} --local-dir {backbone.backbone_str}\n"
-        f"or start from random weights with MODEL.backbone.random_init=true"
-    )
 
 
 def _hand_model_problems(cfg: Config) -> Iterator[str]:

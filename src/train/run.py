@@ -77,7 +77,15 @@ class Run:
         self.train_loader, self.val_loader, self.train_eval_loader = self._build_loaders(hand.name)
         self.mean_hand = mean_hand(self.train_loader.dataset, hand)
         self.folder = self._claim_folder(config_name, checkpoint if in_place else None)
-        self.tracker = self._open_tracker(in_place, name_run(config_name, overrides, cfg.GENERAL.seed))
+        if self.is_main:
+            self.tracker = Tracker(
+                self.folder,
+                run_name=name_run(config_name, overrides, cfg.GENERAL.seed),
+                config=asdict(cfg),
+                aim=cfg.AIM,
+                description=cfg.GENERAL.description,
+                resume=self.state.tracker if in_place else None,
+            )
         self.watch = StepWatch(self.folder, self.trainer, self.train_loader.dataset, self.state)
         self.start_time, self.start_step = time.perf_counter(), self.state.step
         self.checkpoint_step = self.state.step  # of the newest checkpoint, even if still being written, or the start
@@ -161,15 +169,16 @@ class Run:
         before = Counter(health.read)
         metrics, sheet = self._evaluate(self.val_loader, "validation", mean_hand=self.mean_hand)
         bad = corruption_row(health, health.read - before)
+        train_eval = None
         if self.train_eval_loader is not None:
             train_eval, _ = self._evaluate(self.train_eval_loader, "training sample", draw=False)
-            self.tracker.log(self.state.step, "train_eval", train_eval)
             exchange(self.train_eval_loader.health, Counter())
-        self.tracker.log(self.state.step, "val", metrics | bad)
-        if sheet is not None:
-            self.tracker.image(self.state.step, "val", "overlay", sheet)
         value = key_metric(metrics)
         if self.is_main:
+            if train_eval is not None:
+                self.tracker.log(self.state.step, "train_eval", train_eval)
+            self.tracker.log(self.state.step, "val", metrics | bad)
+            self.tracker.image(self.state.step, "val", "overlay", sheet)
             logger.info(f"validation at step {self.state.step}: {describe(metrics)}")
         if self.state.step == 0:
             return False  # no checkpoint is saved at step 0
@@ -239,7 +248,8 @@ class Run:
             self.writer.join()
         except CheckpointError as error:
             logger.error(str(error))
-        self.tracker.close(timeout)
+        if self.is_main:
+            self.tracker.close(timeout)
         if wait_for_peers:
             shut_down(self.accelerator)
 
@@ -292,15 +302,6 @@ class Run:
             add_log_file(folder / "log.txt")
             logger.info(f"run folder: {folder}")
         return folder
-
-    def _open_tracker(self, is_resumed: bool, run_name: str) -> Tracker:
-        if not self.is_main:
-            return Tracker.disabled()
-        resume, text = self.state.tracker if is_resumed else None, self.cfg.GENERAL.description
-        config = asdict(self.cfg)
-        return Tracker.open(
-            self.folder, run_name=run_name, config=config, aim=self.cfg.AIM, description=text, resume=resume
-        )
 
     # ---- validation -------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -107,18 +107,15 @@ class StepWatch:
         if self.accelerator.is_main_process:
             logger.warning(f"step {bad.step} skipped, {in_row} in a row (limit {limit}): {bad}")
             write_report(self.run_folder, bad, context)
-        if in_row >= limit:
-            self._save_and_raise(bad, context, micro_batches)
-
-    def _save_and_raise(self, bad: BadStep, context: dict[str, Any], micro_batches: list[Batch]) -> NoReturn:
+        if in_row < limit:
+            return
         folder, net = self.run_folder / f"bad_batch-{bad.step}", self.trainer.net
-        save_batch(folder, self.accelerator.process_index, micro_batches)
+        save_batch(folder, rank, micro_batches)
         weights = gather(net, keep=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
         if weights is not None:
             save_step(folder, bad, context, weights, network_texts(self.cfg, net))
         raise NumbersError(
-            f"{bad.in_row} steps in a row were skipped (TRAIN.max_skipped_step={self.cfg.TRAIN.max_skipped_step}), "
-            f"the last one, {bad.step}, with {bad}\n{bad.advice()}\n"
-            f"Replay it with: python script/replay_batch.py {folder}"
+            f"{in_row} steps in a row were skipped (TRAIN.max_skipped_step={limit}), the last one, {step}, with {bad}\n"
+            f"{bad.advice()}\nReplay it with: python script/replay_batch.py {folder}"
         )

@@ -54,7 +54,9 @@ def evaluate(
         parts.append(Samples.of_batch(batch, _sample_metrics(net, prediction, batch, mean_hand)))
     net.train(was_training)
     samples = Samples.join(gather_object(parts))
-    return _with_total(samples.means(), loss) | _by_source(samples), sheet
+    metrics, weights = samples.means(), loss_weights(loss).double().tolist()
+    total = sum(weight * metrics.get(name, 0.0) for name, weight in zip(LOSS_TERMS, weights, strict=True))
+    return metrics | {"loss_total": total} | _by_source(samples), sheet
 
 
 def _sample_metrics(
@@ -111,13 +113,6 @@ def describe(metrics: dict[str, float]) -> str:
         name, _, source = key.partition("/")
         lines.setdefault(source, []).append(f"{name}={value:.2f}")
     return "\n".join(f"  {source}: {' '.join(parts)}" if source else " ".join(parts) for source, parts in lines.items())
-
-
-def _with_total(metrics: dict[str, float], loss: LossConfig) -> dict[str, float]:
-    """Add `loss_total`, weighted as in training."""
-    weights = loss_weights(loss).double().tolist()
-    total = sum(weight * metrics.get(name, 0.0) for name, weight in zip(LOSS_TERMS, weights, strict=True))
-    return metrics | {"loss_total": total}
 
 
 def key_metric(metrics: dict[str, float]) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from src.utils.append_file import AppendFile
 from src.utils.text import printable
@@ -83,14 +83,7 @@ def add_log_file(path: Path) -> None:
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A rich progress display; disabled outside of the main process or without a terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not (is_main_process() and console.is_terminal)) as progress:
         yield progress
 
