@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ OTHER_NAMES = {
 }
 _OUR_KEY = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
 _OVERRIDE = re.compile(r"^(?:~|\+{0,2}(?=.*=))(?!hydra[./])([A-Za-z_][\w.]*)(?:@[\w.]+)?(?:=([\w.,-]*$)?|$)")
-_CONFIG_NAME = ("--config-name", "-cn")
 
 
 def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
@@ -65,21 +65,12 @@ def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
 
 
 def check_command_line(arguments: list[str]) -> None:
-    """Check the arguments of script/stage1.py before Hydra does: overrides, configuration name, options.
+    """Refuse unknown overrides (KEY=VALUE), configuration names and options, and suggest the nearest.
 
     Raises:
         ConfigError: one line per problem.
     """
     _raise_if_any([*_override_problems(arguments), *_option_problems(arguments)])
-
-
-def check_overrides(arguments: list[str]) -> None:
-    """Refuse overrides (KEY=VALUE) of unknown keys and unknown files of a config group, and suggest the nearest.
-
-    Raises:
-        ConfigError: one line per problem.
-    """
-    _raise_if_any(_override_problems(arguments))
 
 
 def _has_own_files(arguments: list[str]) -> bool:
@@ -108,19 +99,15 @@ def _override_problems(arguments: list[str]) -> Iterator[str]:
 
 def _option_problems(arguments: list[str]) -> Iterator[str]:
     """Problems of options: an unknown configuration name, or another tool's option."""
-    for number, argument in enumerate(arguments):
+    known = sorted({path.stem for path in CONFIG_DIR.glob("stage1-*.yaml")} - {"stage1-base"})
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         option, has_value, value = argument.partition("=")
-        if option in _CONFIG_NAME:
-            yield from _config_name_problems(value if has_value else "".join(arguments[number + 1 :][:1]), arguments)
+        if option in ("--config-name", "-cn"):
+            name = value if has_value else following
+            if not _has_own_files(arguments) and not (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
+                yield f"--config-name={name}: there is no config/{name}.yaml; {_choose(name, known)}"
         elif option.startswith("-") and (key := _meant_key(option.lstrip("-").replace("-", "_"))):
             yield f"{option}: there is no such option; use {key}=..."
-
-
-def _config_name_problems(name: str, arguments: list[str]) -> Iterator[str]:
-    if _has_own_files(arguments) or (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
-        return
-    known = sorted({path.stem for path in CONFIG_DIR.glob("stage1-*.yaml")} - {"stage1-base"})
-    yield f"--config-name={name}: there is no config/{name}.yaml; {_choose(name, known)}"
 
 
 def _choose(value: str, known: Sequence[str]) -> str:

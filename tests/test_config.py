@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from src.config import ConfigError, named_sources, schema
-from src.config_parse import check_overrides
+from src.config_parse import check_command_line
 from tests.helpers import ROOT, compose_config
 
 
@@ -98,12 +98,12 @@ def test_all_errors_at_once() -> None:
 
 
 def test_check_overrides() -> None:
-    check_overrides(
+    check_command_line(
         ["GENERAL.seed=1", "data=demo", "+hydra.job.name=x", "hydra/launcher=basic", "~DATA.train.source", "-m"]
     )
-    check_overrides(["+DATA.train.source={a: {source: [x], weight: 2}}", "--config-name=stage1-demo"])
+    check_command_line(["+DATA.train.source={a: {source: [x], weight: 2}}", "--config-name=stage1-demo"])
     with pytest.raises(ConfigError, match=r"MODEL\.handec\.droput.*MODEL\.handec\.dropout"):
-        check_overrides(["MODEL.handec.droput=0.1"])
+        check_command_line(["MODEL.handec.droput=0.1"])
 
 
 def test_named_sources() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from script import bench, make_shards
 from src.config import schema
-from src.config_parse import check_overrides, is_known_key
+from src.config_parse import check_command_line, is_known_key
 from src.loss import LOSS_TERMS
 from src.train.step import log_line
 from tests.helpers import ROOT, compose_config
@@ -107,7 +107,7 @@ def test_training_commands_compose(path: Path) -> None:
         is_sweep = "-m" in arguments
         name, *overrides = [re.sub(r"\$\w+", "checkpoint/run", word) for word in arguments if word != "-m"]
         assert name.startswith("--config-name="), words
-        check_overrides(overrides)
+        check_command_line(overrides)
         for point in points(overrides) if is_sweep else [overrides]:
             compose_once(name.removeprefix("--config-name="), *point)
 

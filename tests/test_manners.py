@@ -13,7 +13,7 @@ import pytest
 from script.check_shards import find_shards
 from script.check_shards import parse_arguments as parse_check_arguments
 from src.config import AimConfig, ConfigError, flatten, schema
-from src.config_parse import OTHER_NAMES, check_command_line, check_overrides, is_known_key
+from src.config_parse import OTHER_NAMES, check_command_line, is_known_key
 from src.tracking.tracker import Tracker, name_run
 from src.train.report import where_to_look
 from src.utils.environment import PYPROJECT, environment_problems
@@ -148,7 +148,7 @@ def test_all_unknown_names_at_once() -> None:
 
 
 def test_overrides_that_hydra_knows() -> None:
-    check_overrides(["hydra.sweep.dir=x", "hydra/launcher=basic", "~DATA.train.source", "+launch=slurm"])
+    check_command_line(["hydra.sweep.dir=x", "hydra/launcher=basic", "~DATA.train.source", "+launch=slurm"])
 
 
 # ---- values

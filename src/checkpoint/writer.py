@@ -7,8 +7,8 @@ the next call of `poll`, `save` or `join`.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,8 @@ class CheckpointWriter:
     def __init__(self, saved_step: int | None = None) -> None:
         self.saved_step = saved_step  # step of the newest checkpoint that is known to be complete
         self._copy = HostCopy()
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def save(
         self,
@@ -112,25 +112,18 @@ class CheckpointWriter:
         state = copy.deepcopy(state)
 
         def write() -> None:
-            try:
-                save_checkpoint(run_folder, state=state, **parts, **options)
-                self.saved_step = state.step
-            except Exception as error:
-                self._error = error
+            save_checkpoint(run_folder, state=state, **parts, **options)
+            self.saved_step = state.step
 
-        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._writing = self._thread.submit(write)
 
     def poll(self) -> None:
         """Raise CheckpointError if a checkpoint could not be written; returns at once."""
-        if self._error is not None:
+        if self._writing is not None and self._writing.done():
             self.join()
 
     def join(self) -> None:
         """Wait until nothing is being written. Raises CheckpointError if the checkpoint could not be written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()

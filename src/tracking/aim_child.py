@@ -42,8 +42,7 @@ from src.utils.files import try_lock, write_atomic
 
 PROBE_TIMEOUT = 3.0  # s for a server's first answer
 SERVER_STALL = 20.0  # s without progress after which a server counts as failed
-LOCAL_STALL = 120.0  # s, the same for a local repository (slow network disks)
-PATIENT_STALL = 120.0  # s, the same for sync_aim.py
+PATIENT_STALL = 120.0  # s, the same for a local repository (slow network disks) and for sync_aim.py
 DRAIN_LIMIT = 55.0  # s to send the remaining rows after the trainer has ended; it waits 60 s
 POLL = 0.25  # s between two reads of the journals
 
@@ -279,7 +278,7 @@ def follow(run_folder: Path, parent: int, report: Callable[..., None]) -> bool:
     ending = threading.Event()
     for target in targets:
         feeder = Feeder(run_folder, target, ending, report)
-        reason = watch(feeder, ending, has_ended, SERVER_STALL if feeder.is_remote else LOCAL_STALL)
+        reason = watch(feeder, ending, has_ended, SERVER_STALL if feeder.is_remote else PATIENT_STALL)
         if reason is None:
             report(event="closed")
             return True

@@ -65,46 +65,32 @@ def closing_table(folder: Path, seconds: float, start_step: int = 0) -> Table:
     validations = [row for row in rows if row["subset"] == "val"]
     first, last = validations[0], validations[-1]
     title = f"\nDone in {seconds:.0f} s{since}. Validation at step {first['step']} and {last['step']}, mm"
-    rows = [
-        (label, _mm(first.get(key)), _mm(last[key]), *_against_baseline(key, last))
-        for key, label in ROWS
-        if key in last
-    ]
+    rows = []
+    for key, label in ROWS:
+        if key in last:
+            baseline = last.get(f"{key}_mean_hand")
+            against = f"{100 * (float(last[key]) / float(baseline) - 1):+.0f} %" if baseline else ""
+            values = ("" if value is None else f"{float(value):.1f}" for value in (first.get(key), last[key], baseline))
+            rows.append((label, *values, against))
     return Grid(title, ("", "before", "after", "baseline", "against it"), rows).as_rich()
 
 
 def where_to_look(folder: Path, aim: AimConfig, run_name: str, is_behind: bool) -> str:
     """The run folder, the command that opens its curves, and its name in AIM. `is_behind`: `Tracker.is_behind`."""
-    curves = _curves_elsewhere(folder, aim) if is_behind else _curves(aim)
-    if importlib.util.find_spec("aim") is not None:
+    has_aim = importlib.util.find_spec("aim") is not None
+    page = ".venv/bin/aim up --repo {} --host 127.0.0.1   then open http://127.0.0.1:43800"
+    if is_behind:
+        sync = f"python script/sync_aim.py {shlex.quote(str(folder))}"
+        until = f"see {METRICS} in the run folder"
+        if aim.server_url is not None:
+            until = page.format(shlex.quote(str(folder / FALLBACK)))
+        target = aim.server_url or aim.repo
+        curves = f"incomplete at {target}; upload the rest with: {sync}\n            until then {until}"
+    elif not has_aim:
+        reason = " and has no wheel for this Python" if sys.version_info >= (3, 13) else ""
+        curves = f"{METRICS} in the run folder (AIM is not installed{reason})"
+    else:
+        curves = f"the page of the AIM server {aim.server_url}" if aim.server_url else page.format(aim.repo)
+    if has_aim:
         curves += f"\nin AIM      experiment {aim.experiment}, run {run_name}"
     return f"run folder  {folder}\ncurves      {curves}"
-
-
-def _mm(value: float | None) -> str:
-    return "" if value is None else f"{float(value):.1f}"
-
-
-def _against_baseline(key: str, last: dict) -> tuple[str, str]:
-    """The baseline's value and the last validation's distance from it; empty if the data does not give a baseline."""
-    baseline = last.get(f"{key}_mean_hand")
-    return (_mm(baseline), f"{100 * (last[key] / baseline - 1):+.0f} %") if baseline else ("", "")
-
-
-def _curves(aim: AimConfig) -> str:
-    if importlib.util.find_spec("aim") is None:
-        reason = " and has no wheel for this Python" if sys.version_info >= (3, 13) else ""
-        return f"{METRICS} in the run folder (AIM is not installed{reason})"
-    if aim.server_url is not None:
-        return f"the page of the AIM server {aim.server_url}"
-    return f".venv/bin/aim up --repo {aim.repo} --host 127.0.0.1   then open http://127.0.0.1:43800"
-
-
-def _curves_elsewhere(folder: Path, aim: AimConfig) -> str:
-    """Where the metrics are after AIM has failed, and the command that uploads them."""
-    target = aim.server_url or aim.repo
-    sync = f"incomplete at {target}; upload the rest with: python script/sync_aim.py {shlex.quote(str(folder))}"
-    if aim.server_url is None:
-        return f"{sync}\n            until then see {METRICS} in the run folder"
-    look = f".venv/bin/aim up --repo {shlex.quote(str(folder / FALLBACK))} --host 127.0.0.1"
-    return f"{sync}\n            until then {look}   then open http://127.0.0.1:43800"

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from src.checkpoint.folder import CONFIG, find_checkpoint
 from src.checkpoint.save import find_newest, is_newest, read_state
 from src.config import Config, flatten, housekeeping_keys
+from src.config_parse import FREE_FORM
 from src.train.preflight import AUTO
 from src.utils.console import logger
 
@@ -24,7 +25,6 @@ SHAPE_KEYS = (
 )
 # The training data: `auto` refuses a run with other values.
 DATA_KEYS = ("DATA.root", "DATA.stride", "DATA.train.source")
-SOURCE_KEYS = ("DATA.train.source", "DATA.val.source")  # compared as a whole
 
 
 class RunComplete(Exception):
@@ -77,8 +77,8 @@ def changed_settings(checkpoint: Path, cfg: Config) -> dict[str, str]:
     """Dotted key -> both values in words, for each setting of training that differs from the checkpoint's."""
     if not (checkpoint / CONFIG).is_file():
         return {}  # an early version wrote checkpoints without their configuration
-    saved = flatten(OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG)), whole=SOURCE_KEYS)
-    now = flatten(asdict(cfg), whole=SOURCE_KEYS)
+    saved = flatten(OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG)), whole=FREE_FORM)
+    now = flatten(asdict(cfg), whole=FREE_FORM)
     ignored = {*housekeeping_keys(), "MODEL.init_from"}  # only a new run reads init_from
     return {
         key: f"{key}={now[key]} in this command, {saved[key]} in the checkpoint"

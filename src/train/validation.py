@@ -39,8 +39,8 @@ def evaluate(
         draw: make an overlay sheet of the first batch.
 
     Returns:
-        The metrics in mm and the loss terms, equal on every process; absent without labels. With several data sets also
-        `<metric>/<data set>`. And the overlay sheet [H, W, 3] uint8, on the main process alone.
+        The metrics in mm and the loss terms that the data has labels for, equal on every process, with several data
+        sets also as `<metric>/<data set>`; and on the main process the overlay sheet [H, W, 3] uint8.
     """
     was_training = net.training
     net.eval()
