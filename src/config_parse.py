@@ -47,11 +47,7 @@ _OVERRIDE = re.compile(r"^(?:~|\+{0,2}(?=.*=))(?!hydra[./])([A-Za-z_][\w.]*)(?:@
 
 
 def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
-    """Type and check a composed configuration.
-
-    Raises:
-        ConfigError: one line for each wrong key, with its value and the fix.
-    """
+    """Type and check a composed configuration. Raises ConfigError: a line for each wrong key, its value and the fix."""
     plain = OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else dict(composed)
     flat = flatten(plain, whole=FREE_FORM)
     _raise_if_any(unknown_key_message(key) for key in flat if not is_known_key(key))
@@ -65,11 +61,7 @@ def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
 
 
 def check_command_line(arguments: list[str]) -> None:
-    """Refuse unknown overrides (KEY=VALUE), configuration names and options, and suggest the nearest.
-
-    Raises:
-        ConfigError: one line per problem.
-    """
+    """Raises ConfigError for unknown overrides (KEY=VALUE), configuration names and options: a line for each."""
     _raise_if_any([*_override_problems(arguments), *_option_problems(arguments)])
 
 

@@ -15,7 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 from src.batch import Batch, Sample
 from src.checkpoint.folder import write_manifest
 from src.checkpoint.network import LoadedNetwork, load_network
-from src.checkpoint.run_folder import write_config
+from src.checkpoint.run_folder import config_yaml
 from src.checkpoint.save import TrainState, network_texts, save_checkpoint
 from src.config import Config
 from src.data.augment import identity_augmentation
@@ -33,7 +33,7 @@ def make_run(folder: Path, *overrides: str, step: int = 7, is_best: bool = False
     torch.manual_seed(step)
     net = PoseNet(cfg.MODEL, build_standin_hand())
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(cfg, folder / "config.yaml")
+    (folder / "config.yaml").write_text(config_yaml(cfg))
     save(folder, cfg, net, step, is_best)
     return net.eval()
 

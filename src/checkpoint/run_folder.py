@@ -14,12 +14,7 @@ from typing import IO
 from omegaconf import OmegaConf
 
 from src.config import Config
-from src.utils.files import make_new_folder, try_lock, write_atomic
-
-
-def write_config(cfg: Config, path: Path) -> None:
-    """Write the resolved configuration."""
-    write_atomic(path, config_yaml(cfg))
+from src.utils.files import make_new_folder, try_lock
 
 
 def config_yaml(cfg: Config) -> str:

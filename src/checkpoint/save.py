@@ -36,7 +36,6 @@ from src.checkpoint.folder import (
     fsync,
     read_state_file,
     swap_in,
-    verify,
     write_manifest,
 )
 from src.checkpoint.network import load_weights
@@ -140,14 +139,11 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     scaler: Any = None,
-    verified: bool = False,
 ) -> TrainState:
-    """Verify the checkpoint folder `path` (unless `find_checkpoint` just has) and fill model, optimizer and scaler.
+    """Fill model, optimizer and scaler from a checkpoint that `find_checkpoint` has verified.
 
-    Raises ValueError naming the file that is corrupt, or the tensors of model or optimizer that do not fit.
+    Raises ValueError naming the tensors of model or optimizer that do not fit.
     """
-    if not verified:
-        verify(path)
     state = read_state(path)
     try:
         load_weights(model, path)

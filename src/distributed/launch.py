@@ -24,11 +24,7 @@ _PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_M
 
 
 def check_launcher(env: Mapping[str, str]) -> None:
-    """Refuse the sharding plugins of `accelerate launch`: a checkpoint would contain one process's shard only.
-
-    Raises:
-        ConfigError: naming the plugin, and what to use instead.
-    """
+    """Raises ConfigError for the sharding plugins of Accelerate: a checkpoint would hold one process's shard only."""
     for variable in _PLUGINS:
         if env.get(variable, "").lower() == "true":
             raise ConfigError(

@@ -168,11 +168,8 @@ class Feeder(threading.Thread):
         return {METRICS: metrics_end, IMAGES: images_end}
 
     def _wait_for_arrival(self, run: Any) -> None:
-        """Wait until the server has confirmed every point; each confirmation counts as progress.
-
-        AIM has no public API for this.
-        """
-        queue = run.repo._client.get_queue()._queue
+        """Wait until the server has confirmed every point; each confirmation counts as progress."""
+        queue = run.repo._client.get_queue()._queue  # AIM has no public API for this
         left = queue.unfinished_tasks
         while left:
             time.sleep(0.01)

@@ -44,20 +44,16 @@ class BadStep:
     terms: dict[str, float]  # loss terms, their weighted sum and the gradient's norm
     samples: list[dict[str, Any]]  # rank, source, shard, key, position, and the terms that are not finite
 
-    def bad_terms(self) -> list[str]:
-        """Names of the terms that are not finite."""
-        return [name for name, value in self.terms.items() if not math.isfinite(value)]
-
     def suspects(self) -> list[dict[str, Any]]:
         """The samples whose own loss is not finite; all samples if only the gradient is not."""
         return [sample for sample in self.samples if sample["terms"]] or self.samples
 
     def __str__(self) -> str:
-        suspects = self.suspects()
+        suspects, terms = self.suspects(), [name for name, value in self.terms.items() if not math.isfinite(value)]
         names = [f"{'/'.join(Path(each['shard']).parts[-2:])}:{each['key']}" for each in suspects]
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         which = "every sample" if len(suspects) == len(self.samples) else "samples"
-        return f"not finite: {', '.join(self.bad_terms())}; {which}: {', '.join(names[:MAX_NAMED])}{more}"
+        return f"not finite: {', '.join(terms)}; {which}: {', '.join(names[:MAX_NAMED])}{more}"
 
     def advice(self) -> str:
         """Where to look for the cause."""

@@ -18,11 +18,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mo
 
 
 def check_files(cfg: Config) -> None:
-    """Refuse a run whose inputs are missing.
-
-    Raises:
-        ConfigError: for each problem the key, its value and the fix.
-    """
+    """Raises ConfigError if inputs of the run are missing: for each problem the key, its value and the fix."""
     problems = [*_backbone_problems(cfg), *_hand_model_problems(cfg), *_source_problems(cfg), *_resume_problems(cfg)]
     if problems:
         raise ConfigError("\n".join(problems))

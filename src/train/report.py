@@ -26,19 +26,15 @@ ROWS = (
 )
 
 
-def describe_hand(hand: HandArrays) -> str:
-    """One line on the hand model."""
-    kind = "the hand that ships, not MANO" if hand.name == "standin" else "MANO"
-    return f"hand model: {hand.name} ({kind}), {len(hand.v_template)} vertices, {len(hand.faces)} faces"
-
-
-def describe_network(net: PoseNet, accelerator: Accelerator) -> str:
-    """One line on the network's size, the devices and the precision."""
+def describe_network(net: PoseNet, hand: HandArrays, accelerator: Accelerator) -> str:
+    """A line on the hand model, and one on the network's size, the devices and the precision."""
 
     def millions(module: nn.Module) -> str:
         return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
 
+    kind = "the hand that ships, not MANO" if hand.name == "standin" else "MANO"
     return (
+        f"hand model: {hand.name} ({kind}), {len(hand.v_template)} vertices, {len(hand.faces)} faces\n"
         f"network: backbone {millions(net.backbone)}, decoder {millions(net.decoder)} parameters; "
         f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
     )

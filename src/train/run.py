@@ -22,7 +22,7 @@ from rich.progress import Progress
 from src.batch import Batch
 from src.checkpoint.folder import CONFIG
 from src.checkpoint.network import init_from
-from src.checkpoint.run_folder import create_run_folder, lock_run_folder, write_config
+from src.checkpoint.run_folder import config_yaml, create_run_folder, lock_run_folder
 from src.checkpoint.save import CheckpointError, TrainState, load_checkpoint, network_texts
 from src.checkpoint.writer import CheckpointWriter
 from src.config import Config
@@ -37,13 +37,14 @@ from src.model.net import PoseNet
 from src.tracking.tracker import Tracker, name_run
 from src.train import sharding
 from src.train.optimizer import build_optimizer
-from src.train.report import closing_table, describe_dropout, describe_hand, describe_network, where_to_look
+from src.train.report import closing_table, describe_dropout, describe_network, where_to_look
 from src.train.resume import find_origin
 from src.train.shared_health import corruption_row, exchange
 from src.train.step import StepResult, Trainer, log_line, prepare_model
 from src.train.step_watch import DelayedRead, StepWatch
 from src.train.validation import describe, evaluate, key_metric
 from src.utils.console import add_log_file, console, logger, task_bar, track
+from src.utils.files import write_atomic
 from src.utils.vis import overlay_sheet
 
 
@@ -91,8 +92,7 @@ class Run:
         self.checkpoint_step = self.state.step  # of the newest checkpoint, even if still being written, or the start
         self.writer = CheckpointWriter(self.state.step if in_place else None)
         self.task = progress.add_task("training", total=cfg.GENERAL.total_step, completed=self.state.step)
-        logger.info(describe_hand(hand))
-        logger.info(describe_network(self.net, self.accelerator))
+        logger.info(describe_network(self.net, hand, self.accelerator))
         if note := describe_dropout(cfg):
             logger.info(note)
         if self.is_main and "health" in self.state.extra:  # the sum over all processes
@@ -259,7 +259,7 @@ class Run:
         """Load network, optimizer and scaler from a checkpoint, or only the network from `MODEL.init_from`."""
         if checkpoint is not None:
             scaler = self.accelerator.scaler
-            return load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler, verified=True)
+            return load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler)
         if self.cfg.MODEL.init_from is not None:
             logger.info(str(init_from(self.net, self.cfg.MODEL.init_from)))
         return TrainState(config_name=config_name)
@@ -298,7 +298,7 @@ class Run:
             folder, config = broadcast_object_list([made])[0], CONFIG
         if self.is_main:
             self._lock = lock_run_folder(folder)
-            write_config(self.cfg, folder / config)
+            write_atomic(folder / config, config_yaml(self.cfg))
             add_log_file(folder / "log.txt")
             logger.info(f"run folder: {folder}")
         return folder

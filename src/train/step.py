@@ -149,13 +149,8 @@ class Trainer:
         factor = get_lr_factor(step, general.total_step, general.warmup_step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        rate = get_progressive_dropout(
-            step,
-            general.total_step,
-            general.dropout_warmup_step,
-            self.cfg.MODEL.handec.dropout,
-            general.dropout_schedule,
-        )
+        target, schedule = self.cfg.MODEL.handec.dropout, general.dropout_schedule
+        rate = get_progressive_dropout(step, general.total_step, general.dropout_warmup_step, target, schedule)
         self.net.set_dropout_rate(rate)
         return factor, rate
 
