@@ -287,7 +287,7 @@ def cross_problems(cfg: Config) -> Iterator[str]:
     if cfg.TRAIN.shard_weights and (cfg.TRAIN.compile or cfg.TRAIN.mixed_precision == "fp16"):
         other, instead = ("compile=true", "false") if cfg.TRAIN.compile else ("mixed_precision=fp16", "bf16")
         yield (
-            f"TRAIN.shard_weights=true: does not go together with TRAIN.{other}; "
+            f"TRAIN.shard_weights=true: cannot be combined with TRAIN.{other}; "
             f"set TRAIN.{other.split('=')[0]}={instead}, or TRAIN.shard_weights=false"
         )
     if cfg.TRAIN.optimizer == "muon" and (cfg.TRAIN.shard_weights or cfg.TRAIN.mixed_precision == "fp16"):

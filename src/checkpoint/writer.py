@@ -1,6 +1,6 @@
 """Write checkpoints while training continues: copy every tensor to host memory, then write the files in a thread.
 
-Training waits for the copy alone, whose buffers are kept from one checkpoint to the next. A failed write is raised by
+Training waits only for the copy, whose buffers are reused by the next checkpoint. A failed write is raised by
 the next call of `poll`, `save` or `join`.
 """
 
@@ -43,7 +43,7 @@ def map_tensors(func: Callable[[torch.Tensor], Any], tree: Any) -> Any:
 class HostCopy:
     """Copies nested dicts and lists of tensors to host memory, into buffers that are allocated once.
 
-    Tensors that share storage share it in the copy, too.
+    Tensors that share storage share it in the copy.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class CheckpointWriter:
         state: TrainState,
         **options: Any,
     ) -> None:
-        """Copy the state of this moment and begin to write it; arguments as of `save_checkpoint`.
+        """Copy the state of this moment and begin to write it; arguments as for `save_checkpoint`.
 
         Frozen arguments are not copied again. Waits for the previous checkpoint. Raises CheckpointError if that one
         could not be written.

@@ -30,7 +30,7 @@ def check_launcher(env: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{variable}=true: Accelerate's plugins are not supported. Launch without them and shard the "
                 f"weights with TRAIN.shard_weights=true; TRAIN.activation_checkpointing=true and a smaller "
-                f"TRAIN.sample_per_device with a larger TRAIN.grad_accum_step save memory, too (docs/CLUSTER.md)"
+                f"TRAIN.sample_per_device with a larger TRAIN.grad_accum_step also save memory (docs/CLUSTER.md)"
             )
 
 
@@ -59,7 +59,7 @@ def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for one of several tasks that `srun` started.
 
     Empty outside of Slurm, for a single task, and for the processes of a torchrun that srun started once on each node.
-    Only a step's own variables count: the shell of `sbatch` and `salloc` has SLURM_NTASKS, too.
+    Only a step's own variables count: the shell of `sbatch` and `salloc` also has SLURM_NTASKS.
     """
     number = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if "WORLD_SIZE" in env or number < 2:

@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 
 from src.config import Config
 
-# gloo and the launcher notice at once when a process is gone. This timeout is for a live process that hangs, such as on
+# gloo and the launcher notice a dead process immediately. This timeout is for a live process that hangs, for example on
 # a stalled file system. No collective waits for another process's long work, see `main_process_first`.
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 PREPARATION_TIMEOUT = timedelta(days=2)  # the main process indexes shards: hours for a large set on a slow disk
@@ -43,7 +43,7 @@ def _init_group_after_restart() -> None:
 def build_accelerator(cfg: Config) -> Accelerator:
     """Processes, device and precision. `auto` is bf16 on a GPU that supports it, float32 anywhere else.
 
-    Under bf16, whatever stays float32 (hand layer, losses) is exact float32; `tf32` rounds the factors of all its
+    Under bf16, the parts in float32 (hand layer, losses) use exact float32; `tf32` rounds the factors of all its
     matrix products, the hand layer's too, to 10 bits.
     """
     precision = cfg.TRAIN.mixed_precision

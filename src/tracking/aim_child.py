@@ -228,7 +228,7 @@ def probe_server(target: str) -> None:
             urllib.request.urlopen(target.replace("aim", scheme, 1).rstrip("/") + "/status/", timeout=PROBE_TIMEOUT)
             return
         except urllib.error.HTTPError:
-            return  # an answer all the same
+            return  # it answers, whatever the status
         except OSError as error:  # URLError among them
             failure = getattr(error, "reason", error)
             if isinstance(failure, TimeoutError):

@@ -200,7 +200,7 @@ class _Child:
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         with suppress(OSError):  # the child may have ended already
-            self._process.stdin.write(b"end\n")  # closing is not enough: forked data workers have the pipe open, too
+            self._process.stdin.write(b"end\n")  # closing is not enough: forked data workers hold the pipe open
             self._process.stdin.close()
         while self.poll(max(0.0, deadline - time.monotonic())) and time.monotonic() < deadline:
             pass

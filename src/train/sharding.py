@@ -75,8 +75,8 @@ def _shard_moment(value: torch.Tensor, like: DTensor) -> torch.Tensor:
 def gather(source: nn.Module | torch.optim.Optimizer, keep: bool) -> Frozen | None:
     """The unsharded state of a network or optimizer, in host memory, for a checkpoint; None unless `keep`.
 
-    A collective: all processes call it, and each gathers one tensor at a time. Without sharded tensors it sends nothing
-    and merely copies.
+    A collective: all processes call it, and each gathers one tensor at a time. Tensors that are not sharded are copied
+    without communication.
     """
 
     def to_host(tensor: torch.Tensor) -> torch.Tensor | None:
