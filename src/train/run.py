@@ -95,8 +95,8 @@ class Run:
         logger.info(describe_network(self.net, hand, self.accelerator))
         if note := describe_dropout(cfg):
             logger.info(note)
-        if self.is_main and "health" in self.state.extra:  # the sum over all processes
-            self.train_loader.health.load_state_dict(self.state.extra["health"])
+        if self.is_main and (saved := self.state.extra.get("health")):  # the sum over all processes
+            self.train_loader.health.load_state_dict(saved)
         for name, health in (("training", self.train_loader.health), ("validation", self.val_loader.health)):
             if health.counts():
                 logger.warning(f"{name} data: {health.summary()}\n{health.table()}")
