@@ -19,11 +19,13 @@ from src.batch import Batch
 from src.checkpoint.folder import find_checkpoint
 from src.checkpoint.network import load_network
 from src.checkpoint.save import TrainState, network_texts, save_checkpoint
+from src.config import ConfigError
 from src.export.model_card import BEGIN, END
 from src.export.release import portable_config
 from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
 from src.tracking.tracker import METRICS
+from src.train.preflight import check_files
 from tests.helpers import ROOT, random_batch, small_config
 from tests.test_predict import photograph
 from tests.test_predict_script import save as save_photo
@@ -177,8 +179,9 @@ def test_a_new_run_starts_from_it(released: Path, place: Path) -> None:
 
 
 def test_resuming_is_refused(released: Path) -> None:
-    message = r"without its optimizer state, so training cannot be resumed from it.*MODEL\.init_from=model/hand-mini"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=r"without its optimizer state.*MODEL\.init_from=model/hand-mini"):
+        check_files(small_config(f"GENERAL.resume_path={released}"))
+    with pytest.raises(ValueError, match=r"cannot be resumed from it.*MODEL\.init_from=model/hand-mini"):
         find_checkpoint(released)
 
 

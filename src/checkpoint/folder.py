@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def read_state_file(path: Path) -> dict[str, Any]:
     return state
 
 
+def resume_refusal(path: Path) -> str | None:
+    """Why training cannot be resumed from `path` if it is a released network; None for anything else."""
+    with suppress(ValueError):
+        if OPTIMIZER not in _read_manifest(path):
+            return (
+                f"{path}: a trained network without its optimizer state, so training cannot be resumed from it; "
+                f"start a new run from its weights with MODEL.init_from={path}"
+            )
+    return None
+
+
 def verify(path: Path, names: Iterable[str] | None = None) -> None:
     """Compare the files of a checkpoint with its manifest: first all sizes, then all sha256.
 
@@ -97,11 +109,8 @@ def verify(path: Path, names: Iterable[str] | None = None) -> None:
     """
     manifest = _read_manifest(path)
     sizes = {name: entry["size"] for name, entry in manifest.items()}
-    if names is None and OPTIMIZER not in manifest:
-        raise ValueError(
-            f"{path}: a trained network without its optimizer state, so training cannot be resumed from it; "
-            f"start a new run from its weights with MODEL.init_from={path}"
-        )
+    if names is None and (refusal := resume_refusal(path)):
+        raise ValueError(refusal)
     required = {MODEL, OPTIMIZER, STATE} | sizes.keys()
     required = required if names is None else required & set(names)
     for name in sorted(required):

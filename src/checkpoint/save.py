@@ -170,9 +170,8 @@ def read_state(path: Path) -> TrainState:
 
 def is_newest(checkpoint: Path) -> bool:
     """Whether `checkpoint` is in a run folder that holds no complete checkpoint of a later step."""
-    if checkpoint.parent.name != "checkpoints":
-        return False
-    return read_state(checkpoint).step >= max(step for step, _ in by_step(checkpoint.parent))
+    is_in_run = checkpoint.parent.name == "checkpoints"
+    return is_in_run and read_state(checkpoint).step >= max(step for step, _ in by_step(checkpoint.parent))
 
 
 def find_newest(root: Path, config_name: str) -> Path | None:

@@ -58,7 +58,10 @@ class HostCopy:
             number = len(sources)
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, None if tensor.numel() else number)
             if key not in buffers:
-                buffers[key] = self._host((at, number), tensor)
+                buffer = self._buffer.get((at, number))
+                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                buffers[key] = self._buffer[at, number] = buffer
                 sources.append(tensor.detach())
             return buffers[key]
 
@@ -71,13 +74,6 @@ class HostCopy:
         if any(tensor.is_cuda for tensor in sources):
             torch.cuda.current_stream().synchronize()
         return result
-
-    def _host(self, place: tuple[str, int], tensor: torch.Tensor) -> torch.Tensor:
-        buffer = self._buffer.get(place)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffer[place] = buffer
-        return buffer
 
 
 class CheckpointWriter:

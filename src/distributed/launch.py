@@ -20,12 +20,9 @@ _FIRST_PORT, _NUM_PORT = 20_000, 10_000  # below the ephemeral ports of Linux
 REQUEUE = "STAGE1_REQUEUE"  # set to 1 in a Slurm job that may be requeued, as script/train.sbatch does
 
 
-_PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
-
-
 def check_launcher(env: Mapping[str, str]) -> None:
     """Raises ConfigError for the sharding plugins of Accelerate: a checkpoint would hold one process's shard only."""
-    for variable in _PLUGINS:
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
         if env.get(variable, "").lower() == "true":
             raise ConfigError(
                 f"{variable}=true: Accelerate's plugins are not supported. Launch without them and shard the "

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from src.checkpoint.folder import resume_refusal
 from src.config import Config, ConfigError, named_sources
 from src.data.shards.paths import resolve_source
 from src.hand.load import STANDIN, hand_model_problem
@@ -65,10 +66,13 @@ def _source_problems(cfg: Config) -> Iterator[str]:
 
 
 def _resume_problems(cfg: Config) -> Iterator[str]:
-    for key, path in (("GENERAL.resume_path", cfg.GENERAL.resume_path), ("MODEL.init_from", cfg.MODEL.init_from)):
-        if path is not None and not (Path(path).is_dir() or (path == AUTO and key == "GENERAL.resume_path")):
+    resume_path = None if cfg.GENERAL.resume_path == AUTO else cfg.GENERAL.resume_path
+    for key, path in (("GENERAL.resume_path", resume_path), ("MODEL.init_from", cfg.MODEL.init_from)):
+        if path is not None and not Path(path).is_dir():
+            or_auto = ", or auto for the newest run of this config" if key == "GENERAL.resume_path" else ""
             yield (
                 f"{key}={path}: there is no such folder; give a run folder below {cfg.GENERAL.output_root}/ "
-                f"or one of its checkpoints/checkpoint-<step>"
-                + (", or auto for the newest run of this config" if key == "GENERAL.resume_path" else "")
+                f"or one of its checkpoints/checkpoint-<step>{or_auto}"
             )
+    if resume_path is not None and (refusal := resume_refusal(Path(resume_path))):
+        yield f"GENERAL.resume_path={refusal}"
