@@ -286,7 +286,7 @@ def cross_problems(cfg: Config) -> Iterator[str]:
             yield f"TRAIN.{name}={value}: must be [low, high] with low <= high, e.g. [0.9,1.1]"
     if cfg.TRAIN.shard_weights and (cfg.TRAIN.compile or cfg.TRAIN.mixed_precision == "fp16"):
         other = "compile=true" if cfg.TRAIN.compile else "mixed_precision=fp16"
-        yield f"TRAIN.shard_weights=true: cannot be combined with TRAIN.{other}; change that, or use TRAIN.shard_weights=false"
+        yield f"TRAIN.shard_weights=true: cannot be combined with TRAIN.{other}; change one of them"
     if cfg.TRAIN.optimizer == "muon" and (cfg.TRAIN.shard_weights or cfg.TRAIN.mixed_precision == "fp16"):
         other = "shard_weights=true" if cfg.TRAIN.shard_weights else "mixed_precision=fp16"
         yield f"TRAIN.optimizer=muon: cannot be combined with TRAIN.{other}; set TRAIN.optimizer=adamw"
