@@ -46,6 +46,8 @@ def find_checkpoint(path: str | Path, names: Iterable[str] | None = None) -> Pat
         ValueError: no complete checkpoint was found.
     """
     path = Path(path)
+    if path.name == "best" and (path.parent / "checkpoints").is_dir():
+        path = path.parent / "checkpoints" / "best"
     if path.name == "best" and not path.exists():
         path = path.with_name("best.old")  # a crash between the two renames of `swap_in`
     if (path / MANIFEST).exists() or (path / STATE).exists():
