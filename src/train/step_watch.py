@@ -76,10 +76,7 @@ class StepWatch:
         self._check(self._steps.push(values, (step, micro_batches, result)))
 
     def flush(self) -> None:
-        """Check the steps that are left; waits for the device.
-
-        Raises NumbersError, on every process, after `TRAIN.max_skipped_step` skipped steps in a row.
-        """
+        """Check the remaining steps; waits for the device. Raises NumbersError after too many skips, on every process."""
         self._check(self._steps.flush())
 
     def _check(self, due: list[tuple[list[float], _Step]]) -> None:
