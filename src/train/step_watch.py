@@ -76,7 +76,7 @@ class StepWatch:
         self._check(self._steps.push(values, (step, micro_batches, result)))
 
     def flush(self) -> None:
-        """Check the remaining steps; waits for the device. Raises NumbersError after too many skips, on every process."""
+        """Check the remaining steps; waits for the device. Every process raises NumbersError after too many skips."""
         self._check(self._steps.flush())
 
     def _check(self, due: list[tuple[list[float], _Step]]) -> None:
