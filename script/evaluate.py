@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 
 import src.utils.environment  # noqa: F401  (checks that required packages are installed)
 from src.config import Config, ConfigError
-from src.config_parse import GROUPS, check_overrides
+from src.config_parse import GROUPS, check_command_line
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 CHALLENGES = ("freihand", "ho3d")
@@ -70,7 +70,7 @@ def parse_overrides(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    check_overrides(list(overrides))
+    check_command_line(list(overrides))
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:

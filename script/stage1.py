@@ -31,7 +31,7 @@ from omegaconf import DictConfig
 from src.config import Config, ConfigError
 from src.config_parse import check_command_line, parse_config
 from src.distributed.exit import exit_on_invalid_config, failure_is_reported
-from src.distributed.launch import adopt_slurm_variables, check_launcher, start_missing_processes
+from src.distributed.launch import check_launcher, slurm_variables, start_missing_processes
 from src.distributed.signals import RESUMABLE, StopRequested, StopSignals
 from src.train.preflight import check_files
 
@@ -59,7 +59,7 @@ def print_sweep_point() -> None:
 def main(composed: DictConfig) -> None:
     """Check everything that can be checked, then train."""
     SIGNALS.install()  # again for a launcher that calls this function in a process of its own
-    adopt_slurm_variables()
+    os.environ.update(slurm_variables(os.environ))
     try:
         print_sweep_point()
         cfg = parse_config(composed)

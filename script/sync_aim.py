@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
 
 import src.utils.environment  # noqa: F401  (checks that required packages are installed)
+from src.tracking.aim_child import exit_now, sync
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def main() -> int:
+def main() -> bool:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_folder", type=Path)
     where = parser.add_mutually_exclusive_group()
@@ -34,9 +32,8 @@ def main() -> int:
     if importlib.util.find_spec("aim") is None:
         parser.error("AIM is not installed here (it needs Python 3.12 or older); run this on a machine that has it")
     target = arguments.server_url or (str(arguments.repo.resolve()) if arguments.repo else None)
-    command = [sys.executable, "-m", "src.tracking.aim_child", str(run_folder)]
-    return subprocess.call(command + (["--target", target] if target else []), cwd=ROOT)
+    return sync(run_folder, target)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_now(main())

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
@@ -200,13 +201,29 @@ class Config:
     AIM: AimConfig = field(default_factory=AimConfig)
 
 
-def housekeeping_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
+@cache
+def schema() -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """Dotted key -> its type and the metadata that `knob` gave it, in the order of the classes, sections included."""
+
+    def walk(section: type, prefix: str) -> Iterator[tuple[str, tuple[Any, Mapping[str, Any]]]]:
+        hints = get_type_hints(section)
+        for spec in fields(section):
+            yield prefix + spec.name, (hints[spec.name], spec.metadata)
+            if inner := section_of(hints[spec.name]):
+                yield from walk(inner, f"{prefix}{spec.name}.")
+
+    return dict(walk(Config, ""))
+
+
+def section_of(hint: Any) -> Any:
+    """The dataclass in a type hint (`X` or `X | None`), else None."""
+    options = getattr(hint, "__args__", (hint,))
+    return next((option for option in options if is_dataclass(option)), None)
+
+
+def housekeeping_keys() -> list[str]:
     """Dotted keys whose value changes no number of a run: comparisons of configurations ignore them."""
-    for spec in fields(section):
-        if spec.metadata.get("housekeeping"):
-            yield prefix + spec.name
-        elif is_dataclass(spec.default_factory):
-            yield from housekeeping_keys(spec.default_factory, f"{prefix}{spec.name}.")
+    return [key for key, (_, metadata) in schema().items() if metadata.get("housekeeping")]
 
 
 def flatten(tree: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
@@ -268,11 +285,8 @@ def cross_problems(cfg: Config) -> Iterator[str]:
         if len(value) != 2 or value[0] > value[1]:
             yield f"TRAIN.{name}={value}: must be [low, high] with low <= high, e.g. [0.9,1.1]"
     if cfg.TRAIN.shard_weights and (cfg.TRAIN.compile or cfg.TRAIN.mixed_precision == "fp16"):
-        other, instead = ("compile=true", "false") if cfg.TRAIN.compile else ("mixed_precision=fp16", "bf16")
-        yield (
-            f"TRAIN.shard_weights=true: does not go together with TRAIN.{other}; "
-            f"set TRAIN.{other.split('=')[0]}={instead}, or TRAIN.shard_weights=false"
-        )
+        other = "compile=true" if cfg.TRAIN.compile else "mixed_precision=fp16"
+        yield f"TRAIN.shard_weights=true: cannot be combined with TRAIN.{other}; change one of them"
     if cfg.TRAIN.optimizer == "muon" and (cfg.TRAIN.shard_weights or cfg.TRAIN.mixed_precision == "fp16"):
         other = "shard_weights=true" if cfg.TRAIN.shard_weights else "mixed_precision=fp16"
         yield f"TRAIN.optimizer=muon: cannot be combined with TRAIN.{other}; set TRAIN.optimizer=adamw"

@@ -6,15 +6,14 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from functools import cache
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import Config, ConfigError, cross_problems, flatten
+from src.config import Config, ConfigError, cross_problems, flatten, schema, section_of
 
 # `${env:NAME,default}` in a configuration: as in a shell's ${NAME:-default}, an empty variable counts as unset.
 OmegaConf.register_new_resolver("env", lambda name, default=None: os.environ.get(name) or default, replace=True)
@@ -45,15 +44,10 @@ OTHER_NAMES = {
 }
 _OUR_KEY = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
 _OVERRIDE = re.compile(r"^(?:~|\+{0,2}(?=.*=))(?!hydra[./])([A-Za-z_][\w.]*)(?:@[\w.]+)?(?:=([\w.,-]*$)?|$)")
-_CONFIG_NAME = ("--config-name", "-cn")
 
 
 def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
-    """Type and check a composed configuration.
-
-    Raises:
-        ConfigError: one line for each wrong key, with its value and the fix.
-    """
+    """Type and check a composed configuration. Raises ConfigError: a line for each wrong key, its value and the fix."""
     plain = OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else dict(composed)
     flat = flatten(plain, whole=FREE_FORM)
     _raise_if_any(unknown_key_message(key) for key in flat if not is_known_key(key))
@@ -67,21 +61,8 @@ def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
 
 
 def check_command_line(arguments: list[str]) -> None:
-    """Check the arguments of script/stage1.py before Hydra does: overrides, configuration name, options.
-
-    Raises:
-        ConfigError: one line per problem.
-    """
+    """Raises ConfigError for unknown overrides (KEY=VALUE), configuration names and options: a line for each."""
     _raise_if_any([*_override_problems(arguments), *_option_problems(arguments)])
-
-
-def check_overrides(arguments: list[str]) -> None:
-    """Refuse overrides (KEY=VALUE) of unknown keys and unknown files of a config group, and suggest the nearest.
-
-    Raises:
-        ConfigError: one line per problem.
-    """
-    _raise_if_any(_override_problems(arguments))
 
 
 def _has_own_files(arguments: list[str]) -> bool:
@@ -110,19 +91,15 @@ def _override_problems(arguments: list[str]) -> Iterator[str]:
 
 def _option_problems(arguments: list[str]) -> Iterator[str]:
     """Problems of options: an unknown configuration name, or another tool's option."""
-    for number, argument in enumerate(arguments):
+    known = sorted({path.stem for path in CONFIG_DIR.glob("stage1-*.yaml")} - {"stage1-base"})
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         option, has_value, value = argument.partition("=")
-        if option in _CONFIG_NAME:
-            yield from _config_name_problems(value if has_value else "".join(arguments[number + 1 :][:1]), arguments)
+        if option in ("--config-name", "-cn"):
+            name = value if has_value else following
+            if not _has_own_files(arguments) and not (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
+                yield f"--config-name={name}: there is no config/{name}.yaml; {_choose(name, known)}"
         elif option.startswith("-") and (key := _meant_key(option.lstrip("-").replace("-", "_"))):
             yield f"{option}: there is no such option; use {key}=..."
-
-
-def _config_name_problems(name: str, arguments: list[str]) -> Iterator[str]:
-    if _has_own_files(arguments) or (CONFIG_DIR / f"{name.removesuffix('.yaml')}.yaml").is_file():
-        return
-    known = sorted({path.stem for path in CONFIG_DIR.glob("stage1-*.yaml")} - {"stage1-base"})
-    yield f"--config-name={name}: there is no config/{name}.yaml; {_choose(name, known)}"
 
 
 def _choose(value: str, known: Sequence[str]) -> str:
@@ -132,11 +109,10 @@ def _choose(value: str, known: Sequence[str]) -> str:
 
 def _fill(typed: DictConfig, flat: Mapping[str, Any]) -> Iterator[str]:
     """Fill the typed config with a flat one in the order of the schema; yields a line for each unusable value."""
-    for key in known_keys():
-        hint, bounds = _schema(key)
+    for key, (hint, bounds) in schema().items():
         if key not in flat:
             if OmegaConf.select(typed, key) is None and any(below.startswith(f"{key}.") for below in flat):
-                OmegaConf.update(typed, key, OmegaConf.structured(_dataclass_of(hint)))  # an optional section
+                OmegaConf.update(typed, key, OmegaConf.structured(section_of(hint)))  # an optional section
             continue
         value = flat[key]
         if isinstance(value, float) and value.is_integer() and hint in (int, int | None):
@@ -144,47 +120,17 @@ def _fill(typed: DictConfig, flat: Mapping[str, Any]) -> Iterator[str]:
         try:
             OmegaConf.update(typed, key, value, merge=False)
         except OmegaConfBaseException as error:
-            yield f"{key}={value}: {str(error).splitlines()[0]}. Expected {_type_name(hint)}"
+            kind = hint.__name__ if type(hint) is type else str(hint).replace("None", "null")
+            yield f"{key}={value}: {str(error).splitlines()[0]}. Expected {kind}"
             continue
         value = OmegaConf.select(typed, key)
         items = value if isinstance(value, ListConfig) else [value]
         yield from (f"{key}={value}: {p}" for item in items if item is not None and (p := _bound_problem(item, bounds)))
 
 
-@cache
-def _schema(key: str) -> tuple[Any, Mapping[str, Any]]:
-    """Type and bounds of a dotted key; None and nothing for an unknown key."""
-    hint, bounds = Config, {}
-    for part in key.split("."):
-        section = _dataclass_of(hint)
-        specs = {spec.name: spec for spec in fields(section)} if section else {}
-        if part not in specs:
-            return None, {}
-        hint, bounds = get_type_hints(section)[part], specs[part].metadata
-    return hint, bounds
-
-
-def _dataclass_of(hint: Any) -> Any:
-    """The dataclass in a type hint (`X` or `X | None`), else None."""
-    options = getattr(hint, "__args__", (hint,))
-    return next((o for o in options if is_dataclass(o)), None)
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if type(hint) is type else str(hint).replace("None", "null")
-
-
 def is_known_key(key: str) -> bool:
     """Whether the schema has this dotted key (any key below a free-form value is known)."""
-    return _schema(key)[0] is not None or key.startswith(tuple(f"{free}." for free in FREE_FORM))
-
-
-def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, sections included."""
-    for name, hint in get_type_hints(cls).items():
-        yield prefix + name
-        if section := _dataclass_of(hint):
-            yield from known_keys(section, f"{prefix}{name}.")
+    return key in schema() or key.startswith(tuple(f"{free}." for free in FREE_FORM))
 
 
 def unknown_key_message(key: str) -> str:
@@ -193,7 +139,7 @@ def unknown_key_message(key: str) -> str:
     if key.rpartition(".")[2].lower() in _OUR_KEY:
         hint = f"use {meant}" + ", in optimizer steps" * ("epoch" in key.lower())
     else:
-        near = [meant] if meant else difflib.get_close_matches(key, [*known_keys(), *GROUPS], n=1, cutoff=0.6)
+        near = [meant] if meant else difflib.get_close_matches(key, [*schema(), *GROUPS], n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else "config/stage1-base.yaml lists all keys"
     return f"{key}: there is no such key; {hint}"
 
@@ -201,7 +147,7 @@ def unknown_key_message(key: str) -> str:
 def _meant_key(key: str) -> str | None:
     """Our key for another tool's option, or for the same name in another section."""
     leaf = key.rpartition(".")[2].lower()
-    same = [known for known in known_keys() if known.rpartition(".")[2].lower() == leaf]
+    same = [known for known in schema() if known.rpartition(".")[2].lower() == leaf]
     return _OUR_KEY.get(leaf) or next(iter(difflib.get_close_matches(key, same, n=1, cutoff=0.0)), None)
 
 

@@ -17,11 +17,10 @@ from src.hand.standin.build import build_standin_hand
 from src.loss import LOSS_TERMS
 from src.model.net import PoseNet
 from src.train.bad_batch import NumbersError, find_shard
-from src.train.delayed_read import DelayedRead
 from src.train.optimizer import build_optimizer
 from src.train.replay import replay
 from src.train.step import StepResult, Trainer
-from src.train.step_watch import StepWatch
+from src.train.step_watch import DelayedRead, StepWatch
 from tests.helpers import random_batch, small_config
 
 CFG = small_config("TRAIN.max_skipped_step=3", "MODEL.backbone.random_init=true")

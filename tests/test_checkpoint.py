@@ -141,9 +141,8 @@ def test_a_corrupt_checkpoint_is_skipped_for_the_previous_one(tmp_path: Path, lo
     assert find_checkpoint(tmp_path).name == "checkpoint-1"
     assert str(file.parent) in log.text
     assert name in log.text or name == "manifest.json"
-    model, optimizer = make()
     with pytest.raises(ValueError, match=r"corrupt|incomplete|cannot be read"):
-        load_checkpoint(file.parent, model=model, optimizer=optimizer)
+        find_checkpoint(file.parent)
 
 
 def test_code_in_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from src.config import ConfigError, named_sources
-from src.config_parse import check_overrides, known_keys
+from src.config import ConfigError, named_sources, schema
+from src.config_parse import check_command_line
 from tests.helpers import ROOT, compose_config
 
 
@@ -98,12 +98,12 @@ def test_all_errors_at_once() -> None:
 
 
 def test_check_overrides() -> None:
-    check_overrides(
+    check_command_line(
         ["GENERAL.seed=1", "data=demo", "+hydra.job.name=x", "hydra/launcher=basic", "~DATA.train.source", "-m"]
     )
-    check_overrides(["+DATA.train.source={a: {source: [x], weight: 2}}", "--config-name=stage1-demo"])
+    check_command_line(["+DATA.train.source={a: {source: [x], weight: 2}}", "--config-name=stage1-demo"])
     with pytest.raises(ConfigError, match=r"MODEL\.handec\.droput.*MODEL\.handec\.dropout"):
-        check_overrides(["MODEL.handec.droput=0.1"])
+        check_command_line(["MODEL.handec.droput=0.1"])
 
 
 def test_named_sources() -> None:
@@ -119,7 +119,7 @@ def test_named_sources() -> None:
 
 def test_every_key_has_a_default() -> None:
     text = "\n".join(path.read_text() for path in sorted((ROOT / "config").glob("**/*.yaml")))
-    for key in known_keys():
+    for key in schema():
         assert re.search(rf"\b{key.rsplit('.', 1)[-1]}\b", text), f"{key} is not in any config file"
 
 

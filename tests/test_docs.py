@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from script import bench, make_shards
-from src.config_parse import check_overrides, is_known_key, known_keys
+from src.config import schema
+from src.config_parse import check_command_line, is_known_key
 from src.loss import LOSS_TERMS
 from src.train.step import log_line
 from tests.helpers import ROOT, compose_config
@@ -108,7 +109,7 @@ def test_training_commands_compose(path: Path) -> None:
         is_sweep = "-m" in arguments
         name, *overrides = [re.sub(r"\$\w+", "checkpoint/run", word) for word in arguments if word != "-m"]
         assert name.startswith("--config-name="), words
-        check_overrides(overrides)
+        check_command_line(overrides)
         for point in points(overrides) if is_sweep else [overrides]:
             compose_once(name.removeprefix("--config-name="), *point)
 
@@ -135,7 +136,7 @@ def test_named_keys_exist() -> None:
     assert len(found) > 50
     for name, key in found:
         assert is_known_key(key) or key in WRONG_ON_PURPOSE, f"{name} names {key}"
-    assert WRONG_ON_PURPOSE.isdisjoint(known_keys())
+    assert WRONG_ON_PURPOSE.isdisjoint(schema())
 
 
 def test_named_paths_exist() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import pytest
 
 from script.check_shards import find_shards
 from script.check_shards import parse_arguments as parse_check_arguments
-from src.config import AimConfig, ConfigError, flatten
-from src.config_parse import OTHER_NAMES, check_command_line, check_overrides, is_known_key, known_keys
+from src.config import AimConfig, ConfigError, flatten, schema
+from src.config_parse import OTHER_NAMES, check_command_line, is_known_key
 from src.tracking.tracker import Tracker, name_run
 from src.train.report import where_to_look
 from src.utils.environment import PYPROJECT, environment_problems
@@ -130,7 +131,7 @@ def test_names_of_other_tools_point_to_ours(argument: str, key: str) -> None:
 
 def test_names_of_other_tools_are_not_ours() -> None:
     names = [name for names in OTHER_NAMES.values() for name in names.split()]
-    ours = {key.rpartition(".")[2] for key in known_keys()}
+    ours = {key.rpartition(".")[2] for key in schema()}
     assert all(is_known_key(key) for key in OTHER_NAMES)
     assert len(set(names)) == len(names)
     assert not ours & set(names)
@@ -147,7 +148,7 @@ def test_all_unknown_names_at_once() -> None:
 
 
 def test_overrides_that_hydra_knows() -> None:
-    check_overrides(["hydra.sweep.dir=x", "hydra/launcher=basic", "~DATA.train.source", "+launch=slurm"])
+    check_command_line(["hydra.sweep.dir=x", "hydra/launcher=basic", "~DATA.train.source", "+launch=slurm"])
 
 
 # ---- values
@@ -241,10 +242,11 @@ def test_run_name_distinguishes_runs() -> None:
     assert name_run("stage1-demo", [], 42) == "stage1-demo seed 42"
 
 
-def test_run_folder_keeps_its_name(tmp_path: Path) -> None:
-    options = {"config": {}, "server_url": None, "repo": tmp_path, "experiment": "test", "use_aim": False}
+def test_run_folder_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    options = {"config": {}, "aim": AimConfig(server_url=None, repo=str(tmp_path), experiment="test")}
     for name in ("first", "second"):
-        tracker = Tracker.open(tmp_path, run_name=name, **options)
+        tracker = Tracker(tmp_path, run_name=name, **options)
         tracker.close()
     assert tracker.run_name == "first"
 

@@ -25,10 +25,9 @@ from src.data.loader import to_device
 from src.distributed.processes import build_accelerator
 from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
-from src.train.delayed_read import DelayedRead
 from src.train.optimizer import build_optimizer
 from src.train.step import Trainer
-from src.train.step_watch import StepWatch
+from src.train.step_watch import DelayedRead, StepWatch
 from tests.helpers import random_batch, small_config
 
 READING_OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2")

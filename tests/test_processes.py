@@ -249,7 +249,7 @@ def test_requested_processes(launcher: list[str], number: int) -> None:
 
 def test_accelerate_plugins_are_refused() -> None:
     check_launcher({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_CPU": "true"})
-    with pytest.raises(ConfigError, match="ACCELERATE_USE_FSDP=true: FSDP is not supported"):
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_FSDP=true: Accelerate's plugins are not supported"):
         check_launcher({"ACCELERATE_USE_FSDP": "true"})
 
 

@@ -159,7 +159,7 @@ def test_network_loads_from_a_sharded_checkpoint(sharded: Path) -> None:
 
 @pytest.mark.parametrize("other", ["TRAIN.compile=true", "TRAIN.mixed_precision=fp16"])
 def test_incompatible_options_are_refused(other: str) -> None:
-    with pytest.raises(ConfigError, match=f"shard_weights=true: does not go together with {other}"):
+    with pytest.raises(ConfigError, match=f"shard_weights=true: cannot be combined with {other}"):
         compose_config("stage1-demo", SHARDED, other)
 
 

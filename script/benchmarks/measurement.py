@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from rich.table import Table
 
 from src.config import Config
-from src.config_parse import check_overrides, parse_config
+from src.config_parse import check_command_line, parse_config
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 Status = Callable[[str], None]  # updates the status line
@@ -91,7 +91,7 @@ def machine() -> str:
 
 def compose_config(name: str, *overrides: str) -> Config:
     """The shipped configuration `name` with overrides, typed and checked."""
-    check_overrides(list(overrides))
+    check_command_line(list(overrides))
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return parse_config(compose(name, overrides=list(overrides)))
 

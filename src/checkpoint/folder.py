@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,10 @@ def by_step(parent: Path) -> list[tuple[int, Path]]:
     found = []
     for folder in sorted(p for p in parent.iterdir() if p.is_dir()):
         try:
-            found.append((read_step(folder), folder))
+            found.append((read_state_file(folder)["step"], folder))
         except ValueError as error:
             logger.warning("skipping checkpoint %s: %s", folder, error)
     return sorted(found, key=lambda item: (item[0], item[1].name.startswith("checkpoint-")), reverse=True)
-
-
-def read_step(path: Path) -> int:
-    """The number of optimizer steps done, from `state.json`."""
-    return read_state_file(path)["step"]
-
-
-def read_config_name(path: Path) -> str:
-    """The `--config-name` of the run, from `state.json`; empty if it is not recorded."""
-    return str(read_state_file(path).get("config_name", ""))
 
 
 def read_state_file(path: Path) -> dict[str, Any]:
@@ -97,20 +88,15 @@ def read_state_file(path: Path) -> dict[str, Any]:
     return state
 
 
-def is_released(path: Path) -> bool:
-    """Whether `path` is a checkpoint without optimizer state: usable, but not resumable."""
-    try:
-        return OPTIMIZER not in _read_manifest(path)
-    except ValueError:
-        return False
-
-
-def resume_refusal(path: Path) -> str:
-    """Why training cannot be resumed from a released network, and what to do instead."""
-    return (
-        f"{path}: a trained network without its optimizer state, so training cannot be resumed from it; "
-        f"start a new run from its weights with MODEL.init_from={path}"
-    )
+def resume_refusal(path: Path) -> str | None:
+    """Why training cannot be resumed from `path` if it is a released network; None for anything else."""
+    with suppress(ValueError):
+        if OPTIMIZER not in _read_manifest(path):
+            return (
+                f"{path}: a trained network without its optimizer state, so training cannot be resumed from it; "
+                f"start a new run from its weights with MODEL.init_from={path}"
+            )
+    return None
 
 
 def verify(path: Path, names: Iterable[str] | None = None) -> None:
@@ -125,8 +111,8 @@ def verify(path: Path, names: Iterable[str] | None = None) -> None:
     """
     manifest = _read_manifest(path)
     sizes = {name: entry["size"] for name, entry in manifest.items()}
-    if names is None and OPTIMIZER not in manifest:
-        raise ValueError(resume_refusal(path))
+    if names is None and (refusal := resume_refusal(path)):
+        raise ValueError(refusal)
     required = {MODEL, OPTIMIZER, STATE} | sizes.keys()
     required = required if names is None else required & set(names)
     for name in sorted(required):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from src.checkpoint.folder import BACKBONE, CONFIG, MODEL, NETWORK_FILES, find_checkpoint, read_step
+from src.checkpoint.folder import BACKBONE, CONFIG, MODEL, NETWORK_FILES, find_checkpoint, read_state_file
 from src.config import ModelConfig
 from src.hand.load import hand_model_problem, load_hand
 from src.hand.skeleton import HandArrays
 from src.model.net import PoseNet
 
-OLDEST_TRANSFORMERS = "5.20"  # as in pyproject.toml; 5.17 names DINOv2's attention weights differently
 _MAX_NAMED = 3  # tensors in a message
 
 
@@ -40,11 +38,7 @@ class LoadedNetwork:
     configuration: dict[str, Any]  # config.yaml of the run, as plain dicts, lists and values
     crop: float  # side of the patch over the side of the hand's box, TRAIN.expansion_ratio
     hand: HandArrays  # the hand model's arrays
-
-    @property
-    def model_config(self) -> ModelConfig:
-        """The MODEL section of the configuration."""
-        return _model_config(self.configuration["MODEL"])
+    model_config: ModelConfig  # the MODEL section of the configuration
 
 
 def load_network(
@@ -76,7 +70,8 @@ def load_network(
     hand = _choose_hand(folder, model.hand_model, hand_model)
     network = PoseNet(model, hand, shape)
     load_weights(network, folder)
-    return LoadedNetwork(network.to(device).eval(), folder, read_step(folder), configuration, crop, hand)
+    step = read_state_file(folder)["step"]
+    return LoadedNetwork(network.to(device).eval(), folder, step, configuration, crop, hand, model)
 
 
 def read_configuration(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -157,7 +152,7 @@ class WeightReport:
             if names := getattr(self, kind):
                 more = ", ..." if len(names) > _MAX_NAMED else ""
                 texts.append(f"{len(names)} {kind}: {', '.join(names[:_MAX_NAMED])}{more}")
-        return "; ".join(texts) + (_transformers_hint() if texts else "")
+        return "; ".join(texts)
 
     def __str__(self) -> str:
         return f"{self.loaded} tensors loaded" + (f"; {problems}" if (problems := self.problems()) else "")
@@ -179,17 +174,6 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill a model from its own checkpoint. Raises ValueError if a tensor is missing, unexpected or misshapen."""
     if problems := _copy_weights(model, folder / MODEL).problems():
         raise ValueError(f"{folder / MODEL} does not fit this version of the network: {problems}")
-
-
-def _transformers_hint() -> str:
-    """A hint if the installed transformers is too old, which shows up as misnamed backbone weights; else empty."""
-    installed = version("transformers")
-    if [int(part) for part in installed.split(".")[:2]] >= [int(part) for part in OLDEST_TRANSFORMERS.split(".")]:
-        return ""
-    return (
-        f" (transformers {installed} is installed, but {OLDEST_TRANSFORMERS} or later is required: older versions name "
-        "the backbone's weights differently)"
-    )
 
 
 @torch.no_grad()

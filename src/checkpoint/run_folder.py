@@ -13,21 +13,8 @@ from typing import IO
 
 from omegaconf import OmegaConf
 
-from src.checkpoint.folder import CONFIG
 from src.config import Config
-from src.utils.files import make_new_folder, try_lock, write_atomic
-
-
-def make_run_folder(cfg: Config, config_name: str) -> Path:
-    """Create a new run folder that holds the resolved configuration. Raises ValueError if that is impossible."""
-    folder = create_run_folder(Path(cfg.GENERAL.output_root), config_name)
-    write_config(cfg, folder / CONFIG)
-    return folder
-
-
-def write_config(cfg: Config, path: Path) -> None:
-    """Write the resolved configuration."""
-    write_atomic(path, config_yaml(cfg))
+from src.utils.files import make_new_folder, try_lock
 
 
 def config_yaml(cfg: Config) -> str:

@@ -15,8 +15,7 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ from src.checkpoint.folder import (
     fsync,
     read_state_file,
     swap_in,
-    verify,
     write_manifest,
 )
 from src.checkpoint.network import load_weights
@@ -101,16 +99,17 @@ def save_checkpoint(
         CheckpointError: the disk refuses. Nothing of the new checkpoint remains, all older ones do.
     """
     assert keep >= 1
-    parent = Path(run_folder) / "checkpoints"
+    parent = run_folder / "checkpoints"
     final = parent / f"checkpoint-{state.step}"
     temporary = parent / f"{_TEMPORARY}{final.name}"
-    with _as_checkpoint_error(final, temporary):
+    try:
         parent.mkdir(exist_ok=True)
         _remove_leftovers(parent)
         temporary.mkdir()
         save_model(model, str(temporary / MODEL))
         scaler_state = None if scaler is None else scaler.state_dict()
-        _torch_save({"optimizer": optimizer.state_dict(), "scaler": scaler_state}, temporary / OPTIMIZER)
+        with open(temporary / OPTIMIZER, "wb") as file:
+            torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler_state}, file)
         (temporary / MODEL).chmod((temporary / OPTIMIZER).stat().st_mode)  # safetensors makes it readable by owner only
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
         for name, text in (texts or {}).items():
@@ -119,6 +118,17 @@ def save_checkpoint(
         swap_in(temporary, final)
         if is_best:
             _make_best(final)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(parent / f"{_TEMPORARY}best", ignore_errors=True)
+        # torch.save hides the OSError of a failed write behind a RuntimeError
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        existing = next(p for p in final.parents if p.exists())
+        free = shutil.disk_usage(existing).free / 2**20
+        raise CheckpointError(
+            f"cannot write checkpoint {final}: {reason} ({free:.0f} MiB free there). Older checkpoints are untouched; "
+            f"make room or make the folder writable, then resume with GENERAL.resume_path={run_folder}"
+        ) from error
     _prune(parent, final, state.step, keep)
     return final
 
@@ -129,14 +139,11 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     scaler: Any = None,
-    verified: bool = False,
 ) -> TrainState:
-    """Verify the checkpoint folder `path` (unless `find_checkpoint` just has) and fill model, optimizer and scaler.
+    """Fill model, optimizer and scaler from a checkpoint that `find_checkpoint` has verified.
 
-    Raises ValueError naming the file that is corrupt, or the tensors of model or optimizer that do not fit.
+    Raises ValueError naming the tensors of model or optimizer that do not fit.
     """
-    if not verified:
-        verify(path)
     state = read_state(path)
     try:
         load_weights(model, path)
@@ -163,9 +170,8 @@ def read_state(path: Path) -> TrainState:
 
 def is_newest(checkpoint: Path) -> bool:
     """Whether `checkpoint` is in a run folder that holds no complete checkpoint of a later step."""
-    if checkpoint.parent.name != "checkpoints":
-        return False
-    return read_state(checkpoint).step >= max(step for step, _ in by_step(checkpoint.parent))
+    is_in_run = checkpoint.parent.name == "checkpoints"
+    return is_in_run and read_state(checkpoint).step >= max(step for step, _ in by_step(checkpoint.parent))
 
 
 def find_newest(root: Path, config_name: str) -> Path | None:
@@ -180,17 +186,6 @@ def find_newest(root: Path, config_name: str) -> Path | None:
         return None
 
 
-def _torch_save(value: Any, path: Path) -> None:
-    """`torch.save`, but a failed write raises its OSError; torch hides it behind a RuntimeError."""
-    try:
-        with open(path, "wb") as file:
-            torch.save(value, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-
-
 def _torch_load(path: Path) -> Any:
     """`torch.load` of tensors and plain containers; ValueError for anything that would execute code."""
     try:
@@ -199,37 +194,18 @@ def _torch_load(path: Path) -> Any:
         raise ValueError(f"{path} is not a file of tensors that we wrote; refused: {error}") from error
 
 
-@contextmanager
-def _as_checkpoint_error(final: Path, temporary: Path) -> Iterator[None]:
-    """Raise what a full or read-only disk raises as CheckpointError, and remove the incomplete folder."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
-        existing = next(p for p in final.parents if p.exists())
-        free = shutil.disk_usage(existing).free / 2**20
-        raise CheckpointError(
-            f"cannot write checkpoint {final}: {error} ({free:.0f} MiB free there). Older checkpoints are untouched; "
-            f"make room or make the folder writable, then resume with GENERAL.resume_path={final.parent.parent}"
-        ) from error
-
-
 def _make_best(checkpoint: Path) -> None:
     """Hard-link the files of `checkpoint` into `best`; copy them on file systems without hard links."""
     temporary = checkpoint.with_name(f"{_TEMPORARY}best")
-    try:
-        temporary.mkdir()
-        for file in checkpoint.iterdir():
-            try:
-                os.link(file, temporary / file.name)
-            except OSError:
-                shutil.copyfile(file, temporary / file.name)
-                fsync(temporary / file.name)
-        fsync(temporary)
-        swap_in(temporary, checkpoint.with_name("best"))
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    temporary.mkdir()
+    for file in checkpoint.iterdir():
+        try:
+            os.link(file, temporary / file.name)
+        except OSError:
+            shutil.copyfile(file, temporary / file.name)
+            fsync(temporary / file.name)
+    fsync(temporary)
+    swap_in(temporary, checkpoint.with_name("best"))
 
 
 def _remove_leftovers(parent: Path) -> None:
@@ -241,11 +217,10 @@ def _remove_leftovers(parent: Path) -> None:
 
 def _prune(parent: Path, newest: Path, step: int, keep: int) -> None:
     """Remove all but `newest` and the `keep - 1` before it; never `best`, never folders that cannot be read."""
-    kept = 1
-    for other_step, folder in by_step(parent):
-        if folder == newest or not folder.name.startswith("checkpoint-"):
-            continue
-        if other_step > step or kept < keep:
-            kept += other_step < step
-            continue
+    earlier = [
+        folder
+        for other_step, folder in by_step(parent)
+        if other_step <= step and folder != newest and folder.name.startswith("checkpoint-")
+    ]
+    for folder in earlier[keep - 1 :]:
         shutil.rmtree(folder, ignore_errors=True)

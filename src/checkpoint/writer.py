@@ -1,13 +1,14 @@
 """Write checkpoints while training continues: copy every tensor to host memory, then write the files in a thread.
 
-Training waits for the copy alone, whose buffers are kept from one checkpoint to the next. A failed write is raised by
+Training waits only for the copy, whose buffers are reused by the next checkpoint. A failed write is raised by
 the next call of `poll`, `save` or `join`.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,34 +29,43 @@ class Frozen:
         return self.value
 
 
+def map_tensors(func: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """A copy of nested mappings, lists and tuples with `func` applied to every tensor."""
+    if isinstance(tree, torch.Tensor):
+        return func(tree)
+    if isinstance(tree, Mapping):
+        return {name: map_tensors(func, item) for name, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(func, item) for item in tree)
+    return copy.deepcopy(tree)
+
+
 class HostCopy:
     """Copies nested dicts and lists of tensors to host memory, into buffers that are allocated once.
 
-    Tensors that share storage share it in the copy, too.
+    Tensors that share storage share it in the copy.
     """
 
     def __init__(self) -> None:
-        self._buffer: dict[tuple, torch.Tensor] = {}
+        self._buffer: dict[tuple[str, int], torch.Tensor] = {}
 
-    def __call__(self, tree: Any, at: tuple = ()) -> Any:
+    def __call__(self, tree: Any, at: str) -> Any:
         """A copy of `tree`, valid until the next copy at the same place `at`."""
         buffers: dict[tuple, torch.Tensor] = {}
         sources: list[torch.Tensor] = []
 
-        def walk(value: Any, path: tuple) -> Any:
-            if isinstance(value, torch.Tensor):
-                key = (value.data_ptr(), value.shape, value.stride(), value.dtype, path if not value.numel() else ())
-                if key not in buffers:
-                    buffers[key] = self._host(path, value)
-                    sources.append(value.detach())
-                return buffers[key]
-            if isinstance(value, dict):
-                return {name: walk(item, (*path, name)) for name, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                return type(value)(walk(item, (*path, index)) for index, item in enumerate(value))
-            return copy.deepcopy(value)
+        def host_buffer(tensor: torch.Tensor) -> torch.Tensor:
+            number = len(sources)
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, None if tensor.numel() else number)
+            if key not in buffers:
+                buffer = self._buffer.get((at, number))
+                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                buffers[key] = self._buffer[at, number] = buffer
+                sources.append(tensor.detach())
+            return buffers[key]
 
-        result = walk(tree, at)
+        result = map_tensors(host_buffer, tree)
         num_thread = torch.get_num_threads()
         torch.set_num_threads(1)  # on busy cores each of hundreds of small copies would wait for a second thread
         if sources:
@@ -65,13 +75,6 @@ class HostCopy:
             torch.cuda.current_stream().synchronize()
         return result
 
-    def _host(self, path: tuple, tensor: torch.Tensor) -> torch.Tensor:
-        buffer = self._buffer.get(path)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffer[path] = buffer
-        return buffer
-
 
 class CheckpointWriter:
     """Writes one checkpoint at a time, in a thread."""
@@ -79,8 +82,8 @@ class CheckpointWriter:
     def __init__(self, saved_step: int | None = None) -> None:
         self.saved_step = saved_step  # step of the newest checkpoint that is known to be complete
         self._copy = HostCopy()
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def save(
         self,
@@ -92,7 +95,7 @@ class CheckpointWriter:
         state: TrainState,
         **options: Any,
     ) -> None:
-        """Copy the state of this moment and begin to write it; arguments as of `save_checkpoint`.
+        """Copy the state of this moment and begin to write it; arguments as for `save_checkpoint`.
 
         Frozen arguments are not copied again. Waits for the previous checkpoint. Raises CheckpointError if that one
         could not be written.
@@ -101,29 +104,22 @@ class CheckpointWriter:
         parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
         for name, part in parts.items():
             if part is not None and not isinstance(part, Frozen):
-                parts[name] = Frozen(self._copy(part.state_dict(), (name,)))
+                parts[name] = Frozen(self._copy(part.state_dict(), name))
         state = copy.deepcopy(state)
 
         def write() -> None:
-            try:
-                save_checkpoint(run_folder, state=state, **parts, **options)
-                self.saved_step = state.step
-            except Exception as error:
-                self._error = error
+            save_checkpoint(run_folder, state=state, **parts, **options)
+            self.saved_step = state.step
 
-        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._writing = self._thread.submit(write)
 
     def poll(self) -> None:
         """Raise CheckpointError if a checkpoint could not be written; returns at once."""
-        if self._error is not None:
+        if self._writing is not None and self._writing.done():
             self.join()
 
     def join(self) -> None:
         """Wait until nothing is being written. Raises CheckpointError if the checkpoint could not be written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()

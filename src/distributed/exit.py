@@ -112,10 +112,8 @@ def _marker() -> Path:
 def _is_first_failure() -> bool:
     try:
         _marker().touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        return True  # no shared folder: better reported twice than never
+    except OSError as error:  # without a shared folder: better reported twice than never
+        return not isinstance(error, FileExistsError)
     return True
 
 

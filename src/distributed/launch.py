@@ -16,40 +16,25 @@ import psutil
 
 from src.config import ConfigError
 
-_NUM_PROCESSES = re.compile(r"--num[_-]processes(?:=(\d+))?$")
 _FIRST_PORT, _NUM_PORT = 20_000, 10_000  # below the ephemeral ports of Linux
 REQUEUE = "STAGE1_REQUEUE"  # set to 1 in a Slurm job that may be requeued, as script/train.sbatch does
 
 
-_PLUGINS = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
-
-
 def check_launcher(env: Mapping[str, str]) -> None:
-    """Refuse the sharding plugins of `accelerate launch`: a checkpoint would contain one process's shard only.
-
-    Raises:
-        ConfigError: naming the plugin, and what to use instead.
-    """
-    for variable, name in _PLUGINS.items():
+    """Raises ConfigError for the sharding plugins of Accelerate: a checkpoint would hold one process's shard only."""
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
         if env.get(variable, "").lower() == "true":
             raise ConfigError(
-                f"{variable}=true: {name} is not supported as a plugin of Accelerate. Launch without it and shard the "
+                f"{variable}=true: Accelerate's plugins are not supported. Launch without them and shard the "
                 f"weights with TRAIN.shard_weights=true; TRAIN.activation_checkpointing=true and a smaller "
-                f"TRAIN.sample_per_device with a larger TRAIN.grad_accum_step save memory, too (docs/CLUSTER.md)"
+                f"TRAIN.sample_per_device with a larger TRAIN.grad_accum_step also save memory (docs/CLUSTER.md)"
             )
 
 
 def requested_processes(command: list[str]) -> int:
     """N of `--num_processes N` in a launcher's command line, else 1."""
-    for index, argument in enumerate(command):
-        if match := _NUM_PROCESSES.match(argument):
-            value = match[1] or (command[index + 1] if index + 1 < len(command) else "")
-            return int(value) if value.isdigit() else 1
-    return 1
+    match = re.search(r"(?:^|\s)--num[_-]processes[= ](\d+)(?:\s|$)", " ".join(command))
+    return int(match[1]) if match else 1
 
 
 def start_missing_processes() -> None:
@@ -67,16 +52,11 @@ def start_missing_processes() -> None:
     os.execv(sys.executable, [*torchrun, *sys.argv])
 
 
-def adopt_slurm_variables() -> None:
-    """Set torchrun's variables in a task that `srun` started, one of several."""
-    os.environ.update(slurm_variables(os.environ))
-
-
 def slurm_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for a task of a Slurm step.
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for one of several tasks that `srun` started.
 
     Empty outside of Slurm, for a single task, and for the processes of a torchrun that srun started once on each node.
-    Only a step's own variables count: the shell of `sbatch` and `salloc` has SLURM_NTASKS, too.
+    Only a step's own variables count: the shell of `sbatch` and `salloc` also has SLURM_NTASKS.
     """
     number = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if "WORLD_SIZE" in env or number < 2:

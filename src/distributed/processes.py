@@ -7,30 +7,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from inspect import signature
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch.nn.parallel import DistributedDataParallel
 
 from src.config import Config
 
-# gloo and the launcher notice at once when a process is gone. This timeout is for a live process that hangs, such as on
+# gloo and the launcher notice a dead process immediately. This timeout is for a live process that hangs, for example on
 # a stalled file system. No collective waits for another process's long work, see `main_process_first`.
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 PREPARATION_TIMEOUT = timedelta(days=2)  # the main process indexes shards: hours for a large set on a slow disk
-
-
-class _DDPKwargs(DistributedDataParallelKwargs):
-    """Buffers are constants, so they are not broadcast before a forward pass. torch 2.13 renamed the argument."""
-
-    def to_kwargs(self) -> dict[str, Any]:
-        kwargs = super().to_kwargs()
-        if "forward_sync_buffers" in signature(DistributedDataParallel).parameters:
-            kwargs["forward_sync_buffers"] = kwargs.pop("broadcast_buffers")
-        return kwargs
 
 
 def _init_group_after_restart() -> None:
@@ -56,7 +43,7 @@ def _init_group_after_restart() -> None:
 def build_accelerator(cfg: Config) -> Accelerator:
     """Processes, device and precision. `auto` is bf16 on a GPU that supports it, float32 anywhere else.
 
-    Under bf16, whatever stays float32 (hand layer, losses) is exact float32; `tf32` rounds the factors of all its
+    Under bf16, the parts in float32 (hand layer, losses) use exact float32; `tf32` rounds the factors of all its
     matrix products, the hand layer's too, to 10 bits.
     """
     precision = cfg.TRAIN.mixed_precision
@@ -69,7 +56,7 @@ def build_accelerator(cfg: Config) -> Accelerator:
     _init_group_after_restart()
     timeout = InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, kwargs_handlers=[timeout])
-    accelerator.ddp_handler = _DDPKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     assert accelerator.num_processes == world_size, "processes that do not know of each other would train twice"
     return accelerator
 
@@ -87,20 +74,6 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     if accelerator.is_main_process:
         dist.barrier(group)
     dist.destroy_process_group(group)
-
-
-def build_host_group(accelerator: Accelerator) -> dist.ProcessGroup | None:
-    """A gloo group for `gather_objects`, which then waits for no device; None for a single process."""
-    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if accelerator.num_processes > 1 else None
-
-
-def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """The values of all processes, by rank, on each of them. A collective: every process must call it."""
-    if group is None:
-        return [value]
-    values = [None] * group.size()
-    dist.all_gather_object(values, value, group)
-    return values
 
 
 def shut_down(accelerator: Accelerator) -> None:

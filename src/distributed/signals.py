@@ -67,11 +67,7 @@ class StopSignals:
                     child.kill()  # otherwise the exit waits for a pool that indexes shards
                 raise StopRequested(self.requested)
         elif number != self._first[0] or now - self._first[1] > ECHO:
-            _exit_immediately(number)
-
-
-def _exit_immediately(number: int) -> None:
-    if sys.stdout.isatty():
-        os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
-    os.write(2, f"stage1: {signal.Signals(number).name} again: stopped at once\n".encode())
-    os._exit(128 + number)
+            if sys.stdout.isatty():
+                os.write(1, b"\x1b[?25h\n")  # a progress bar hides the cursor
+            os.write(2, f"stage1: {signal.Signals(number).name} again: stopped at once\n".encode())
+            os._exit(128 + number)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from torch import nn
 
-from src.checkpoint.folder import MODEL, read_config_name
+from src.checkpoint.folder import MODEL
 from src.checkpoint.network import LoadedNetwork
+from src.checkpoint.save import read_state
 from src.tracking.tracker import METRICS, read_rows
 from src.utils.files import write_atomic
 
@@ -82,7 +83,7 @@ def write_card(folder: Path, card: str | None, loaded: LoadedNetwork, precision:
         card = _SKELETON.format(
             title=name,
             folder=f"model/{name}",
-            config=read_config_name(loaded.folder) or "TODO",
+            config=read_state(loaded.folder).config_name or "TODO",
             hand_licence=standin if loaded.network.hand.name == "standin" else mano,
             facts=BEGIN + END,
         )
@@ -93,7 +94,7 @@ def _facts(loaded: LoadedNetwork, precision: str, size: int) -> Iterator[str]:
     net = loaded.network
     weights = "float32" if precision == "fp32" else "matrices float16, vectors float32"
     rows = {
-        "configuration": f"`{read_config_name(loaded.folder) or 'unknown'}`",
+        "configuration": f"`{read_state(loaded.folder).config_name or 'unknown'}`",
         "step": f"{loaded.step}",
         "parameters": f"{_millions(net)} (backbone {_millions(net.backbone)}, decoder {_millions(net.decoder)})",
         "weights": f"`{MODEL}`, {size / 1e6:.1f} MB ({weights})",

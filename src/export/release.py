@@ -25,8 +25,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from src.checkpoint.folder import BACKBONE, CONFIG, MODEL, STATE, read_config_name, write_manifest
+from src.checkpoint.folder import BACKBONE, CONFIG, MODEL, STATE, write_manifest
 from src.checkpoint.network import LoadedNetwork, load_network
+from src.checkpoint.save import read_state
 from src.export.model_card import CARD, read_card, write_card
 from src.export.onnx import Difference, ExportError, PatchNetwork, compare, example_inputs, staged
 from src.model.backbone import Backbone
@@ -90,7 +91,7 @@ def release_backbone(loaded: LoadedNetwork, folder: Path) -> None:
 
 def _write_network(loaded: LoadedNetwork, folder: Path, precision: str) -> None:
     save_file(cast_weights(loaded.network, PRECISIONS[precision]), folder / MODEL, metadata={"format": "pt"})
-    state = {"step": loaded.step, "config_name": read_config_name(loaded.folder)}
+    state = {"step": loaded.step, "config_name": read_state(loaded.folder).config_name}
     texts = {
         CONFIG: OmegaConf.to_yaml(OmegaConf.create(portable_config(loaded.configuration))),
         BACKBONE: json.dumps(loaded.network.backbone.shape(), indent=1) + "\n",

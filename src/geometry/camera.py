@@ -55,6 +55,6 @@ def unproject(pixel: Array, depth: Array, focal: Array, princpt: Array) -> Array
 
 
 def guess_intrinsics(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """(focal [2], princpt [2]) for unknown intrinsics: the image diagonal (53 degrees of diagonal view), and the centre."""
+    """(focal [2], princpt [2]) for unknown intrinsics: the image diagonal (a 53 degree diagonal view), the centre."""
     focal = np.full(2, math.hypot(width, height), np.float32)
     return focal, np.array([0.5 * (width - 1), 0.5 * (height - 1)], np.float32)

@@ -1,4 +1,4 @@
-"""The child process that copies a run's journals to AIM: `python -m src.tracking.aim_child RUN_FOLDER`.
+"""The child process that copies a run's journals to AIM: `python -m src.tracking.aim_child RUN_FOLDER TRAINER_PID`.
 
 The only file that imports aim. The child follows `metrics.jsonl` and `images.jsonl` from the offsets that AIM has
 acknowledged (`aim_state.json`, per target) until the trainer closes its pipe or dies, sends the remaining rows, closes
@@ -10,7 +10,6 @@ and filled again from the journal, since new rows need not overwrite the old poi
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -26,16 +25,24 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from src.tracking.aim_state import acknowledge, acknowledged, read_state
-from src.tracking.tracker import FALLBACK, HEADER, IMAGES, JOURNALS, METRICS, file_size, read_rows
-from src.utils.files import try_lock
+from src.tracking.tracker import (
+    CHILD_STATE,
+    FALLBACK,
+    HEADER,
+    IMAGES,
+    JOURNALS,
+    METRICS,
+    file_size,
+    read_object,
+    read_rows,
+)
+from src.utils.files import try_lock, write_atomic
 
 PROBE_TIMEOUT = 3.0  # s for a server's first answer
 SERVER_STALL = 20.0  # s without progress after which a server counts as failed
-LOCAL_STALL = 120.0  # s, the same for a local repository (slow network disks)
-PATIENT_STALL = 120.0  # s, the same for sync_aim.py
+PATIENT_STALL = 120.0  # s, the same for a local repository (slow network disks) and for sync_aim.py
 DRAIN_LIMIT = 55.0  # s to send the remaining rows after the trainer has ended; it waits 60 s
 POLL = 0.25  # s between two reads of the journals
 
@@ -48,6 +55,7 @@ class Feeder(threading.Thread):
     def __init__(self, run_folder: Path, target: str, ending: threading.Event, report: Callable[..., None]) -> None:
         super().__init__(daemon=True)
         self._run_folder, self._ending, self._report = run_folder, ending, report
+        self._state_file = run_folder / CHILD_STATE
         self.target = target
         self._header = json.loads((run_folder / HEADER).read_text(encoding="utf-8"))
         self.is_remote = target.startswith("aim://")
@@ -90,11 +98,14 @@ class Feeder(threading.Thread):
         import aim
 
         repo = aim.Repo.from_path(self.target) if self.is_remote else self._local_repo(aim)
-        known = read_state(self._run_folder).get(self.target, {})
+        known = read_object(self._state_file).get(self.target, {})
         if known and not repo.run_exists(known["run_hash"]):
             known = {}
         run = self._aim_run(aim, repo, known.get("run_hash"))
-        offset = acknowledged(self._run_folder, known)
+        offset = {name: known.get("offset", {}).get(name, 0) for name in JOURNALS}
+        for name in JOURNALS:
+            if offset[name] > file_size(self._run_folder / name):  # the journal has lost rows
+                offset[name] = 0
         if known and len(self._header["cuts"]) > known["cuts_seen"]:  # AIM may hold rows that a resume has discarded
             _empty(run)
             run.close()
@@ -157,11 +168,8 @@ class Feeder(threading.Thread):
         return {METRICS: metrics_end, IMAGES: images_end}
 
     def _wait_for_arrival(self, run: Any) -> None:
-        """Wait until the server has confirmed every point; each confirmation counts as progress.
-
-        AIM has no public API for this.
-        """
-        queue = run.repo._client.get_queue()._queue
+        """Wait until the server has confirmed every point; each confirmation counts as progress."""
+        queue = run.repo._client.get_queue()._queue  # AIM has no public API for this
         left = queue.unfinished_tasks
         while left:
             time.sleep(0.01)
@@ -170,9 +178,12 @@ class Feeder(threading.Thread):
                 self.beat = time.monotonic()
 
     def _acknowledge(self, run_hash: str, offset: dict[str, int]) -> None:
+        """Record in `aim_state.json` that AIM has every row before `offset` and reflects every cut so far."""
         if self.abandoned:
             raise RuntimeError("stopped by the watchdog")
-        acknowledge(self._run_folder, self.target, run_hash, offset, len(self._header["cuts"]))
+        known = {"run_hash": run_hash, "offset": offset, "cuts_seen": len(self._header["cuts"])}
+        state = read_object(self._state_file) | {self.target: known}
+        write_atomic(self._state_file, json.dumps(state, indent=1))
 
     def _index(self, run_hash: str) -> None:
         """Index a finished run so that queries find it; otherwise only a running `aim up` would do so."""
@@ -217,12 +228,11 @@ def probe_server(target: str) -> None:
             urllib.request.urlopen(target.replace("aim", scheme, 1).rstrip("/") + "/status/", timeout=PROBE_TIMEOUT)
             return
         except urllib.error.HTTPError:
-            return  # an answer all the same
-        except (urllib.error.URLError, TimeoutError) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
+            return  # it answers, whatever the status
+        except OSError as error:  # URLError among them
+            failure = getattr(error, "reason", error)
+            if isinstance(failure, TimeoutError):
                 raise TimeoutError(f"no answer within {PROBE_TIMEOUT:.0f} s") from error
-            failure = reason
     raise OSError(str(failure))
 
 
@@ -265,7 +275,7 @@ def follow(run_folder: Path, parent: int, report: Callable[..., None]) -> bool:
     ending = threading.Event()
     for target in targets:
         feeder = Feeder(run_folder, target, ending, report)
-        reason = watch(feeder, ending, has_ended, SERVER_STALL if feeder.is_remote else LOCAL_STALL)
+        reason = watch(feeder, ending, has_ended, SERVER_STALL if feeder.is_remote else PATIENT_STALL)
         if reason is None:
             report(event="closed")
             return True
@@ -274,14 +284,21 @@ def follow(run_folder: Path, parent: int, report: Callable[..., None]) -> bool:
 
 
 def sync(run_folder: Path, target: str | None) -> bool:
-    """Send the missing rows of a run to AIM at `target` (default: the run's own). Prints the outcome."""
+    """Send the missing rows of a run to AIM at `target` (default: the run's own) and print the outcome.
+
+    Returns True if everything has arrived. End the process with `exit_now` afterwards.
+    """
     target = target or json.loads((run_folder / HEADER).read_text(encoding="utf-8"))["target"]
     ending = threading.Event()
     ending.set()
-    feeder = Feeder(run_folder, target, ending, lambda **_: None)
-    reason = watch(feeder, ending, lambda: True, PATIENT_STALL, drain_limit=math.inf)  # no process waits for us
+    with _only_child(run_folder, patience=5.0) as held:
+        if not held:
+            print(f"{run_folder} is being tracked by its run; wait until that run has ended", file=sys.stderr)
+            return False
+        feeder = Feeder(run_folder, target, ending, lambda **_: None)
+        reason = watch(feeder, ending, lambda: True, PATIENT_STALL, drain_limit=math.inf)  # no process waits for us
     if reason is None:
-        run_hash = read_state(run_folder)[target]["run_hash"]
+        run_hash = read_object(run_folder / CHILD_STATE)[target]["run_hash"]
         print(f"{feeder.num_point} points of {run_folder} copied to AIM at {target}, run {run_hash}")
     else:
         print(f"AIM at {target} failed: {reason}. The journal is complete; try again later.", file=sys.stderr)
@@ -298,21 +315,8 @@ def _only_child(run_folder: Path, patience: float) -> Iterator[bool]:
         yield held
 
 
-def main() -> bool:
-    """Parse the command line and feed AIM. Returns True if everything arrived."""
-    parser = argparse.ArgumentParser(description="Copy the journals of a run folder to AIM.")
-    parser.add_argument("run_folder", type=Path)
-    parser.add_argument("--parent", type=int, help="process id of the trainer to follow; without it: sync and exit")
-    parser.add_argument("--target", help="aim://host:port or the folder of a repository; default: the run's own")
-    arguments = parser.parse_args()
-    run_folder = arguments.run_folder.resolve()
-    logging.getLogger("aim.sdk.lock_manager").setLevel(logging.ERROR)  # warns about each force_resume
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    if arguments.parent is None:
-        with _only_child(run_folder, patience=5.0) as held:
-            if not held:
-                print(f"{run_folder} is being tracked by its run; wait until that run has ended", file=sys.stderr)
-            return held and sync(run_folder, arguments.target)
+def main(run_folder: Path, trainer: int) -> bool:
+    """Feed AIM until the process `trainer` closes our stdin or ends. Returns True if everything has arrived."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the trainer; this process ends with it
     pipe = os.fdopen(os.dup(1), "w", buffering=1)
@@ -325,10 +329,16 @@ def main() -> bool:
     with _only_child(run_folder, patience=DRAIN_LIMIT + 15) as held:
         if not held:
             report(event="failed", target="the run folder", reason="another process is feeding this run to AIM")
-        return held and follow(run_folder, arguments.parent, report)
+        return held and follow(run_folder, trainer, report)
 
 
-if __name__ == "__main__":
-    code = 0 if main() else 1
+def exit_now(is_complete: bool) -> NoReturn:
+    """Exit with code 0 or 1. A normal exit would wait forever for a feeder that hangs in AIM's client."""
     sys.stdout.flush()
-    os._exit(code)  # a normal exit would wait forever for a feeder that hangs in AIM's client
+    os._exit(0 if is_complete else 1)
+
+
+logging.getLogger("aim.sdk.lock_manager").setLevel(logging.ERROR)  # warns about each force_resume
+if __name__ == "__main__":
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    exit_now(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from src.config import AimConfig
 from src.utils.append_file import AppendFile
 from src.utils.files import encode_image, write_atomic
 
@@ -52,58 +53,38 @@ def name_run(config_name: str, overrides: Sequence[str], seed: int) -> str:
 
 
 class Tracker:
-    """Journals of one run and the child that feeds AIM. `Tracker.open` on rank 0, `Tracker.disabled` elsewhere."""
+    """Journals of one run and the child that feeds AIM; on rank 0 only."""
 
-    def __init__(self, run_folder: Path | None, child: _Child | None, run_name: str = "") -> None:
-        self.run_name = run_name  # in AIM
-        self._run_folder = run_folder
-        self._child = child
-        self._journal = {} if run_folder is None else {name: AppendFile(run_folder / name) for name in JOURNALS}
-
-    @classmethod
-    def disabled(cls) -> Tracker:
-        """A tracker that discards everything, for ranks other than 0."""
-        return cls(None, None)
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         run_folder: Path,
         *,
         run_name: str,
         config: dict[str, Any],
-        server_url: str | None,
-        repo: Path | str,
-        experiment: str,
+        aim: AimConfig,
         description: str = "",
         resume: dict[str, int] | None = None,
-        use_aim: bool = True,
         start_timeout: float = 5.0,
-    ) -> Tracker:
+    ) -> None:
         """Open or continue the journals of `run_folder` and start the child.
 
         run_name: the name in AIM of a new run; a run folder keeps its first one.
-        server_url: `aim://host:port`, or None for the local repository in the folder `repo`.
         resume: `Tracker.state()` from the checkpoint that the run resumes from. Rows written after it are moved to
             `<journal>.discarded-<n>` and written again by the resumed run, which continues its AIM run.
         start_timeout: seconds to wait for the child's first message; training starts without it.
-
-        Raises ValueError if `server_url` is not an AIM address.
         """
-        if server_url is not None and not server_url.startswith("aim://"):
-            raise ValueError(f"AIM.server_url must look like aim://127.0.0.1:53800 or be null, not {server_url!r}")
-        run_folder = Path(run_folder).resolve()
+        self._run_folder = run_folder = run_folder.resolve()
         before = read_object(run_folder / HEADER)
-        run_name, cuts = before.get("run_name", run_name), before.get("cuts", [])
+        self.run_name, cuts = before.get("run_name", run_name), before.get("cuts", [])
         if resume is not None:
             end = {name: resume.get(name, 0) for name in JOURNALS}
             if any(file_size(run_folder / name) > at for name, at in end.items()):
                 cuts = [*cuts, end]
         header = {
-            "run_name": run_name,
-            "experiment": experiment,
+            "run_name": self.run_name,
+            "experiment": aim.experiment,
             "description": description,
-            "target": server_url or str(Path(repo).resolve()),
+            "target": aim.server_url or str(Path(aim.repo).resolve()),
             "config": config,
             "cuts": cuts,
         }
@@ -111,19 +92,17 @@ class Tracker:
         if resume is not None:  # after the header: after a crash in between, the next resume cuts
             for name, at in end.items():
                 _cut(run_folder / name, at)
-        child = None
-        if use_aim and importlib.util.find_spec("aim") is None:
-            version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        self._child = None
+        if importlib.util.find_spec("aim") is None:
+            version = ".".join(map(str, sys.version_info[:2]))
             logger.warning("AIM is not installed (Python %s): metrics are kept in %s alone", version, METRICS)
-        elif use_aim:
-            child = _Child(run_folder)
-            child.poll(start_timeout)
-        return cls(run_folder, child, run_name)
+        else:
+            self._child = _Child(run_folder)
+            self._child.poll(start_timeout)
+        self._journal = {name: AppendFile(run_folder / name) for name in JOURNALS}
 
     def log(self, step: int, subset: str, metrics: dict[str, float]) -> None:
         """Append one row (about 7 us). `subset` is one of those above; values are Python or numpy numbers."""
-        if self._run_folder is None:
-            return
         row: dict[str, Any] = {"step": step, "subset": subset}
         for name, value in metrics.items():
             value = float(value)
@@ -132,8 +111,6 @@ class Tracker:
 
     def image(self, step: int, subset: str, name: str, image: np.ndarray) -> None:
         """Write `image` [H, W, 3] uint8 RGB as a JPEG to `images/` and append its row."""
-        if self._run_folder is None:
-            return
         file = Path("images") / f"{subset}_{name}_{step:07d}.jpg"
         encoded = encode_image(image, jpeg_quality=90)
         try:
@@ -159,7 +136,7 @@ class Tracker:
         """Wait up to `timeout` seconds for the child to send the rest to AIM, then end it. Safe to call twice."""
         for journal in self._journal.values():
             journal.close()
-        child, self._child, self._run_folder = self._child, None, None
+        child, self._child = self._child, None
         if child is not None:
             child.close(timeout)
 
@@ -177,7 +154,7 @@ class _Child:
         self._text = b""
         self.warned = False
         self._closed = False  # the child has reported that everything arrived
-        command = [sys.executable, "-m", "src.tracking.aim_child", str(run_folder), "--parent", str(os.getpid())]
+        command = [sys.executable, "-m", "src.tracking.aim_child", str(run_folder), str(os.getpid())]
         with open(run_folder / CHILD_LOG, "ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -223,7 +200,7 @@ class _Child:
     def close(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         with suppress(OSError):  # the child may have ended already
-            self._process.stdin.write(b"end\n")  # closing is not enough: forked data workers have the pipe open, too
+            self._process.stdin.write(b"end\n")  # closing is not enough: forked data workers hold the pipe open
             self._process.stdin.close()
         while self.poll(max(0.0, deadline - time.monotonic())) and time.monotonic() < deadline:
             pass

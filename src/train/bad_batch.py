@@ -10,6 +10,7 @@ Steps are numbered as in the log: the number of steps done, this one included. N
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,30 +44,22 @@ class BadStep:
     terms: dict[str, float]  # loss terms, their weighted sum and the gradient's norm
     samples: list[dict[str, Any]]  # rank, source, shard, key, position, and the terms that are not finite
 
-    def bad_terms(self) -> list[str]:
-        """Names of the terms that are not finite."""
-        return [name for name, value in self.terms.items() if not _is_finite(value)]
-
     def suspects(self) -> list[dict[str, Any]]:
         """The samples whose own loss is not finite; all samples if only the gradient is not."""
         return [sample for sample in self.samples if sample["terms"]] or self.samples
 
     def __str__(self) -> str:
-        suspects = self.suspects()
+        suspects, terms = self.suspects(), [name for name, value in self.terms.items() if not math.isfinite(value)]
         names = [f"{'/'.join(Path(each['shard']).parts[-2:])}:{each['key']}" for each in suspects]
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         which = "every sample" if len(suspects) == len(self.samples) else "samples"
-        return f"not finite: {', '.join(self.bad_terms())}; {which}: {', '.join(names[:MAX_NAMED])}{more}"
+        return f"not finite: {', '.join(terms)}; {which}: {', '.join(names[:MAX_NAMED])}{more}"
 
     def advice(self) -> str:
         """Where to look for the cause."""
         if len(self.suspects()) == len(self.samples):
             return "Every sample is affected, so suspect the weights rather than the data: try a lower TRAIN.lr"
         return "Only these samples are affected: check their shards with script/check_shards.py, or exclude them"
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")  # false for nan too
 
 
 def describe_samples(
@@ -106,7 +99,7 @@ def write_report(run_folder: Path, bad: BadStep, context: dict[str, Any]) -> Non
 
 
 def _report_text(bad: BadStep, context: dict[str, Any]) -> str:
-    terms = {name: value if _is_finite(value) else str(value) for name, value in bad.terms.items()}
+    terms = {name: value if math.isfinite(value) else str(value) for name, value in bad.terms.items()}
     report = {"step": bad.step, "in_row": bad.in_row, **context, "terms": terms, "samples": bad.samples}
     return json.dumps(report, indent=1)
 

@@ -57,13 +57,10 @@ class Ending:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        timeout = FINISH_TIMEOUT
         try:
             if isinstance(error, RunComplete):
                 logger.info(str(error))
                 return True
-            if error is not None:
-                timeout = STOP_TIMEOUT
             if isinstance(error, StopRequested):
                 self._exit_on_stop(error)
             if isinstance(error, (BadDataError, CheckpointError, NumbersError)):
@@ -73,7 +70,7 @@ class Ending:
             return False  # an unexpected error of a single process is raised
         finally:
             if self.run is not None:
-                self.run.close(timeout)
+                self.run.close(FINISH_TIMEOUT if error is None else STOP_TIMEOUT)
             requeue_slurm_job(self.signals.requested)
 
     def _exit_on_stop(self, stop: StopRequested) -> NoReturn:

@@ -24,12 +24,9 @@ def build_optimizer(model: PoseNet, cfg: Config) -> torch.optim.AdamW:
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr, fused=True)
     blocks = {id(p) for layers in model.transformer_blocks() for p in layers.parameters() if p.ndim == 2}
-    return MuonAdamW([part for group in groups for part in _split(group, blocks)], train.lr, _precision(cfg))
-
-
-def _precision(cfg: Config) -> torch.dtype:
-    """Precision of the orthogonalisation, which needs few digits: bfloat16 if the run sets it explicitly."""
-    return torch.bfloat16 if cfg.TRAIN.mixed_precision == "bf16" else torch.float32
+    # the orthogonalisation needs few digits: bfloat16 if the run sets it explicitly
+    precision = torch.bfloat16 if train.mixed_precision == "bf16" else torch.float32
+    return MuonAdamW([part for group in groups for part in _split(group, blocks)], train.lr, precision)
 
 
 def _split(group: dict[str, Any], blocks: set[int]) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from src.checkpoint.folder import is_released, resume_refusal
-from src.config import BackboneConfig, Config, ConfigError, named_sources
+from src.checkpoint.folder import resume_refusal
+from src.config import Config, ConfigError, named_sources
 from src.data.shards.paths import resolve_source
 from src.hand.load import STANDIN, hand_model_problem
 
@@ -19,11 +19,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mo
 
 
 def check_files(cfg: Config) -> None:
-    """Refuse a run whose inputs are missing.
-
-    Raises:
-        ConfigError: for each problem the key, its value and the fix.
-    """
+    """Raises ConfigError if inputs of the run are missing: for each problem the key, its value and the fix."""
     problems = [*_backbone_problems(cfg), *_hand_model_problems(cfg), *_source_problems(cfg), *_resume_problems(cfg)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -31,31 +27,23 @@ def check_files(cfg: Config) -> None:
 
 def _backbone_problems(cfg: Config) -> Iterator[str]:
     backbone = cfg.MODEL.backbone
-    patch_size = backbone.patch_size
-    problem = None if backbone.random_init else _missing_weights(backbone)
-    if problem:
-        yield problem
+    folder, patch_size = Path(backbone.backbone_str), backbone.patch_size
+    has_weights = (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHT_FILES)
+    if has_weights and not backbone.random_init:
+        patch_size = json.loads((folder / "config.json").read_text())["patch_size"]
     elif not backbone.random_init:
-        patch_size = json.loads((Path(backbone.backbone_str) / "config.json").read_text())["patch_size"]
+        what = "there are no weights in this folder" if folder.is_dir() else "there is no such folder"
+        yield (
+            f"MODEL.backbone.backbone_str={backbone.backbone_str}: {what}. Fetch them with\n"
+            f"    hf download facebook/{folder.name} --local-dir {backbone.backbone_str}\n"
+            f"or start from random weights with MODEL.backbone.random_init=true"
+        )
     if cfg.MODEL.img_size % patch_size:
         nearest = max(1, round(cfg.MODEL.img_size / patch_size)) * patch_size
         yield (
             f"MODEL.img_size={cfg.MODEL.img_size}: the backbone cuts patches of {patch_size} px, so the side must be "
             f"a multiple of {patch_size}; try MODEL.img_size={nearest}"
         )
-
-
-def _missing_weights(backbone: BackboneConfig) -> str | None:
-    folder = Path(backbone.backbone_str)
-    has_weights = any((folder / name).is_file() for name in WEIGHT_FILES)
-    if has_weights and (folder / "config.json").is_file():
-        return None
-    what = "there are no weights in this folder" if folder.is_dir() else "there is no such folder"
-    return (
-        f"MODEL.backbone.backbone_str={backbone.backbone_str}: {what}. Fetch them with\n"
-        f"    hf download facebook/{folder.name} --local-dir {backbone.backbone_str}\n"
-        f"or start from random weights with MODEL.backbone.random_init=true"
-    )
 
 
 def _hand_model_problems(cfg: Config) -> Iterator[str]:
@@ -78,13 +66,13 @@ def _source_problems(cfg: Config) -> Iterator[str]:
 
 
 def _resume_problems(cfg: Config) -> Iterator[str]:
-    for key, path in (("GENERAL.resume_path", cfg.GENERAL.resume_path), ("MODEL.init_from", cfg.MODEL.init_from)):
-        if path is not None and not (Path(path).is_dir() or (path == AUTO and key == "GENERAL.resume_path")):
+    resume_path = None if cfg.GENERAL.resume_path == AUTO else cfg.GENERAL.resume_path
+    for key, path in (("GENERAL.resume_path", resume_path), ("MODEL.init_from", cfg.MODEL.init_from)):
+        if path is not None and not Path(path).is_dir():
+            or_auto = ", or auto for the newest run of this config" if key == "GENERAL.resume_path" else ""
             yield (
                 f"{key}={path}: there is no such folder; give a run folder below {cfg.GENERAL.output_root}/ "
-                f"or one of its checkpoints/checkpoint-<step>"
-                + (", or auto for the newest run of this config" if key == "GENERAL.resume_path" else "")
+                f"or one of its checkpoints/checkpoint-<step>{or_auto}"
             )
-    path = cfg.GENERAL.resume_path
-    if path not in (None, AUTO) and is_released(Path(path)):
-        yield f"GENERAL.resume_path={resume_refusal(Path(path))}"
+    if resume_path is not None and (refusal := resume_refusal(Path(resume_path))):
+        yield f"GENERAL.resume_path={refusal}"

@@ -7,12 +7,12 @@ same seed and dropout rate, so on the same kind of device it gives the same numb
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from src.batch import Batch
 from src.checkpoint.network import load_network
@@ -50,11 +50,18 @@ def _replay_rank(net: PoseNet, batches: list[Batch], report: dict[str, Any], ran
     torch.manual_seed(step_seed(report["seed"], report["step"] - 1, rank))
     device, lines = next(net.parameters()).device, []
     weight = torch.tensor(report["loss_weight"], device=device)
+    dtype, names = _DTYPE.get(report["precision"]), {module: name for name, module in net.named_modules() if name}
     for batch in (batch.to(device) for batch in batches):
-        with _find_bad_module(net, lines):
-            dtype = _DTYPE.get(report["precision"])
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                prediction = net(batch)
+        bad: list[str] = []  # modules whose output is not finite though their input is, in forward order
+
+        def find_bad(module: nn.Module, inputs: Any, output: Any, bad: list[str] = bad) -> None:
+            if module in names and not bad and not _is_finite(output) and _is_finite(inputs):
+                bad.append(names[module])
+
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+        with register_module_forward_hook(find_bad), autocast:
+            prediction = net(batch)
+        lines.append(f"first module whose output is not finite: {bad[0] if bad else 'none'}")
         sums, counts = loss_sums(prediction, batch, net.hand), loss_counts(batch)
         lines += _sample_lines(batch, sums.detach() / counts.clamp(min=1), rank)
         (mean_terms(sums.sum(0), counts.sum(0)) @ weight).backward()
@@ -68,27 +75,6 @@ def _sample_lines(batch: Batch, means: torch.Tensor, rank: int) -> Iterator[str]
         values = " ".join(f"{name}={value:.4g}" for name, value in zip(LOSS_TERMS, means[index].tolist(), strict=True))
         what = "not finite" if rows else "largest loss"
         yield f"process {rank}, {what}: {batch.source[index]} {batch.key[index]}: {values}"
-
-
-@contextmanager
-def _find_bad_module(net: nn.Module, lines: list[str]) -> Iterator[None]:
-    """Append the first module, in forward order, whose output is not finite though its input is."""
-    found: list[str] = []
-
-    def hook_for(name: str):
-        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not _is_finite(output) and _is_finite(inputs):
-                found.append(name)
-
-        return hook
-
-    hooks = [module.register_forward_hook(hook_for(name)) for name, module in net.named_modules() if name]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    lines.append(f"first module whose output is not finite: {found[0] if found else 'none'}")
 
 
 def _is_finite(value: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from src.checkpoint.folder import CONFIG, find_checkpoint
 from src.checkpoint.save import find_newest, is_newest, read_state
 from src.config import Config, flatten, housekeeping_keys
+from src.config_parse import FREE_FORM
 from src.train.preflight import AUTO
 from src.utils.console import logger
 
@@ -23,23 +25,15 @@ SHAPE_KEYS = (
 )
 # The training data: `auto` refuses a run with other values.
 DATA_KEYS = ("DATA.root", "DATA.stride", "DATA.train.source")
-SOURCE_KEYS = ("DATA.train.source", "DATA.val.source")  # compared as a whole
 
 
 class RunComplete(Exception):
     """`GENERAL.resume_path=auto` found a run that has done all its steps."""
 
 
-@dataclass
-class Origin:
-    """What a run starts from."""
-
-    checkpoint: Path | None = None  # verified; None: a new run
-    in_place: bool = False  # continue in the checkpoint's run folder instead of a new one
-
-
-def find_origin(cfg: Config, config_name: str, accelerator: Accelerator) -> Origin:
-    """The origin that the configuration selects, the same on every process.
+def find_origin(cfg: Config, config_name: str, accelerator: Accelerator) -> tuple[Path | None, bool]:
+    """What the run starts from, the same on every process: a verified checkpoint (None: from scratch), and whether to
+    continue in its run folder instead of a new one.
 
     Raises ValueError where the path has no complete checkpoint, no step is left, or the network has another shape;
     RunComplete where `auto` finds a run with no step left.
@@ -56,37 +50,35 @@ def find_origin(cfg: Config, config_name: str, accelerator: Accelerator) -> Orig
     return origin
 
 
-def _look_up(cfg: Config, config_name: str) -> Origin:
+def _look_up(cfg: Config, config_name: str) -> tuple[Path | None, bool]:
     path = cfg.GENERAL.resume_path
     if path is None:
-        return Origin()
+        return None, False
     if path == AUTO:
         checkpoint = find_newest(Path(cfg.GENERAL.output_root), config_name)
         if checkpoint is None:
             where = f"the newest run of {config_name} below {cfg.GENERAL.output_root}"
             logger.info(f"GENERAL.resume_path=auto: no complete checkpoint yet in {where}; starting a new run")
-            return Origin()
+            return None, False
     else:
         checkpoint = find_checkpoint(path)
     changes = changed_settings(checkpoint, cfg)
-    _check_shape(checkpoint, changes)
-    if path == AUTO:
-        _check_data(checkpoint, changes)
+    _check_changes(checkpoint, changes, is_auto=path == AUTO)
     _check_steps(cfg, checkpoint)
     logger.info(f"resuming from {checkpoint}")
     if changes:
         logger.warning("changed settings: %s", "; ".join(changes.values()))
     # A run folder resumes from its newest complete checkpoint; a single checkpoint may be an older one.
     is_single = path != AUTO and (Path(path).resolve() == checkpoint.resolve() or Path(path).name == "best")
-    return Origin(checkpoint, in_place=not is_single or is_newest(checkpoint))
+    return checkpoint, not is_single or is_newest(checkpoint)
 
 
 def changed_settings(checkpoint: Path, cfg: Config) -> dict[str, str]:
     """Dotted key -> both values in words, for each setting of training that differs from the checkpoint's."""
     if not (checkpoint / CONFIG).is_file():
         return {}  # an early version wrote checkpoints without their configuration
-    saved = flatten(OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG)), whole=SOURCE_KEYS)
-    now = flatten(asdict(cfg), whole=SOURCE_KEYS)
+    saved = flatten(OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG)), whole=FREE_FORM)
+    now = flatten(asdict(cfg), whole=FREE_FORM)
     ignored = {*housekeeping_keys(), "MODEL.init_from"}  # only a new run reads init_from
     return {
         key: f"{key}={now[key]} in this command, {saved[key]} in the checkpoint"
@@ -95,22 +87,23 @@ def changed_settings(checkpoint: Path, cfg: Config) -> dict[str, str]:
     }
 
 
-def _check_shape(checkpoint: Path, changes: dict[str, str]) -> None:
-    if lines := [changes[key] for key in SHAPE_KEYS if key in changes]:
+def _check_changes(checkpoint: Path, changes: dict[str, str], is_auto: bool) -> None:
+    """Refuse another shape of the network, and with `GENERAL.resume_path=auto` other training data."""
+
+    def listed(keys: Iterable[str]) -> str:
+        return "".join(f"    {changes[key]}\n" for key in keys if key in changes)
+
+    if lines := listed(SHAPE_KEYS):
         raise ValueError(
-            f"{checkpoint} has a network of another shape:\n" + "\n".join(f"    {line}" for line in lines) + "\n"
+            f"{checkpoint} has a network of another shape:\n{lines}"
             f"Resume with the checkpoint's values, or start a new run from the weights that fit with "
             f"MODEL.init_from={checkpoint} and without GENERAL.resume_path"
         )
-
-
-def _check_data(checkpoint: Path, changes: dict[str, str]) -> None:
-    if lines := [changes[key] for key in DATA_KEYS if key in changes]:
+    if is_auto and (lines := listed(DATA_KEYS)):
         run_folder = checkpoint.parent.parent
         raise ValueError(
-            f"GENERAL.resume_path=auto: the newest run, {run_folder}, was trained on different data:\n"
-            + "\n".join(f"    {line}" for line in lines)
-            + f"\nResume it anyway with GENERAL.resume_path={run_folder}, name another run, or start a new one without "
+            f"GENERAL.resume_path=auto: the newest run, {run_folder}, was trained on different data:\n{lines}"
+            f"Resume it anyway with GENERAL.resume_path={run_folder}, name another run, or start a new one without "
             "GENERAL.resume_path. To keep runs apart, give each its own GENERAL.output_root"
         )
 

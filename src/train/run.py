@@ -14,17 +14,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.progress import Progress
 
 from src.batch import Batch
+from src.checkpoint.folder import CONFIG
 from src.checkpoint.network import init_from
-from src.checkpoint.run_folder import lock_run_folder, make_run_folder, write_config
+from src.checkpoint.run_folder import config_yaml, create_run_folder, lock_run_folder
 from src.checkpoint.save import CheckpointError, TrainState, load_checkpoint, network_texts
 from src.checkpoint.writer import CheckpointWriter
 from src.config import Config
 from src.data.demo.make import make_demo_data
+from src.data.health import merge_states
 from src.data.loader import HandLoader, build_train_loader, build_val_loader, to_device, train_eval_config
 from src.data.mean_hand import mean_hand
 from src.distributed.processes import build_accelerator, main_process_first, shut_down
@@ -33,15 +36,15 @@ from src.hand.load import load_hand
 from src.model.net import PoseNet
 from src.tracking.tracker import Tracker, name_run
 from src.train import sharding
-from src.train.delayed_read import DelayedRead
 from src.train.optimizer import build_optimizer
-from src.train.report import closing_table, describe_dropout, describe_hand, describe_network, where_to_look
+from src.train.report import closing_table, describe_dropout, describe_network, where_to_look
 from src.train.resume import find_origin
-from src.train.shared_health import SharedHealth, log_corruption
+from src.train.shared_health import corruption_row, exchange
 from src.train.step import StepResult, Trainer, log_line, prepare_model
-from src.train.step_watch import StepWatch
-from src.train.validation import Validation, describe, evaluate, key_metric
+from src.train.step_watch import DelayedRead, StepWatch
+from src.train.validation import describe, evaluate, key_metric
 from src.utils.console import add_log_file, console, logger, task_bar, track
+from src.utils.files import write_atomic
 from src.utils.vis import overlay_sheet
 
 
@@ -61,8 +64,7 @@ class Run:
             sharding.check_processes()
         self.accelerator = build_accelerator(cfg)
         self.is_main = self.accelerator.is_main_process
-        self.health = SharedHealth(self.accelerator)
-        origin = find_origin(cfg, config_name, self.accelerator)
+        checkpoint, in_place = find_origin(cfg, config_name, self.accelerator)
         with main_process_first(self.accelerator):
             make_demo_data(cfg, progress)
 
@@ -70,25 +72,34 @@ class Run:
         hand = load_hand(cfg.MODEL.hand_model)
         self.net = PoseNet(cfg.MODEL, hand).to("cpu" if cfg.TRAIN.shard_weights else self.accelerator.device)
         optimizer = build_optimizer(self.net, cfg)
-        self.state = self._load_state(origin.checkpoint, optimizer, config_name)
+        self.state = self._load_state(checkpoint, optimizer, config_name)
         self.trainer = self._build_trainer(optimizer)
 
         self.train_loader, self.val_loader, self.train_eval_loader = self._build_loaders(hand.name)
         self.mean_hand = mean_hand(self.train_loader.dataset, hand)
-        self.folder = self._claim_folder(config_name, origin.checkpoint if origin.in_place else None)
-        self.tracker = self._open_tracker(origin.in_place, name_run(config_name, overrides, cfg.GENERAL.seed))
+        self.folder = self._claim_folder(config_name, checkpoint if in_place else None)
+        if self.is_main:
+            self.tracker = Tracker(
+                self.folder,
+                run_name=name_run(config_name, overrides, cfg.GENERAL.seed),
+                config=asdict(cfg),
+                aim=cfg.AIM,
+                description=cfg.GENERAL.description,
+                resume=self.state.tracker if in_place else None,
+            )
         self.watch = StepWatch(self.folder, self.trainer, self.train_loader.dataset, self.state)
         self.start_time, self.start_step = time.perf_counter(), self.state.step
         self.checkpoint_step = self.state.step  # of the newest checkpoint, even if still being written, or the start
-        self.writer = CheckpointWriter(self.state.step if origin.in_place else None)
+        self.writer = CheckpointWriter(self.state.step if in_place else None)
         self.task = progress.add_task("training", total=cfg.GENERAL.total_step, completed=self.state.step)
-        logger.info(describe_hand(hand))
-        logger.info(describe_network(self.net, self.accelerator))
+        logger.info(describe_network(self.net, hand, self.accelerator))
         if note := describe_dropout(cfg):
             logger.info(note)
-        self.health.load(self.train_loader.health, self.state.extra.get("health"))
-        log_corruption("training", self.train_loader.health)
-        log_corruption("validation", self.val_loader.health)
+        if self.is_main and (saved := self.state.extra.get("health")):  # the sum over all processes
+            self.train_loader.health.load_state_dict(saved)
+        for name, health in (("training", self.train_loader.health), ("validation", self.val_loader.health)):
+            if health.counts():
+                logger.warning(f"{name} data: {health.summary()}\n{health.table()}")
 
     # ---- called by the loop -----------------------------------------------------------------------------------------
 
@@ -130,7 +141,7 @@ class Run:
 
     def log(self, result: StepResult) -> None:
         """Write the log line and the journal's row, which AIM plots."""
-        bad = self.health.row(self.train_loader.health, self.train_loader.health.read)
+        bad = corruption_row(self.train_loader.health, self.train_loader.health.read)
         if self.is_main:
             metrics = result.metrics()
             logger.info(log_line(self.state.step, self.cfg.GENERAL.total_step, metrics))
@@ -156,18 +167,19 @@ class Run:
         """
         health = self.val_loader.health
         before = Counter(health.read)
-        result = self._evaluate(self.val_loader, "validation", mean_hand=self.mean_hand)
-        bad = self.health.row(health, health.read - before)
+        metrics, sheet = self._evaluate(self.val_loader, "validation", mean_hand=self.mean_hand)
+        bad = corruption_row(health, health.read - before)
+        train_eval = None
         if self.train_eval_loader is not None:
-            train_eval = self._evaluate(self.train_eval_loader, "training sample", draw=False)
-            self.tracker.log(self.state.step, "train_eval", train_eval.metrics)
-            self.health.exchange(self.train_eval_loader.health, Counter())
-        self.tracker.log(self.state.step, "val", result.metrics | bad)
-        if result.sheet is not None:
-            self.tracker.image(self.state.step, "val", "overlay", result.sheet)
-        value = key_metric(result.metrics)
+            train_eval, _ = self._evaluate(self.train_eval_loader, "training sample", draw=False)
+            exchange(self.train_eval_loader.health, Counter())
+        value = key_metric(metrics)
         if self.is_main:
-            logger.info(f"validation at step {self.state.step}: {describe(result.metrics)}")
+            if train_eval is not None:
+                self.tracker.log(self.state.step, "train_eval", train_eval)
+            self.tracker.log(self.state.step, "val", metrics | bad)
+            self.tracker.image(self.state.step, "val", "overlay", sheet)
+            logger.info(f"validation at step {self.state.step}: {describe(metrics)}")
         if self.state.step == 0:
             return False  # no checkpoint is saved at step 0
         is_best = math.isfinite(value) and (self.state.best_metric is None or value < self.state.best_metric)
@@ -179,7 +191,7 @@ class Run:
         """Start writing a checkpoint; training continues meanwhile."""
         self.watch.flush()
         self.state.validation_due = validation_due
-        self.state.extra = {"health": self.health.state(self.train_loader.health)}
+        self.state.extra = {"health": merge_states(gather_object([self.train_loader.health.state_dict()]))}
         self.checkpoint_step = self.state.step
         model, optimizer = self.net, self.trainer.optimizer
         if self.cfg.TRAIN.shard_weights:
@@ -236,7 +248,8 @@ class Run:
             self.writer.join()
         except CheckpointError as error:
             logger.error(str(error))
-        self.tracker.close(timeout)
+        if self.is_main:
+            self.tracker.close(timeout)
         if wait_for_peers:
             shut_down(self.accelerator)
 
@@ -246,7 +259,7 @@ class Run:
         """Load network, optimizer and scaler from a checkpoint, or only the network from `MODEL.init_from`."""
         if checkpoint is not None:
             scaler = self.accelerator.scaler
-            return load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler, verified=True)
+            return load_checkpoint(checkpoint, model=self.net, optimizer=optimizer, scaler=scaler)
         if self.cfg.MODEL.init_from is not None:
             logger.info(str(init_from(self.net, self.cfg.MODEL.init_from)))
         return TrainState(config_name=config_name)
@@ -279,35 +292,20 @@ class Run:
         Resuming from an older checkpoint branches off into a new folder and leaves the later steps untouched.
         """
         if newest is not None:
-            folder = newest.parent.parent
+            folder, config = newest.parent.parent, f"config.resumed-{self.state.step}.yaml"
         else:
-            made = [str(make_run_folder(self.cfg, config_name)) if self.is_main else None]
-            folder = Path(broadcast_object_list(made)[0])
+            made = create_run_folder(Path(self.cfg.GENERAL.output_root), config_name) if self.is_main else None
+            folder, config = broadcast_object_list([made])[0], CONFIG
         if self.is_main:
             self._lock = lock_run_folder(folder)
-            if newest is not None:
-                write_config(self.cfg, folder / f"config.resumed-{self.state.step}.yaml")
+            write_atomic(folder / config, config_yaml(self.cfg))
             add_log_file(folder / "log.txt")
             logger.info(f"run folder: {folder}")
         return folder
 
-    def _open_tracker(self, is_resumed: bool, run_name: str) -> Tracker:
-        if not self.is_main:
-            return Tracker.disabled()
-        return Tracker.open(
-            self.folder,
-            run_name=run_name,
-            config=asdict(self.cfg),
-            server_url=self.cfg.AIM.server_url,
-            repo=self.cfg.AIM.repo,
-            experiment=self.cfg.AIM.experiment,
-            description=self.cfg.GENERAL.description,
-            resume=self.state.tracker if is_resumed else None,
-        )
-
     # ---- validation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, loader: HandLoader, name: str, **options: Any) -> Validation:
+    def _evaluate(self, loader: HandLoader, name: str, **options: Any) -> tuple[dict[str, float], np.ndarray | None]:
         batches = self._until_stopped(track(self.progress, loader, len(loader), name))
         return evaluate(self.net, batches, self.accelerator, self.cfg.LOSS, **options)
 

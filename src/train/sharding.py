@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from src.checkpoint.writer import Frozen
+from src.checkpoint.writer import Frozen, map_tensors
 from src.config import ConfigError
 from src.distributed.exit import is_distributed
 from src.model.net import PoseNet
@@ -77,22 +75,16 @@ def _shard_moment(value: torch.Tensor, like: DTensor) -> torch.Tensor:
 def gather(source: nn.Module | torch.optim.Optimizer, keep: bool) -> Frozen | None:
     """The unsharded state of a network or optimizer, in host memory, for a checkpoint; None unless `keep`.
 
-    A collective: all processes call it, and each gathers one tensor at a time. Without sharded tensors it sends nothing
-    and merely copies.
+    A collective: all processes call it, and each gathers one tensor at a time. Tensors that are not sharded are copied
+    without communication.
     """
-    state = _unsharded_tree(source.state_dict(), keep)
-    return Frozen(state) if keep else None
 
-
-def _unsharded_tree(tree: Any, keep: bool) -> Any:
-    if isinstance(tree, torch.Tensor):
-        tensor = unsharded(tree.detach())
+    def to_host(tensor: torch.Tensor) -> torch.Tensor | None:
+        tensor = unsharded(tensor.detach())
         return tensor.to("cpu", copy=True) if keep else None
-    if isinstance(tree, Mapping):
-        return {name: _unsharded_tree(item, keep) for name, item in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_unsharded_tree(item, keep) for item in tree)
-    return tree
+
+    state = map_tensors(to_host, source.state_dict())
+    return Frozen(state) if keep else None
 
 
 def unsharded(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from src.batch import Batch
 from src.config import Config
@@ -93,6 +94,8 @@ class Trainer:
         self.cfg = cfg
         self.accelerator = accelerator
         self.model = model  # as Accelerate wrapped it
+        if isinstance(model, DistributedDataParallel):
+            model.broadcast_buffers = False  # they are constants
         self.net = unwrap(model)
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -146,13 +149,8 @@ class Trainer:
         factor = get_lr_factor(step, general.total_step, general.warmup_step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        rate = get_progressive_dropout(
-            step,
-            general.total_step,
-            general.dropout_warmup_step,
-            self.cfg.MODEL.handec.dropout,
-            general.dropout_schedule,
-        )
+        target, schedule = self.cfg.MODEL.handec.dropout, general.dropout_schedule
+        rate = get_progressive_dropout(step, general.total_step, general.dropout_warmup_step, target, schedule)
         self.net.set_dropout_rate(rate)
         return factor, rate
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,15 +22,6 @@ VALIDATED = ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error")
 KEY_METRICS = ("mpjpe_cam", "mpjpe_rel", "loss_total")
 
 
-@dataclass
-class Validation:
-    """Result of one validation, equal on every process."""
-
-    # In mm, and the loss terms; absent without labels. With several data sets also `<metric>/<data set>`.
-    metrics: dict[str, float]
-    sheet: np.ndarray | None  # [H, W, 3] uint8 overlay of the first batch, on the main process
-
-
 @torch.no_grad()
 def evaluate(
     net: PoseNet,
@@ -40,13 +30,17 @@ def evaluate(
     loss: LossConfig,
     mean_hand: MeanHand | None = None,
     draw: bool = True,
-) -> Validation:
+) -> tuple[dict[str, float], np.ndarray | None]:
     """Run the network over this process's share of the validation sample and gather the results of all processes.
 
     Args:
         net: the unwrapped network; its training mode is restored.
         mean_hand: the image-independent baseline; adds `<metric>_mean_hand`.
         draw: make an overlay sheet of the first batch.
+
+    Returns:
+        The metrics in mm and the loss terms that the data has labels for, equal on every process, with several data
+        sets also as `<metric>/<data set>`; and on the main process the overlay sheet [H, W, 3] uint8.
     """
     was_training = net.training
     net.eval()
@@ -60,7 +54,9 @@ def evaluate(
         parts.append(Samples.of_batch(batch, _sample_metrics(net, prediction, batch, mean_hand)))
     net.train(was_training)
     samples = Samples.join(gather_object(parts))
-    return Validation(_with_total(samples.means(), loss) | _by_source(samples), sheet)
+    metrics, weights = samples.means(), loss_weights(loss).double().tolist()
+    total = sum(weight * metrics.get(name, 0.0) for name, weight in zip(LOSS_TERMS, weights, strict=True))
+    return metrics | {"loss_total": total} | _by_source(samples), sheet
 
 
 def _sample_metrics(
@@ -117,13 +113,6 @@ def describe(metrics: dict[str, float]) -> str:
         name, _, source = key.partition("/")
         lines.setdefault(source, []).append(f"{name}={value:.2f}")
     return "\n".join(f"  {source}: {' '.join(parts)}" if source else " ".join(parts) for source, parts in lines.items())
-
-
-def _with_total(metrics: dict[str, float], loss: LossConfig) -> dict[str, float]:
-    """Add `loss_total`, weighted as in training."""
-    weights = loss_weights(loss).double().tolist()
-    total = sum(weight * metrics.get(name, 0.0) for name, weight in zip(LOSS_TERMS, weights, strict=True))
-    return metrics | {"loss_total": total}
 
 
 def key_metric(metrics: dict[str, float]) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from src.utils.append_file import AppendFile
 from src.utils.text import printable
@@ -52,10 +52,6 @@ class _FileHandler(logging.Handler):
         self._file.append(printable(self.format(record)).encode() + b"\n")
 
 
-class _StartBuffer(MemoryHandler):
-    """Buffers log records until there is a run folder."""
-
-
 def is_main_process() -> bool:
     """Whether this is rank 0, from the environment: usable before Accelerate is initialised."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -63,7 +59,8 @@ def is_main_process() -> bool:
 
 def set_up_logging() -> None:
     """Log to the console: everything from the main process, warnings and errors from the others."""
-    logger.handlers[:] = [_ConsoleHandler(), _StartBuffer(capacity=1000, flushLevel=logging.CRITICAL + 1)]
+    until_log_file = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    logger.handlers[:] = [_ConsoleHandler(), until_log_file]
     logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     logger.propagate = False
 
@@ -76,7 +73,7 @@ def log_to_file(line: str) -> None:
 def add_log_file(path: Path) -> None:
     """Also append every line to this file, including those since `set_up_logging`."""
     file = _FileHandler(path)
-    for handler in [h for h in logger.handlers if isinstance(h, _StartBuffer)]:
+    for handler in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
         logger.removeHandler(handler)
         handler.setTarget(file)
         handler.close()
@@ -86,14 +83,7 @@ def add_log_file(path: Path) -> None:
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A rich progress display; disabled outside of the main process or without a terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not (is_main_process() and console.is_terminal)) as progress:
         yield progress
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -28,14 +30,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def make_new_folder(parent: Path, stem: str) -> Path:
     """Create and return `parent/stem`, or `stem-2`, `stem-3`, ... if that exists already. Raises OSError."""
-    attempt = 1
-    while True:
+    for attempt in itertools.count(1):
         folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
-        try:
+        with suppress(FileExistsError):
             os.mkdir(folder)
             return folder
-        except FileExistsError:
-            attempt += 1
 
 
 def make_output(asked: Path | None, default: Path) -> Path:
