@@ -159,7 +159,6 @@ def left_hands_of_published_file(num: int) -> list[HandRecord]:
         joint_regressor=content["J_regressor"],
         skin_weights=content["weights"],
         faces=content["f"],
-        parents=(-1, *content["kintree_table"][0, 1:].tolist()),
         mean_pose=content["hands_mean"],
         tip_vertex_ids=(744, 320, 443, 554, 671),
         **{name: content[name] for name in names},

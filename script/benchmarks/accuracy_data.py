@@ -15,7 +15,7 @@ from src.batch import Batch
 from src.config import Config
 from src.data.demo.make import VERSION, make_demo_shards
 from src.data.loader import build_train_loader, build_val_loader
-from src.data.mean_hand import HandLabels, mean_of
+from src.data.mean_hand import mean_of
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays
 from src.metric import target_points
@@ -67,10 +67,9 @@ def rows_of(data: Batch, index: torch.Tensor) -> Batch:
 def baseline_errors(train: Batch, val: Batch, hand: HandArrays) -> dict[str, float]:
     """MPJPE (mm) of the image-independent baseline on the validation set, root-relative and after Procrustes alignment.
     A network that is not below it has learned nothing from the images."""
-    labels = HandLabels(**{f.name: getattr(train, f.name).cpu().numpy() for f in fields(HandLabels)})
     layer, val = ManoLayer(hand), val.to("cpu")
     target_vert = layer(layer.pose_to_rotmat(val.mano_pose, val.flat_hand_mean), val.mano_shape).vert
-    mean = mean_of(labels, hand, train.patch.shape[-1])
+    mean = mean_of(train.map(lambda t: t.cpu().numpy()), hand, train.patch.shape[-1])
     values = baseline_metrics(mean, val, target_points(val, target_vert))
     return {n: (v := values[f"{n}_mean_hand"]).total.sum() / v.count.sum() for n in ("mpjpe_rel", "mpjpe_pa")}
 

@@ -33,7 +33,7 @@ from src.data.image import decode_image
 from src.data.loader import collate
 from src.data.shards.build_index import build_index, open_indexes
 from src.data.shards.reader import ShardReader
-from src.data.shards.writer import write_shards
+from src.data.shards.writer import write_shard
 
 BIG_NUM_FRAME = 20_000_000
 BIG_NUM_SHARD = 10_000
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
 
 def _pixel_figures(folder: Path, kind: str, effort: Effort, seed: int) -> list[Figure]:
     """The rates of decoding alone and of whole samples, and their ratio."""
-    write_shards(records(effort.num_image, kind, seed), folder, num_per_shard=effort.num_image)
+    write_shard(records(effort.num_image, kind, seed), folder / "000000.tar")
     (index,) = open_indexes(shards_of(folder))
     dataset, reader = bench_dataset([index], seed), ShardReader(index, stride=1)
     encoded = [reader.read(row)[3] for row in range(_BATCH)]
@@ -106,7 +106,7 @@ def _pixel_figures(folder: Path, kind: str, effort: Effort, seed: int) -> list[F
 def _annotation_figures(folder: Path, effort: Effort, seed: int) -> list[Figure]:
     """Annotations of single frames in training order, none of them cached."""
     num = effort.num_window
-    write_shards(records(num, "jpg", seed, num_image=1), folder, num_per_shard=num)
+    write_shard(records(num, "jpg", seed, num_image=1), folder / "000000.tar")
     dataset = bench_dataset(open_indexes(shards_of(folder)), seed)
     (per_call,) = seconds_per_call(
         [lambda i: dataset.annotation(dataset.plan.locate(i))], effort.seconds / 3, num, time.thread_time

@@ -37,7 +37,7 @@ from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation
 from src.data.crop import crop_samples, empty_batch, fill_labels
 from src.data.dataset import HandDataset
 from src.data.rng import uniforms
-from src.data.shards.writer import write_shards
+from src.data.shards.writer import write_shard
 from src.hand.load import load_hand
 from src.train.run import Run
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
     """Alternate blocks of each method's steps."""
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder, Progress(disable=True) as progress:
         status("writing shards, building networks")
-        write_shards(records(256, "jpg", 0), Path(folder) / "data", num_per_shard=64)
+        write_shard(records(256, "jpg", 0), Path(folder) / "data" / "000000.tar")
         cfg = compose_config("stage1-dino_large", *peers_overrides(Path(folder)), *args.overrides)
         ours = OurStep(Run(cfg, "bench", progress))
         try:

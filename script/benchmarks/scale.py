@@ -24,7 +24,7 @@ from script.benchmarks.scale_plot import Series, draw
 from script.benchmarks.shards import bench_dataset, records, shards_of, worker_memory, write_big_indexes
 from src.data.loader import build_train_loader
 from src.data.shards.build_index import open_indexes
-from src.data.shards.writer import write_shards
+from src.data.shards.writer import write_shard
 from src.hand.standin.build import build_standin_hand
 from src.model.net import PoseNet
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
 
 def window_series(folder: Path, num_window: list[int], status: Status) -> list[Series]:
     """Start-up time, memory of a worker and time of a lookup against the number of windows."""
-    write_shards(records(64, "jpg", 0), folder / "small", num_per_shard=64)
+    write_shard(records(64, "jpg", 0), folder / "small" / "000000.tar")
     (shard,) = shards_of(folder / "small")
     start_up, memory, lookup = [], [], []
     for number in num_window:

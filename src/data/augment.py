@@ -51,18 +51,13 @@ class PixelAugmentation:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One draw of all augmentation parameters; the defaults are the identity."""
+    """One draw of all augmentation parameters; the defaults are the identity (the plain crop of validation)."""
 
     roll: float = 0.0  # rad, rotation of the camera about its principal axis
     tilt: tuple[float, float] = (0.0, 0.0)  # rad, rotation vector (x, y) of the perspective rotation
     zoom: float = 1.0  # factor on the side of the crop box: above 1 the hand looks smaller
     shift: tuple[float, float] = (0.0, 0.0)  # fraction of the crop box's side
     pixel: PixelAugmentation = PixelAugmentation()
-
-
-def identity_augmentation() -> Augmentation:
-    """No augmentation: the plain crop, used in validation."""
-    return Augmentation()
 
 
 def draw_augmentation(u: Sequence[float], cfg: Any) -> Augmentation:

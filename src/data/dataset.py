@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
+from typing import Any
 
 from src.batch import Batch, Sample
-from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation, identity_augmentation
+from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation
 from src.data.crop import empty_batch, fill_labels, fill_patch, pad_rows
 from src.data.image import decode_image, image_info
-from src.data.order.plan import MixedPlan, Place
+from src.data.order.plan import FixedPlan, MixedPlan, Place
 from src.data.order.readahead import ReadAhead
 from src.data.rng import uniforms
 from src.data.sample import annotated_sample, make_sample
@@ -31,15 +32,6 @@ from src.geometry.patch import Warp, plan_warps
 
 _MAX_OPEN = 512  # shards held open by one process; a data order reads from about 256 blocks at a time
 MAX_ATTEMPT = 20  # frames tried for one position of training
-
-
-class Plan(Protocol):
-    """The part of src/data/order/plan.py that a dataset uses."""
-
-    @property
-    def num_frame(self) -> int: ...
-
-    def locate(self, position: int) -> Place: ...
 
 
 @dataclass(frozen=True)
@@ -77,12 +69,8 @@ class _Frame:
 
 def open_file_limit() -> int:
     """How many files this process may hold open."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 512
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 20 if limit == resource.RLIM_INFINITY else limit
+    limit = getrlimit(RLIMIT_NOFILE)[0]
+    return 1 << 20 if limit == RLIM_INFINITY else limit
 
 
 class HandDataset:
@@ -91,7 +79,7 @@ class HandDataset:
     def __init__(
         self,
         sources: Sequence[Sequence[ShardIndex]],
-        plan: Plan,
+        plan: MixedPlan | FixedPlan,
         *,
         stride: int,
         hand_model: str,
@@ -214,7 +202,7 @@ class HandDataset:
 
     def _augmentation(self, position: int) -> Augmentation:
         if self.augment is None:
-            return identity_augmentation()
+            return Augmentation()
         return draw_augmentation(uniforms("augment", self.seed, position, num=NUM_UNIFORM), self.augment)
 
     def _reader(self, place: Place) -> ShardReader:

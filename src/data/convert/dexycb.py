@@ -14,11 +14,10 @@ then 0); pose_m is 3 axis-angle, 45 coefficients of MANO's full pose basis, 3 tr
 MANO_LEFT as published, before its unmirrored shape directions were known; mano_check.py converts those betas.
 
 Angles = coefficients @ hands_components, which only the user's MANO file has: without --mano no MANO is written.
-For left hands the components are those of --mano_left if given, else the right ones mirrored (axis-angle y, z negated).
+For left hands the components are those of --mano_left if given, else the right ones mirrored (axis-angle y, z negated);
+if that is wrong, the check drops the parameters of left hands.
 Every array of labels_*.npz is read without pickle; object arrays are refused.
-
-Untested without the download: whether MANO_LEFT's components are the right ones mirrored (if not, and without
---mano_left, the check drops the parameters of left hands), and the accuracy of converted betas (tolerance 3 mm).
+docs/DATA.md lists what is untested without the download.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import lzma
 import struct
 import zipfile
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,8 @@ from src.data.convert.annotate import (
     read_image,
     visible_joints,
 )
-from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Records, Request, Skip
+from src.data.convert.chunk import Chunk, Job, Request, attempt_each
 from src.data.convert.dexycb_split import SETUPS, choose_sequences
-from src.data.convert.job import run
 from src.data.shards.errors import SampleError
 from src.data.shards.safe_parse import parse_npy
 from src.data.shards.writer import HandRecord
@@ -68,17 +66,12 @@ _BAD_ZIP = (
 )
 
 
-def convert_dexycb(request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Convert one part of one setup (or "all"), a shard for each sequence.
+def plan_dexycb(request: Request) -> Job:
+    """One part of one setup (or "all"), a chunk for each sequence: camera after camera, frames in order.
 
     Raises:
         ValueError: the input is not a DexYCB folder, lacks sequences of the setup, or --mano has no pose components.
     """
-    return run(plan_dexycb(request), request, progress)
-
-
-def plan_dexycb(request: Request) -> Job:
-    """One chunk per sequence: camera after camera, frames in order. Raises as `convert_dexycb`."""
     sequences, serials = choose_sequences(request.input, request.split)
     components: dict[str, np.ndarray] = {}
     if request.mano:
@@ -92,8 +85,10 @@ def plan_dexycb(request: Request) -> Job:
         cameras, num_frame, (side, *_), (calibration, *_) = _values(request.input / sequence / "meta.yml", *keys)
         (betas,) = _values(request.input / "calibration" / f"mano_{calibration}" / "mano.yml", "betas")
         lens = {str(c): _lens(request.input, str(c)) for c in cameras if serials is None or str(c) in serials}
-        work = (request.input, sequence, int(num_frame), side, betas, lens, components.get(side))
-        chunks.append(Chunk(f"{len(chunks):06d}", int(num_frame) * len(lens), read_hands, work))
+        read = partial(_read_hand, request.input, side, betas, components.get(side))
+        folders = {Path(sequence) / serial: lens[serial] for serial in lens}
+        work = [(folder, camera, frame) for folder, camera in folders.items() for frame in range(int(num_frame))]
+        chunks.append(Chunk(f"{len(chunks):06d}", len(work), attempt_each, (read, work)))
     without = "no MANO parameters are written: the set stores coefficients of a basis in your MANO file; pass --mano"
     return Job("dexycb", chunks, TOLERANCE_MM, left_file_shape=True, without_mano=without)
 
@@ -122,24 +117,6 @@ def _lens(root: Path, serial: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: color lacks fx, fy, ppx or ppy; unpack calibration.tar.gz again") from None
 
 
-def read_hands(
-    root: Path,
-    sequence: str,
-    num_frame: int,
-    side: str,
-    betas: list[float],
-    lens: dict[str, tuple[np.ndarray, np.ndarray]],
-    components: np.ndarray | None,
-) -> Records:
-    """The hand in each frame of each camera of a sequence."""
-    for serial in lens:
-        for frame in range(num_frame):
-            try:
-                yield _read_hand(root, Path(sequence) / serial, frame, side, betas, lens[serial], components)
-            except SampleError as error:
-                yield Skip(error.reason, error.detail)
-
-
 def read_labels(path: Path) -> dict[str, np.ndarray]:
     """joint_3d and pose_m of a labels file, without numpy's own reader (which could unpickle).
 
@@ -166,12 +143,12 @@ def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
 
 def _read_hand(
     root: Path,
-    folder: Path,
-    frame: int,
     side: str,
     betas: list[float],
-    lens: tuple[np.ndarray, np.ndarray],
     components: np.ndarray | None,
+    folder: Path,
+    lens: tuple[np.ndarray, np.ndarray],
+    frame: int,
 ) -> HandRecord:
     label = read_labels(root / folder / f"labels_{frame:06d}.npz")
     joint = finite("joint_3d", label["joint_3d"], (21, 3))

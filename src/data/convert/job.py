@@ -192,11 +192,9 @@ def _exit_with_parent() -> None:
 
 def convert_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions, mano: Path | None) -> int:
     """Write one chunk's shard, then its note (a chunk without a note is converted again); returns `chunk.size`."""
-    path = output / f"{chunk.name}.tar"
-    path.parent.mkdir(parents=True, exist_ok=True)
     skipped: list[Skip] = []
     hands = (apply_convention(record, conventions, mano) for record in take(chunk.read(*chunk.arguments), skipped))
-    num_hand = write_shard(hands, path)
+    num_hand = write_shard(hands, output / f"{chunk.name}.tar")
     example = {skip.reason: skip.detail for skip in reversed(skipped) if skip.detail}
     reasons = Counter(skip.reason for skip in skipped)
     _write_json(note, {"num_hand": num_hand, "skipped": reasons, "example": example})

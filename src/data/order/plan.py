@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.data.order.spacing import distance, largest_prime, rounds_of_epoch
+from src.data.order.spacing import largest_prime, rounds_of_epoch
 from src.data.rng import hash_int, stream
 from src.data.shards.index import ShardIndex
 
@@ -66,16 +66,10 @@ class EpochOrder:
         self.group_block = np.linspace(0, num_block, num_group + 1).astype(np.int64)
         self.group_end = np.cumsum([self._block_sizes(g).sum() for g in range(num_group)])
         assert self.group_end[-1] == num_frame
-        self._round_size = max(1, int(np.diff(self.group_block).min()) - 1)  # the last block may be shorter
-        apart = -(-(_APART - 1) // self._round_size) + 1
+        round_size = max(1, int(np.diff(self.group_block).min()) - 1)  # the last block may be shorter
+        apart = -(-(_APART - 1) // round_size) + 1
         self.rounds = rounds_of_epoch(self.block, apart, *self.key)
         self._group: tuple[int, np.ndarray] | None = None
-
-    @property
-    def window(self) -> int:
-        """Length within which successive positions contain no neighbouring frames, also across epochs."""
-        apart = distance(self.block, self.rounds.step)
-        return min(_APART, max(0, apart - 1) * self._round_size + 1)
 
     def num_block(self, group: int) -> int:
         """The number of blocks in a group."""

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +65,13 @@ def to_members(record: HandRecord) -> dict[str, Any]:
 
 
 def write_shard(records: Iterable[HandRecord], path: Path) -> int:
-    """Write one shard and return its number of hands. The same records give the same bytes.
+    """Write one shard, and its folder if missing; returns the number of hands. The same records give the same bytes.
 
     The file appears under `path` only when it is complete, and not at all if there are no records.
     """
     import webdataset as wds  # imports torch, which --help does not need
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     num_hand = 0
     try:
@@ -85,27 +84,6 @@ def write_shard(records: Iterable[HandRecord], path: Path) -> int:
     finally:
         part.unlink(missing_ok=True)
     return num_hand
-
-
-def write_shards(records: Iterable[HandRecord], output: Path, num_per_shard: int = 2000) -> tuple[int, int]:
-    """Write `output/000000.tar`, ... in order and return the numbers of hands and shards.
-
-    The shards are written to `output/.partial` and moved to `output` when all of them are complete.
-    """
-    partial = output / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    records, num_hand = iter(records), 0
-    for number in count():
-        written = write_shard(islice(records, num_per_shard), partial / f"{number:06d}.tar")
-        if not written:
-            break
-        num_hand += written
-    shards = sorted(partial.glob("*.tar"))
-    for shard in shards:
-        shard.replace(output / shard.name)
-    partial.rmdir()
-    return num_hand, len(shards)
 
 
 def map_spawned(
