@@ -14,8 +14,9 @@ import numpy as np
 from src.data.dataset import HandDataset
 from src.data.order.plan import MixedPlan, SourcePlan
 from src.data.shards.annotation import joint_extent
-from src.data.shards.build_index import open_indexes, worker_context
+from src.data.shards.build_index import open_indexes
 from src.data.shards.index import FRAME, SAMPLE, ShardIndex, Tables, index_path, load_index, save_index
+from src.data.shards.processes import worker_context
 from src.data.shards.writer import HandRecord
 
 WIDTH, HEIGHT, PATCH = 640, 480, 224

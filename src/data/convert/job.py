@@ -30,7 +30,8 @@ from src.data.convert.mano_check import (
     describe,
     find_convention,
 )
-from src.data.shards.writer import HandRecord, map_spawned, write_shard
+from src.data.shards.processes import map_processes
+from src.data.shards.writer import HandRecord, write_shard
 from src.utils.files import write_atomic
 
 VERSION = 1  # increment it if the same input gives different hands
@@ -60,7 +61,8 @@ def run(job: Job, request: Request, progress: Progress | None = None) -> Convert
         for chunk in todo
     ]
     try:
-        for size in map_spawned(convert_chunk, work, request.num_process, _exit_with_parent):
+        context = multiprocessing.get_context("spawn")  # forking a process with running torch threads can hang
+        for size in map_processes(convert_chunk, work, request.num_process, context, _exit_with_parent):
             done += size
             if progress:
                 progress(done, total)

@@ -16,6 +16,7 @@ Shape legend: S image side.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,8 @@ from src.data.demo.hand import HandDraw, draw_hands
 from src.data.demo.scene import paint
 from src.data.rng import stream
 from src.data.shards.annotation import joint_extent
-from src.data.shards.writer import HandRecord, map_spawned, write_shard
+from src.data.shards.processes import map_processes
+from src.data.shards.writer import HandRecord, write_shard
 from src.geometry.patch import mirror_pose
 from src.hand.standin.build import build_standin_hand
 from src.utils.console import logger, task_bar
@@ -100,7 +102,8 @@ def make_demo_shards(
     done = total - sum(len(numbers) for _, _, numbers, *_ in todo)
     if num_process is None:
         num_process = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for count in map_spawned(_write_shard, todo, num_process, _ignore_interrupt):
+    context = multiprocessing.get_context("spawn")  # forking a process with running torch threads can hang
+    for count in map_processes(_write_shard, todo, num_process, context, _ignore_interrupt):
         done += count
         if progress is not None:
             progress(done, total)

@@ -6,11 +6,9 @@ known field with a leading T = 1. Unknown fields are omitted. `wds.WebDataset(..
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +38,7 @@ class HandRecord:
     extra: dict[str, Any] = field(default_factory=dict)  # further json entries, e.g. image_path, additional_desc
 
 
-_ARRAYS = (
-    *("hand_bbox", "joint_img", "joint_2d_valid", "joint_cam", "joint_3d_valid"),
-    *("mano_pose", "mano_shape", "focal", "princpt"),
-)
+_ARRAYS = [each.name for each in fields(HandRecord) if each.type == "np.ndarray | None"]
 
 
 def to_members(record: HandRecord) -> dict[str, Any]:
@@ -84,23 +79,3 @@ def write_shard(records: Iterable[HandRecord], path: Path) -> int:
     finally:
         part.unlink(missing_ok=True)
     return num_hand
-
-
-def map_spawned(
-    function: Callable[..., int], work: Sequence[tuple[Any, ...]], num_process: int, initializer: Callable[[], None]
-) -> Iterator[int]:
-    """`function(*arguments)` for each entry of `work`, in the order of completion, from up to `num_process` processes.
-
-    They are spawned, since forking a process with running torch threads can hang; 1 runs in this process.
-    """
-    num_process = min(num_process, len(work))
-    if num_process <= 1:
-        yield from (function(*arguments) for arguments in work)
-        return
-    with ProcessPoolExecutor(num_process, multiprocessing.get_context("spawn"), initializer) as pool:
-        futures = [pool.submit(function, *arguments) for arguments in work]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
