@@ -18,7 +18,7 @@ import torch
 
 from script.make_shards import main
 from src.data.convert.annotate import plain_key, tight_box, turn_root, visible_joints
-from src.data.convert.chunk import Chunk, Job, Request, Skip
+from src.data.convert.chunk import Chunk, Job, Request
 from src.data.convert.dexycb_split import takes_sequence
 from src.data.convert.job import run
 from src.data.convert.mano_check import apply_convention, find_convention, left_shape_map
@@ -47,7 +47,7 @@ def read_slowly(first: int, pause: float) -> object:
     for i in range(first, first + 3):
         time.sleep(pause)
         if i % 5 == 4:
-            yield Skip("gap")
+            yield SampleError("gap")
             continue
         joint = np.arange(42.0).reshape(21, 2) + i
         image = encoded_image(i, (64, 64))

@@ -107,7 +107,6 @@ def _checksums(sample: np.ndarray, frame: np.ndarray) -> dict[tuple[int, int], t
 
 
 def _decode(report: ShardReport, index: ShardIndex) -> None:
-    """Decode every frame that is healthy so far."""
     reader = ShardReader(index, stride=1)
     for row in range(index.num_frame()):
         try:

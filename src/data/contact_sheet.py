@@ -36,7 +36,6 @@ STRONG = SimpleNamespace(
     blur_max=2.0,
     occlusion_prob=0.4,
 )
-_LABEL_RGB = (255, 255, 255)
 
 
 def spread_places(shards: Sequence[ShardIndex], num: int) -> list[Place]:
@@ -101,4 +100,4 @@ def _label(image: np.ndarray, text: str) -> np.ndarray:
     text = text.encode("ascii", "replace").decode()  # OpenCV cannot draw other characters
     font, origin = cv2.FONT_HERSHEY_SIMPLEX, (4, image.shape[0] - 6)
     cv2.putText(image, text, origin, font, 0.38, (0, 0, 0), 3, cv2.LINE_AA)
-    return cv2.putText(image, text, origin, font, 0.38, _LABEL_RGB, 1, cv2.LINE_AA)
+    return cv2.putText(image, text, origin, font, 0.38, (255, 255, 255), 1, cv2.LINE_AA)

@@ -181,7 +181,6 @@ class HandDataset:
             frame.warp = warp
 
     def _crop(self, batch: Batch, frame: _Frame) -> None:
-        """Decode the image and fill the patch."""
         image = decode_image(frame.image)
         if image.shape[1::-1] != frame.size:
             raise SampleError("undecodable_image", f"the header states {frame.size}, decoded {image.shape[1::-1]} px")

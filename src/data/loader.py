@@ -91,9 +91,10 @@ class HandLoader:
             yield batch
 
 
-def _ignore_group_signals() -> None:
+def _init_worker(_: int) -> None:
     """Obey SIGTERM from the parent only. Signals to the whole process group (Ctrl-C, Slurm) are for the trainer, which
     terminates its workers itself."""
+    cv2.setNumThreads(0)  # a thread pool in every worker would compete for the cores, and may hang after a fork
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
@@ -103,11 +104,6 @@ def _ignore_group_signals() -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _init_worker(_: int) -> None:
-    _ignore_group_signals()
-    cv2.setNumThreads(0)  # a thread pool in every worker would compete for the cores, and may hang after a fork
 
 
 def _data_loader(dataset: HandDataset, sampler: Any, cfg: Config, pin_memory: bool, persistent: bool) -> DataLoader:

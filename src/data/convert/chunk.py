@@ -7,32 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.data.shards.errors import reason_of
+from src.data.shards.errors import SampleError, reason_of
 from src.data.shards.writer import HandRecord
 
 Progress = Callable[[int, int], None]  # called with (done, total)
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A hand or image that is skipped: `reason` is the code it is counted under, `detail` explains."""
-
-    reason: str
-    detail: str = ""
-
-
-Records = Iterator["HandRecord | Skip"]
+Records = Iterator[HandRecord | SampleError]  # hands, and the reasons why hands or images are skipped
 
 
 def attempt(read: Callable[..., Any], *arguments: Any) -> Any:
-    """`read(*arguments)`, or a Skip if that fails: malformed annotations may raise anything, which costs one hand and
-    not the conversion. Raises OSError."""
+    """`read(*arguments)`, or a SampleError if that fails: malformed annotations may raise anything, which costs one
+    hand and not the conversion. Raises OSError."""
     try:
         return read(*arguments)
     except OSError:
         raise
-    except Exception as error:
-        return Skip(reason_of(error), getattr(error, "detail", repr(error)))
+    except Exception as error:  # returned as a new one: the traceback of the old one keeps the image alive
+        return SampleError(reason_of(error), getattr(error, "detail", repr(error)))
 
 
 def attempt_each(read: Callable[..., HandRecord], work: Sequence[tuple[Any, ...]]) -> Records:
@@ -99,8 +89,8 @@ class ConvertSummary:
     note: tuple[str, ...] = ()  # lines to print: results of the MANO check, an example of each reason
 
 
-def take(records: Records, skipped: list[Skip] | None = None) -> Iterator[HandRecord]:
-    """The hands among what a chunk yields; skips are appended to `skipped`."""
+def take(records: Records, skipped: list[SampleError] | None = None) -> Iterator[HandRecord]:
+    """The hands among what a chunk yields; the errors are appended to `skipped`."""
     for record in records:
         if isinstance(record, HandRecord):
             yield record

@@ -31,16 +31,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from src.data.convert.annotate import (
-    MM_PER_M,
-    fields_2d,
-    fields_mano,
-    finite,
-    plain_key,
-    project_mm,
-    read_image,
-    visible_joints,
-)
+from src.data.convert.annotate import MM_PER_M, fields_mano, fields_seen, finite, plain_key, read_image
 from src.data.convert.chunk import Chunk, Job, Request, attempt_each
 from src.data.convert.dexycb_split import SETUPS, choose_sequences
 from src.data.shards.errors import SampleError
@@ -141,9 +132,6 @@ def _read_hand(
     if (joint == -1).all():
         raise SampleError("no_hand")
     image, image_type, size = read_image(root / folder / f"color_{frame:06d}.jpg")
-    joint_cam = joint * MM_PER_M
-    joint_img = project_mm(joint_cam, *lens)
-    valid = visible_joints(joint_img, size)
     coefficient = finite("pose_m", label["pose_m"], (51,))
     has_mano = components is not None and bool(coefficient.any())
     pose = np.concatenate([coefficient[:3], coefficient[3:48] @ components]) if has_mano else None
@@ -154,11 +142,7 @@ def _read_hand(
         image_type=image_type,
         handedness=side,
         data_source="dexycb",
-        **fields_2d(joint_img, valid),
-        joint_cam=joint_cam,
-        joint_3d_valid=np.ones(21, np.float32),
+        **fields_seen(joint * MM_PER_M, *lens, size),
         **fields_mano(pose, shape, flat_hand_mean=False),
-        focal=lens[0],
-        princpt=lens[1],
         extra={"image_path": str(folder / f"color_{frame:06d}.jpg")},
     )

@@ -26,16 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from src.data.convert.annotate import (
-    MM_PER_M,
-    fields_2d,
-    fields_mano,
-    finite,
-    plain_key,
-    project_mm,
-    read_image,
-    visible_joints,
-)
+from src.data.convert.annotate import MM_PER_M, fields_mano, fields_seen, finite, plain_key, read_image
 from src.data.convert.chunk import Job, Request, attempt_each, chunks_of
 from src.data.shards.writer import HandRecord
 
@@ -84,10 +75,7 @@ def _read_hand(root: Path, split: str, number: int, version: int, entry: dict[st
     path = Path(split) / "rgb" / f"{number:08d}.jpg"
     image, image_type, size = read_image(root / path)
     camera = finite("K", entry["K"], (3, 3))
-    focal, princpt = np.diag(camera)[:2], camera[:2, 2]
     joint_cam = finite("xyz", entry.get("xyz"), (21, 3)) * MM_PER_M
-    joint_img = project_mm(joint_cam, focal, princpt)
-    valid = visible_joints(joint_img, size)
     mano = finite("mano", entry["mano"], (61,)) if "mano" in entry else None
     parameters = {} if mano is None else fields_mano(mano[:48], mano[48:58], flat_hand_mean=False)
     return HandRecord(
@@ -96,11 +84,7 @@ def _read_hand(root: Path, split: str, number: int, version: int, entry: dict[st
         image_type=image_type,
         handedness="right",
         data_source="freihand",
-        **fields_2d(joint_img, valid),
-        joint_cam=joint_cam,
-        joint_3d_valid=np.ones(21, np.float32),
+        **fields_seen(joint_cam, np.diag(camera)[:2], camera[:2, 2], size),
         **parameters,
-        focal=focal,
-        princpt=princpt,
         extra={"image_path": str(path), "source_split": split, "additional_desc": f"background {VERSIONS[version]}"},
     )

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from src.data.convert.annotate import MM_PER_M, fields_mano, finite, known_only, plain_key, tight_box, visible_joints
-from src.data.convert.chunk import Chunk, Job, Records, Request, Skip, attempt
+from src.data.convert.chunk import Chunk, Job, Records, Request, attempt
 from src.data.image import image_info
 from src.data.shards.errors import SampleError
 from src.data.shards.safe_parse import parse_pickle
@@ -68,10 +68,10 @@ def read_hands(path: Path, subset: str) -> Records:
     """The hands of each image of a tar, in order; corrupt members are skipped."""
     for key, members in _samples(path):
         if isinstance(members, str):
-            yield Skip(members, f"{path} at {key or 'an unknown member'}")
+            yield SampleError(members, f"{path} at {key or 'an unknown member'}")
             continue
         hands = attempt(_read_image, key, members)
-        if isinstance(hands, Skip):
+        if isinstance(hands, SampleError):
             yield hands
             continue
         for number, hand in enumerate(hands):

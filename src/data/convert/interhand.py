@@ -43,7 +43,7 @@ from src.data.convert.annotate import (
     turn_root,
     visible_joints,
 )
-from src.data.convert.chunk import Job, Records, Request, Skip, attempt, chunks_of
+from src.data.convert.chunk import Job, Records, Request, attempt, chunks_of
 from src.data.shards.errors import SampleError
 from src.data.shards.writer import HandRecord
 
@@ -114,7 +114,7 @@ def read_hands(folder: Path, split: str, work: Sequence[dict[str, Any]]) -> Reco
     for entry in work:
         sides = [side for side in _FIRST if entry["hand_type"] in (side, "interacting")]
         if not sides:
-            yield Skip("unknown_hand_type", f"{entry['hand_type']!r} at {entry['file_name']}")
+            yield SampleError("unknown_hand_type", f"{entry['hand_type']!r} at {entry['file_name']}")
         for side in sides:
             yield attempt(_read_hand, folder, split, entry, side)
 

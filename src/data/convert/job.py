@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Request, Skip, take
+from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Request, take
 from src.data.convert.mano_check import (
     NUM_CHECK,
     Convention,
@@ -30,6 +30,7 @@ from src.data.convert.mano_check import (
     describe,
     find_convention,
 )
+from src.data.shards.errors import SampleError
 from src.data.shards.processes import map_processes
 from src.data.shards.writer import HandRecord, write_shard
 from src.utils.files import write_atomic
@@ -194,7 +195,7 @@ def _exit_with_parent() -> None:
 
 def convert_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions, mano: Path | None) -> int:
     """Write one chunk's shard, then its note (a chunk without a note is converted again); returns `chunk.size`."""
-    skipped: list[Skip] = []
+    skipped: list[SampleError] = []
     hands = (apply_convention(record, conventions, mano) for record in take(chunk.read(*chunk.arguments), skipped))
     num_hand = write_shard(hands, output / f"{chunk.name}.tar")
     example = {skip.reason: skip.detail for skip in reversed(skipped) if skip.detail}

@@ -64,7 +64,7 @@ class EpochOrder:
         self.block_order = stream("epoch order", *self.key).permutation(num_block).astype(np.int32)
         num_group = group_count(num_frame, self.block)
         self.group_block = np.linspace(0, num_block, num_group + 1).astype(np.int64)
-        self.group_end = np.cumsum([self._block_sizes(g).sum() for g in range(num_group)])
+        self.group_end = np.cumsum([np.diff(self.blocks(g)).sum() for g in range(num_group)])
         assert self.group_end[-1] == num_frame
         round_size = max(1, int(np.diff(self.group_block).min()) - 1)  # the last block may be shorter
         apart = -(-(_APART - 1) // round_size) + 1
@@ -79,9 +79,6 @@ class EpochOrder:
         """[n, 2] first frame of each block of a group and the first frame after it, in the permuted order."""
         begin = self.block_order[self.group_block[group] : self.group_block[group + 1]].astype(np.int64) * self.block
         return np.stack([begin, np.minimum(begin + self.block, self.num_frame)], axis=1)
-
-    def _block_sizes(self, group: int) -> np.ndarray:
-        return np.diff(self.blocks(group), axis=1)[:, 0]
 
     def _group_table(self, group: int) -> np.ndarray:
         """Frames of a group in reading order: rounds x blocks, with the blocks shuffled in every round."""
