@@ -40,10 +40,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--root", type=Path, help="folder of relative sources; default: here, or HAND_DATA_ROOT if nothing matches here"
     )
-    parser.add_argument("--index_dir", type=Path, help="where indexes are kept, as DATA.index_dir")
+    parser.add_argument("--index_dir", type=Path, help="folder of the index files, as in DATA.index_dir")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
-    parser.add_argument("--sheet", type=Path, help="draw patches with joints, before and after augmentation, here")
-    parser.add_argument("--num_hand", type=int, default=24, help="hands on the sheet; default: %(default)s")
+    parser.add_argument("--sheet", type=Path, help="image file for patches with joints, before and after augmentation")
+    parser.add_argument("--num_hand", type=int, default=24, help="number of hands on the sheet; default: %(default)s")
     parser.add_argument("--num_process", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
     args = parser.parse_args(argv)
     if args.num_hand < 1 or args.num_process < 1:

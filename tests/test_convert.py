@@ -104,10 +104,10 @@ def test_a_lost_shard_is_rewritten_and_different_arguments_are_refused(tmp_path:
     (tmp_path / "out" / "000002.tar").unlink()
     run(slow_job(), request)
     assert tars(tmp_path / "out") == before
-    with pytest.raises(ValueError, match=r"was made with split='all', now it is 'val'; delete that folder"):
+    with pytest.raises(ValueError, match=r"was written with split='all', this call has 'val'; delete that folder"):
         run(slow_job(), Request(tmp_path, tmp_path / "out", "val"))
     (tmp_path / "out" / "convert.json").unlink()
-    with pytest.raises(ValueError, match=r"has shards but no convert\.json"):
+    with pytest.raises(ValueError, match=r"contains shards but no convert\.json"):
         run(slow_job(), request)
 
 

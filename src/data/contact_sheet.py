@@ -1,8 +1,8 @@
 """A contact sheet of the loader's output: patches with joints, before and after strong augmentation.
 
 Each hand has three rows: the plain crop, an augmented crop, and the augmented crop with the 3D joints projected by the
-patch camera. All three skeletons must match the hand: the second shows that image and 2D joints are transformed
-together, the third that camera and 3D joints are, too.
+patch camera. All three skeletons must match the hand: the second shows that image and 2D joints move together, the
+third that camera and 3D joints do.
 """
 
 from __future__ import annotations

@@ -42,7 +42,6 @@ class BadFrame:
     shard: str
     key: str  # "<sample key>/<frame>"
     reason: str
-    detail: str
 
 
 @dataclass
@@ -219,4 +218,4 @@ class HandDataset:
         shard = str(self.sources[place.source][place.shard].shard)
         reader = self._readers.get((place.source, place.shard))
         key = reader.describe(place.row) if reader else f"row {place.row}"
-        return BadFrame(frame.position, shard, key, reason_of(error), str(error) or repr(error))
+        return BadFrame(frame.position, shard, key, reason_of(error))

@@ -72,7 +72,7 @@ def plan_dexycb(request: Request) -> Job:
         folders = {Path(sequence) / serial: lens[serial] for serial in lens}
         work = [(folder, camera, frame) for folder, camera in folders.items() for frame in range(int(num_frame))]
         chunks.append(Chunk(f"{len(chunks):06d}", len(work), attempt_each, (read, work)))
-    without = "no MANO parameters are written: the set stores coefficients of a basis in your MANO file; pass --mano"
+    without = "no MANO parameters are written: DexYCB stores coefficients of your MANO file's pose basis; pass --mano"
     return Job("dexycb", chunks, TOLERANCE_MM, left_file_shape=True, without_mano=without)
 
 

@@ -45,8 +45,8 @@ def plan_freihand(request: Request) -> Job:
     lists = {name: _load(root / f"{split}_{name}.json") for name in ("K", "xyz", "mano")}
     if lists["K"] is None or not (root / split / "rgb").is_dir():
         raise ValueError(
-            f"--input {root}: holds no {split}_K.json beside {split}/rgb; "
-            "give the folder into which FreiHAND_pub_v2 was unpacked"
+            f"--input {root}: contains no {split}_K.json beside {split}/rgb; "
+            "pass the folder into which FreiHAND_pub_v2 was unpacked"
         )
     num = len(lists["K"])
     for name, values in lists.items():
@@ -66,7 +66,7 @@ def _load(path: Path) -> list[Any] | None:
     except ValueError as error:
         raise ValueError(f"{path}: does not parse ({error}); unpack the archive again") from None
     if not isinstance(values, list):
-        raise ValueError(f"{path}: is not a list as in FreiHAND; give the folder of FreiHAND itself")
+        raise ValueError(f"{path}: is not a list as in FreiHAND; pass the folder of FreiHAND itself")
     return values
 
 

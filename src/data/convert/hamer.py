@@ -53,8 +53,8 @@ def plan_hamer(request: Request) -> Job:
     if not tars:
         what = "" if request.split == "all" else f"{request.split}/"
         raise ValueError(
-            f"--input {request.input}: holds no {what}*.tar; give the folder with HaMeR's sets (freihand-train, ...), "
-            "and as --split the name of one set or all"
+            f"--input {request.input}: contains no {what}*.tar; pass the folder of HaMeR's sets "
+            "(freihand-train, ...), and as --split the name of one set, or all"
         )
     chunks = []
     for path in tars:

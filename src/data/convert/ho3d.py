@@ -58,7 +58,7 @@ def plan_ho3d(request: Request) -> Job:
     """
     folder = request.input / request.split
     if not folder.is_dir():
-        raise ValueError(f"--input {request.input}: holds no folder {request.split}; give the folder of HO-3D_v3")
+        raise ValueError(f"--input {request.input}: contains no folder {request.split}; pass the folder of HO-3D_v3")
     chunks: list[Chunk] = []
     read = partial(attempt_each, partial(_read_hand, folder, request.split))
     for sequence, frames in sorted(_frames(request.input, request.split).items()):

@@ -85,8 +85,8 @@ def _load(root: Path, split: str) -> list[dict[str, Any]]:
         path = next((place for place in places if place.is_file()), None)
         if path is None and name != "MANO_NeuralAnnot":
             raise ValueError(
-                f"--input {root}: holds no annotations/{split}/{file} (nor annotations/all/{file}); "
-                "give the folder that holds `annotations` and `images` of InterHand2.6M"
+                f"--input {root}: contains no annotations/{split}/{file} (nor annotations/all/{file}); "
+                "pass the folder that contains `annotations` and `images` of InterHand2.6M"
             )
         try:
             found.append(json.loads(path.read_bytes()) if path else {})

@@ -1,7 +1,7 @@
 """Runs a conversion: each chunk of the job becomes one shard, written by parallel processes.
 
 A shard depends on its chunk only, so it is identical to the byte for any number of processes and after interruptions.
-`output/.convert/` has a note for each finished chunk, and a call with the same arguments converts the rest.
+`output/.convert/` has a note for each finished chunk; repeating the call converts the rest.
 `output/convert.json` records the arguments; a call with different ones is refused.
 """
 
@@ -49,7 +49,7 @@ def run(job: Job, request: Request, progress: Progress | None = None) -> Convert
         ValueError: nothing to convert, the output folder belongs to another call, or a worker process was killed.
     """
     if not job.chunks:
-        raise ValueError(f"--input {request.input}: holds nothing of split {request.split!r} of {job.name}")
+        raise ValueError(f"--input {request.input}: contains nothing of split {request.split!r} of {job.name}")
     notes = _open_output(job, request)
     todo = [chunk for chunk in job.chunks if not _is_done(chunk, request.output, notes)]
     total = sum(chunk.size for chunk in job.chunks)
@@ -119,7 +119,7 @@ def _open_output(job: Job, request: Request) -> Path:
     """Create the output folder, or check that it belongs to the same call; returns the folder of notes."""
     for option, path in (("--mano", request.mano), ("--mano_left", request.mano_left)):
         if path is not None and not path.is_file():
-            raise ValueError(f"{option} {path}: no such file; give MANO_RIGHT.pkl (or MANO_LEFT.pkl), or omit {option}")
+            raise ValueError(f"{option} {path}: no such file; pass MANO_RIGHT.pkl (or MANO_LEFT.pkl), or omit {option}")
     wanted = {
         "version": VERSION,
         "converter": job.name,
@@ -138,11 +138,11 @@ def _open_output(job: Job, request: Request) -> Path:
         for key, value in wanted.items():
             if found.get(key) != value:
                 raise ValueError(
-                    f"--output {request.output}: was made with {key}={found.get(key)!r}, now it is {value!r}; "
-                    "delete that folder, or give another one"
+                    f"--output {request.output}: was written with {key}={found.get(key)!r}, this call has {value!r}; "
+                    "delete that folder, or choose another one"
                 )
     elif any(request.output.glob("**/*.tar")):
-        raise ValueError(f"--output {request.output}: has shards but no {MANIFEST}; give an empty folder")
+        raise ValueError(f"--output {request.output}: contains shards but no {MANIFEST}; choose an empty folder")
     _write_json(path, wanted)
     return notes
 

@@ -3,7 +3,7 @@
 The first hands that have both parameters and joints are posed with the user's MANO file under every candidate
 convention, and their 16 MANO joints are compared with the set's. Tips are not compared: each set uses other vertices
 for them. Both hands are centred first, since sets define their translation differently; the root rotation is not
-aligned, so a wrong camera frame shows. The convention with the smallest error is used if the error is below the set's
+aligned, so a wrong camera frame is detected. The convention with the smallest error is used if that is below the
 tolerance; otherwise no parameters are written.
 
 What may differ

@@ -1,7 +1,7 @@
 """The project's folder of real photographs (`shared/realhands`, see its README.md) -> native shards.
 
 157 hands of five sources, 2D only or 3D, both sides, no MANO parameters. Units, joint order and frames are already
-ours. An image with two hands becomes two samples. The encoded images are copied unchanged.
+this project's. An image with two hands becomes two samples. The encoded images are copied unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def convert_realhands(request: Request, progress: Progress | None = None) -> Con
     """
     root, listing = request.input, request.input / "annotations.json"
     if not listing.is_file():
-        raise ValueError(f"--input {root}: holds no annotations.json; give the folder `realhands`")
+        raise ValueError(f"--input {root}: contains no annotations.json; pass the folder `realhands`")
     entries = json.loads(listing.read_text(encoding="utf-8"))
     entries = [entry for entry in entries if request.split in ("all", entry["source"])]
     return ConvertSummary(write_shard(_records(root, entries, progress), request.output / "000000.tar"), num_shard=1)

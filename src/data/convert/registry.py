@@ -1,4 +1,4 @@
-"""The converters by their name in script/make_shards.py. A new data set is one file and one line here."""
+"""The converters by their name in script/make_shards.py. To add a data set, write one file and add one line here."""
 
 from __future__ import annotations
 
