@@ -77,7 +77,6 @@ def plan_dexycb(request: Request) -> Job:
 
 
 def _values(path: Path, *keys: str) -> list[Any]:
-    """The values of some keys of a yaml file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:

@@ -94,7 +94,6 @@ def _summary(job: Job, notes: Path, lines: list[str]) -> ConvertSummary:
 
 
 def _digest(path: Path | None) -> str | None:
-    """A short fingerprint of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path else None
 
 

@@ -18,7 +18,7 @@ Shape legend: N hands, J = 21 joints (OpenPose order).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -102,15 +102,14 @@ def can_check(record: HandRecord) -> bool:
 
 
 def find_convention(
-    records: Iterable[HandRecord], mano: Path, side: str, tolerance_mm: float, left_file_shape: bool
+    hands: Sequence[HandRecord], mano: Path, side: str, tolerance_mm: float, left_file_shape: bool
 ) -> Convention | None:
     """The convention that fits hands of one side best; None without hands.
 
     Args:
-        records: hands with the set's own parameters, all of `side`.
+        hands: with the set's own parameters, all of `side`.
         left_file_shape: whether the betas may refer to the published MANO_LEFT.pkl.
     """
-    hands = list(records)
     if not hands:
         return None
     pose, shape, target, valid = (

@@ -30,8 +30,6 @@ from src.data.shards.tar import BLOCK, CorruptRegion, Member, TarReader, split_n
 
 
 class _Builder:
-    """Collects the rows of an index while the archive is read."""
-
     def __init__(self, file: int) -> None:
         self.file = file  # descriptor of the archive
         self.sample_rows: list[tuple[int, ...]] = []
@@ -78,7 +76,7 @@ class _Builder:
             self.bad.append(Bad(region.name or f"byte {region.offset}", region.reason, lost))
 
     def _close(self, key: str, members: list[tuple[str, Member]], is_suspect: bool) -> None:
-        """Add a sample whose members have all been read, or set it aside."""
+        """Add a sample whose members have all been read, or keep it for later."""
         if is_suspect and members:
             self.suspect.append((key, members))
         elif members:

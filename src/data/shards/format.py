@@ -118,7 +118,7 @@ def _json(text: bytes, suffix: str) -> Any:
 
 @lru_cache(maxsize=64)  # samples of one frame mostly share the same few texts
 def _native_meta(text: bytes) -> tuple[Mapping[str, Any], Meta]:
-    """The native json member: its fields, and the metadata among them."""
+    """(all fields, the metadata among them) of the native json member."""
     fields = _json(text, "json")
     if not isinstance(fields, dict):
         raise SampleError("bad_json", "json is not an object")
@@ -145,7 +145,6 @@ def _word(text: bytes, suffix: str) -> str:
 
 
 def _meta(fields: Mapping[str, Any]) -> Meta:
-    """The metadata among a sample's fields, checked."""
     side, mean = fields.get("handedness"), fields.get("flat_hand_mean")
     if side not in ("left", "right"):
         raise SampleError("bad_value", f"handedness must be 'left' or 'right', not {side!r}")

@@ -56,8 +56,6 @@ def project(vert: np.ndarray, field: Field, num_step: int) -> np.ndarray:
 
 
 class _Builder:
-    """Collects vertices and quads."""
-
     def __init__(self) -> None:
         self.vert: list[np.ndarray] = []
         self.quad: list[tuple[int, ...]] = []
