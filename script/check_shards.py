@@ -1,4 +1,4 @@
-"""Read shards from end to end and say what is damaged in them: 0 healthy, 1 damage found, 2 wrong arguments.
+"""Read shards from end to end and list corrupt samples. Exit codes: 0 healthy, 1 corrupt samples, 2 invalid arguments.
 
 python script/check_shards.py data/demo/train data/demo/val
 python script/check_shards.py 'DexYCB/s1/*' --root /data/shards --decode --num_process 8
@@ -30,7 +30,7 @@ from src.data.shards.paths import resolve_source
 from src.utils.console import make_console
 from src.utils.files import encode_image
 
-HEALTHY, DAMAGED, WRONG_ARGUMENTS = 0, 1, 2
+HEALTHY, CORRUPT, INVALID_ARGUMENTS = 0, 1, 2
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,10 +40,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--root", type=Path, help="folder of relative sources; default: here, or HAND_DATA_ROOT if nothing matches here"
     )
-    parser.add_argument("--index_dir", type=Path, help="where indexes are kept, as DATA.index_dir")
+    parser.add_argument("--index_dir", type=Path, help="folder of the index files, as in DATA.index_dir")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
-    parser.add_argument("--sheet", type=Path, help="draw patches with joints, before and after augmentation, here")
-    parser.add_argument("--num_hand", type=int, default=24, help="hands on the sheet; default: %(default)s")
+    parser.add_argument("--sheet", type=Path, help="image file for patches with joints, before and after augmentation")
+    parser.add_argument("--num_hand", type=int, default=24, help="number of hands on the sheet; default: %(default)s")
     parser.add_argument("--num_process", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
     args = parser.parse_args(argv)
     if args.num_hand < 1 or args.num_process < 1:
@@ -63,8 +63,8 @@ def find_shards(args: argparse.Namespace) -> list[Path]:
     return resolve_source(root, args.source, "SOURCE")
 
 
-def damage_table(reports: Sequence[ShardReport]) -> Table:
-    """Reason, frames, and where to look."""
+def corruption_table(reports: Sequence[ShardReport]) -> Table:
+    """Reasons, numbers of frames, and examples."""
     table = Table("reason", "frames", "for example")
     table.columns[1].justify = "right"
     for reason, count in merge(reports).most_common():
@@ -73,10 +73,10 @@ def damage_table(reports: Sequence[ShardReport]) -> Table:
 
 
 def write_sheet(args: argparse.Namespace, shards: Sequence[Path], console: Console) -> None:
-    """Draw the contact sheet. Raises ValueError where it cannot be written."""
+    """Draw the contact sheet. Raises ValueError or OSError if it cannot be written."""
     sheet = contact_sheet(open_indexes(shards, args.index_dir, args.num_process), args.num_hand)
     if sheet is None:
-        console.print("no sheet: no frame can be used")
+        console.print("no contact sheet: none of the frames can be used")
         return
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
     args.sheet.write_bytes(encode_image(sheet, args.sheet.suffix))
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shards = find_shards(args)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
-        return WRONG_ARGUMENTS
+        return INVALID_ARGUMENTS
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("checking", total=None)
@@ -101,16 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.num_process,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    damaged = merge(reports)
-    if damaged:
-        console.print(damage_table(reports))
+    corrupt = merge(reports)
+    if corrupt:
+        console.print(corruption_table(reports))
     if stale := [report.shard for report in reports if report.has_stale_index]:
-        remark = f"{len(stale)} indexes do not belong to their shards any more and will be made anew: {stale[0]}"
-        console.print(remark, soft_wrap=True)
+        console.print(f"{len(stale)} indexes are out of date; the next run rebuilds them: {stale[0]}", soft_wrap=True)
     num_frame = sum(report.num_frame for report in reports)
     console.print(
         f"{len(shards)} shards, {sum(r.num_sample for r in reports)} samples, {num_frame} healthy frames, "
-        f"{damaged.total()} damaged" + ("" if args.decode else "; the images were not decoded (--decode does that)"),
+        f"{corrupt.total()} corrupt" + ("" if args.decode else "; images were not decoded (--decode decodes them)"),
         soft_wrap=True,
     )
     if args.sheet is not None:
@@ -118,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_sheet(args, shards, console)
         except OSError as error:
             sys.stderr.write(f"--sheet {args.sheet}: {error}\n")
-            return WRONG_ARGUMENTS
-    return DAMAGED if damaged else HEALTHY
+            return INVALID_ARGUMENTS
+    return CORRUPT if corrupt else HEALTHY
 
 
 if __name__ == "__main__":

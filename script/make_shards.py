@@ -46,7 +46,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _add_converter(kind: argparse.ArgumentParser, converter: Converter) -> None:
-    """The options of one converter."""
     kind.add_argument("--input", type=Path, required=True, help="folder of the data set")
     kind.add_argument("--output", type=Path, required=True, help="folder for the shards; repeat the call to resume")
     if converter.splits:

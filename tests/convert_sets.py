@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import yaml
 
-from src.hand.mano import ManoLayer, load_hand_arrays
+from src.hand.mano import ManoLayer
+from src.hand.mano_file import load_hand_arrays
 from src.hand.skeleton import MANO_PARENTS, MANO_TIP_VERTEX_IDS, MANO_TO_OPENPOSE
 from src.hand.standin.build import build_standin_hand
 from tests.data_shards import encode, image_of

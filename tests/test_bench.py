@@ -21,7 +21,7 @@ from script.benchmarks.step import MOST_LOOP
 from src.config import Config
 from src.data.demo.make import make_demo_shards
 from src.data.shards.build_index import open_indexes
-from src.data.shards.writer import write_shards
+from src.data.shards.writer import write_shard
 
 TINY = (
     "backbone=tiny",
@@ -199,7 +199,7 @@ def test_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_big_indexes_share_one_shard(tmp_path: Path) -> None:
     """Shards of millions of windows take no space: they are hard links."""
-    write_shards(shards.records(8, "jpg", num_image=1), tmp_path / "small", num_per_shard=8)
+    write_shard(shards.records(8, "jpg", num_image=1), tmp_path / "small" / "000000.tar")
     (shard,) = shards.shards_of(tmp_path / "small")
     shards.write_big_indexes(tmp_path / "big", shard, 100, 4)
     links = shards.shards_of(tmp_path / "big")

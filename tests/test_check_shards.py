@@ -141,7 +141,7 @@ def test_output_and_exit_code_of_the_script(corrupt: Path, tmp_path: Path) -> No
     sheet = tmp_path / "sheet.png"
     good = check("healthy.tar", "--root", corrupt, "--sheet", sheet, "--num_hand", 3)
     assert good.returncode == 0, good.stderr
-    assert "4 healthy frames, 0 damaged" in good.stdout
+    assert "4 healthy frames, 0 corrupt" in good.stdout
     assert cv2.imread(str(sheet)).shape == (3 * 224, 3 * 224, 3)
     bad = check(corrupt, "--decode")
     assert bad.returncode == 1
@@ -168,7 +168,7 @@ def test_paths_are_printed_unchanged(
     check_main([glob.escape(str(folder)), "--num_process", "1", "--num_hand", "1", "--sheet", str(sheet)])
     out = capsys.readouterr().out
     assert f"00001/0 in {shard}" in out
-    assert f"made anew: {shard}\n" in out
+    assert f"the next run rebuilds them: {shard}\n" in out
     assert f"contact sheet: {sheet}\n" in out
     demo = ["demo", "--output", str(folder), "--train_sample", "1", "--val_sample", "1", "--num_process", "1"]
     assert make_main(demo) == 0

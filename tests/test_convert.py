@@ -18,7 +18,7 @@ import torch
 
 from script.make_shards import main
 from src.data.convert.annotate import plain_key, tight_box, turn_root, visible_joints
-from src.data.convert.chunk import Chunk, Job, Request, Skip
+from src.data.convert.chunk import Chunk, Job, Request
 from src.data.convert.dexycb_split import takes_sequence
 from src.data.convert.job import run
 from src.data.convert.mano_check import apply_convention, find_convention, left_shape_map
@@ -47,7 +47,7 @@ def read_slowly(first: int, pause: float) -> object:
     for i in range(first, first + 3):
         time.sleep(pause)
         if i % 5 == 4:
-            yield Skip("gap")
+            yield SampleError("gap")
             continue
         joint = np.arange(42.0).reshape(21, 2) + i
         image = encoded_image(i, (64, 64))
@@ -104,10 +104,10 @@ def test_a_lost_shard_is_rewritten_and_different_arguments_are_refused(tmp_path:
     (tmp_path / "out" / "000002.tar").unlink()
     run(slow_job(), request)
     assert tars(tmp_path / "out") == before
-    with pytest.raises(ValueError, match=r"was made with split='all', now it is 'val'; delete that folder"):
+    with pytest.raises(ValueError, match=r"was written with split='all', this call has 'val'; delete that folder"):
         run(slow_job(), Request(tmp_path, tmp_path / "out", "val"))
     (tmp_path / "out" / "convert.json").unlink()
-    with pytest.raises(ValueError, match=r"has shards but no convert\.json"):
+    with pytest.raises(ValueError, match=r"contains shards but no convert\.json"):
         run(slow_job(), request)
 
 
@@ -159,7 +159,6 @@ def left_hands_of_published_file(num: int) -> list[HandRecord]:
         joint_regressor=content["J_regressor"],
         skin_weights=content["weights"],
         faces=content["f"],
-        parents=(-1, *content["kintree_table"][0, 1:].tolist()),
         mean_pose=content["hands_mean"],
         tip_vertex_ids=(744, 320, 443, 554, 671),
         **{name: content[name] for name in names},

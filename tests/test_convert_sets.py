@@ -290,7 +290,7 @@ def test_hamer_skips_malicious_and_corrupt_tars(make: Callable[..., SimpleNamesp
 def test_a_wrong_folder_is_explained(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main([kind, "--input", str(tmp_path / "empty"), "--output", str(tmp_path / "out")]) == 2
-    assert f"--input {tmp_path / 'empty'}: holds no" in capsys.readouterr().err.replace("\n", "")
+    assert f"--input {tmp_path / 'empty'}: contains no" in capsys.readouterr().err.replace("\n", "")
     assert not list(tmp_path.glob("out/**/*.tar"))
 
 

@@ -16,7 +16,7 @@ from src.data.convert.chunk import Request
 from src.data.convert.realhands import convert_realhands
 from src.data.loader import build_val_loader
 from src.data.shards.build_index import build_index
-from src.data.shards.writer import HandRecord, write_shards
+from src.data.shards.writer import HandRecord, write_shard
 from tests.data_shards import data_config, encode, hand_arrays, image_of
 from tests.helpers import REALHANDS, ROOT
 
@@ -31,8 +31,10 @@ def record(number: int) -> HandRecord:
 
 def test_shards_are_byte_identical_and_readable_by_webdataset(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        assert write_shards((record(number) for number in range(5)), tmp_path / name, num_per_shard=2) == (5, 3)
-        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["000000.tar", "000001.tar", "000002.tar"]
+        for first, num in ((0, 2), (2, 2), (4, 1)):
+            records = (record(number) for number in range(first, first + num))
+            assert write_shard(records, tmp_path / name / f"{first:06d}.tar") == num
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["000000.tar", "000002.tar", "000004.tar"]
     shards = sorted((tmp_path / "a").iterdir())
     assert all(shard.read_bytes() == (tmp_path / "b" / shard.name).read_bytes() for shard in shards)
     for number, theirs in enumerate(wds.WebDataset([str(s) for s in shards], shardshuffle=False).decode("rgb8")):

@@ -19,7 +19,6 @@ from src.data.augment import (
     PixelAugmentation,
     augment_pixels,
     draw_augmentation,
-    identity_augmentation,
 )
 from src.data.crop import crop_samples, empty_batch, pad_rows, patch_labels
 from src.data.rng import uniforms
@@ -101,9 +100,7 @@ def view_of(sample: Sample, augmentation: Augmentation, img_size: int, expansion
 @given(seed=st.integers(0, 2**31), is_right=st.booleans(), augment=st.booleans())
 def test_image_2d_3d_and_mano_stay_consistent(hand: ManoLayer, seed: int, is_right: bool, augment: bool) -> None:
     sample = make_sample(hand, seed, is_right)
-    augmentation = (
-        draw_augmentation(uniforms("test", seed, num=NUM_UNIFORM), KNOBS) if augment else identity_augmentation()
-    )
+    augmentation = draw_augmentation(uniforms("test", seed, num=NUM_UNIFORM), KNOBS) if augment else Augmentation()
     view = view_of(sample, augmentation, 64, 2.0)
     row = crop(sample, augmentation, 64, 2.0)
     projected = row.joint_cam[:, :2] / row.joint_cam[:, 2:] * row.patch_focal + row.patch_princpt
@@ -156,7 +153,7 @@ def test_downscaling_averages_pixels(hand: ManoLayer) -> None:
         image=np.repeat(checker[..., None], 3, axis=2).astype(np.uint8),
         hand_bbox=np.array([200, 200, 600, 600], np.float32),
     )
-    patch = crop(sample, identity_augmentation(), 50, 1.5).patch
+    patch = crop(sample, Augmentation(), 50, 1.5).patch
     assert patch[:, 5:-5, 5:-5].std() < 8
     assert patch[:, 5:-5, 5:-5].mean() == pytest.approx(127.5, abs=3)
 
@@ -243,7 +240,7 @@ def test_cropping_a_batch_equals_cropping_its_samples_one_by_one(hand: ManoLayer
         for i, (sample, image) in enumerate(zip(samples, images))
     ]
     draws = [draw_augmentation(uniforms("batch", i, num=NUM_UNIFORM), KNOBS) for i in range(12)]
-    draws[2], draws[5] = Augmentation(roll=0.3, tilt=(1.4, 0.0)), identity_augmentation()
+    draws[2], draws[5] = Augmentation(roll=0.3, tilt=(1.4, 0.0)), Augmentation()
     together = crop_samples(samples, draws, 48, 2.0)
     for i in range(12):
         for name, value in vars(crop(samples[i], draws[i], 48, 2.0)).items():

@@ -99,7 +99,7 @@ def test_resumes_and_then_does_nothing(root: Path, monkeypatch: pytest.MonkeyPat
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": ["val"]}, indent=1) + "\n")
     made = []
     write = demo._write_shard
-    monkeypatch.setattr(demo, "_write_shard", lambda shard: made.append(shard.path.name) or write(shard))
+    monkeypatch.setattr(demo, "_write_shard", lambda path, *more: made.append(path.name) or write(path, *more))
     demo.make_demo_shards(root, NUM, 3, SIZE, num_process=1)
     demo.make_demo_shards(root, NUM, 3, SIZE, num_process=1)
     assert made == ["000001.tar"]

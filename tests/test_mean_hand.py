@@ -15,7 +15,7 @@ from rich.console import Console
 from src.batch import Batch
 from src.data.demo.make import make_demo_shards
 from src.data.loader import build_train_loader, build_val_loader
-from src.data.mean_hand import HandLabels, MeanHand, mean_hand, mean_of, mean_rotation
+from src.data.mean_hand import MeanHand, mean_hand, mean_of, mean_rotation
 from src.geometry.rotation import axis_angle_to_matrix
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays
@@ -34,8 +34,8 @@ def hand() -> HandArrays:
     return build_standin_hand()
 
 
-def labels_of(batch: Batch) -> HandLabels:
-    return HandLabels(**{f.name: getattr(batch, f.name).numpy() for f in fields(HandLabels)})
+def labels_of(batch: Batch) -> Batch:
+    return batch.map(torch.Tensor.numpy)
 
 
 def vertices(hand: HandArrays, batch: Batch) -> torch.Tensor:
@@ -139,7 +139,8 @@ def test_from_shards_as_from_crops(tmp_path: Path, hand: HandArrays) -> None:
     dataset = build_train_loader(cfg, "standin").dataset
     mean = mean_hand(dataset, hand)
     batches = [b.map(lambda t, b=b: t[b.position >= 0]) for b in build_val_loader(cfg, "standin")]
-    joined = HandLabels(**{f.name: np.concatenate([getattr(b, f.name) for b in batches]) for f in fields(HandLabels)})
+    tensors = [name for name, value in vars(batches[0]).items() if torch.is_tensor(value)]
+    joined = SimpleNamespace(**{n: np.concatenate([getattr(b, n) for b in batches]) for n in tensors})
     assert len(joined.has_mano) == 24
     expected = mean_of(joined, hand, cfg.MODEL.img_size)
     for f in fields(MeanHand):

@@ -18,7 +18,7 @@ from src.checkpoint.network import LoadedNetwork, load_network
 from src.checkpoint.run_folder import config_yaml
 from src.checkpoint.save import TrainState, network_texts, save_checkpoint
 from src.config import Config
-from src.data.augment import identity_augmentation
+from src.data.augment import Augmentation
 from src.data.crop import crop_samples
 from src.geometry.patch import BORDER, MIRROR
 from src.hand.standin.build import build_standin_hand
@@ -213,7 +213,7 @@ def test_patches_are_those_of_training(net: PoseNet, predictor: Predictor) -> No
             *("key", "source", photograph(), is_right, BOX, zero[:, :2], zero[:, 0], zero, zero[:, 0]),
             *(np.zeros(48), np.zeros(10), False, True, FOCAL, PRINCPT, True),
         )
-        cropped = crop_samples([sample], [identity_augmentation()], net.img_size, predictor.loaded.crop)
+        cropped = crop_samples([sample], [Augmentation()], net.img_size, predictor.loaded.crop)
         batch = cropped.map(torch.from_numpy)
         with torch.no_grad():
             expected = net.predict_patch(batch.patch, batch.patch_focal, batch.patch_princpt)

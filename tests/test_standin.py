@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.hand.skeleton import FINGER_NAMES, HandArrays
+from src.hand.skeleton import FINGER_NAMES, MANO_PARENTS, HandArrays
 from src.hand.standin.build import build_standin_hand
 from src.hand.standin.design import angles_to_rotmat, chain, design, joint_limits
 from src.hand.standin.mesh import signed_volume
@@ -29,7 +29,7 @@ def pose_hand(hand: HandArrays, rotmat: np.ndarray) -> np.ndarray:
     joint = hand.joint_regressor @ hand.v_template
     rot, place = [rotmat[0]], [joint[0]]
     for k in range(1, 16):
-        p = hand.parents[k]
+        p = MANO_PARENTS[k]
         rot.append(rot[p] @ rotmat[k])
         place.append(place[p] + rot[p] @ (joint[k] - joint[p]))
     moved = np.stack([(vert - joint[k]) @ rot[k].T + place[k] for k in range(16)], axis=1)

@@ -13,7 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from src.batch import Batch
 from src.config import BackboneConfig, Config
 from src.data.demo.make import VERSION, make_demo_data
 from src.data.loader import build_train_loader, build_val_loader
-from src.data.mean_hand import HandLabels, mean_of
+from src.data.mean_hand import mean_of
 from src.hand.load import load_hand
 from src.hand.mano import ManoLayer
 from src.hand.skeleton import HandArrays
@@ -270,7 +270,7 @@ def validate(net: nn.Module, val: Batch) -> dict[str, float]:
 def baseline_errors(train: Batch, val: Batch, hand: HandArrays) -> dict[str, float]:
     """MPJPE (mm) of the image-independent baseline on the validation set, root-relative and after Procrustes alignment.
     A network that is not below it has learned nothing from the images."""
-    labels = HandLabels(**{f.name: getattr(train, f.name).cpu().numpy() for f in fields(HandLabels)})
+    labels = train.map(lambda t: t.cpu().numpy())
     layer, val = ManoLayer(hand), val.to("cpu")
     target_vert = layer(layer.pose_to_rotmat(val.mano_pose, val.flat_hand_mean), val.mano_shape).vert
     values = baseline_metrics(mean_of(labels, hand, train.patch.shape[-1]), val, target_points(val, target_vert))

@@ -24,7 +24,7 @@ from src.data.loader import collate
 from src.data.shards.build_index import build_index, open_indexes
 from src.data.shards.index import ShardIndex, index_path
 from src.data.shards.reader import ShardReader
-from src.data.shards.writer import write_shards
+from src.data.shards.writer import write_shard
 
 BIG_NUM_FRAME = 20_000_000
 BIG_NUM_SHARD = 10_000
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
 
 def _pixel_figures(folder: Path, kind: str, num_image: int, seconds: float) -> list[Figure]:
     """The rates of decoding alone and of whole samples, and their ratio."""
-    write_shards(records(num_image, kind), folder, num_per_shard=num_image)
+    write_shard(records(num_image, kind), folder / "000000.tar")
     (index,) = open_indexes(shards_of(folder))
     dataset, reader = bench_dataset([index]), ShardReader(index, stride=1)
     encoded = [reader.read(row)[3] for row in range(_BATCH)]
@@ -90,7 +90,7 @@ def _pixel_figures(folder: Path, kind: str, num_image: int, seconds: float) -> l
 
 def _annotation_figures(folder: Path, num: int, seconds: float) -> list[Figure]:
     """Annotations of single frames in training order, none of them cached."""
-    write_shards(records(num, "jpg", num_image=1), folder, num_per_shard=num)
+    write_shard(records(num, "jpg", num_image=1), folder / "000000.tar")
     dataset = bench_dataset(open_indexes(shards_of(folder)))
     (per_call,) = seconds_per_call(
         [lambda i: dataset.annotation(dataset.plan.locate(i))], seconds, num, time.thread_time

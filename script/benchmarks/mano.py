@@ -15,7 +15,7 @@ import torch
 
 from script.benchmarks.measurement import Figure, Status, seconds_per_call, wait_for_gpu
 from src.hand.mano import ManoLayer
-from src.hand.skeleton import MANO_PARENTS, MANO_TIP_VERTEX_IDS, NUM_MANO_VERTEX, HandArrays
+from src.hand.skeleton import MANO_TIP_VERTEX_IDS, NUM_MANO_VERTEX, HandArrays
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,6 @@ def random_arrays() -> HandArrays:
         joint_regressor=regressor / regressor.sum(axis=1, keepdims=True),
         skin_weights=weights / weights.sum(axis=1, keepdims=True),
         faces=rng.integers(0, num, (1538, 3)),
-        parents=MANO_PARENTS,
         mean_pose=rng.normal(0, 0.3, 45),
         tip_vertex_ids=MANO_TIP_VERTEX_IDS,
     )

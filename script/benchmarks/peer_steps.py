@@ -37,7 +37,7 @@ from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation
 from src.data.crop import crop_samples, empty_batch, fill_labels
 from src.data.dataset import HandDataset
 from src.data.rng import uniforms
-from src.data.shards.writer import write_shards
+from src.data.shards.writer import write_shard
 from src.hand.load import load_hand
 
 ON_CPU = ["backbone=tiny", "MODEL.img_size=112", "TRAIN.sample_per_device=16", "GENERAL.num_worker=0"]
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
     """Alternate blocks of each method's steps."""
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
         status("writing shards, building networks")
-        write_shards(records(256, "jpg"), Path(folder), num_per_shard=64)
+        write_shard(records(256, "jpg"), Path(folder) / "000000.tar")
         data = [f"DATA.root={folder}", "DATA.train.source=['*.tar']", "DATA.val={source: ['*.tar'], max_sample: 16}"]
         defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
         with open_run(*data, "MODEL.hand_model=standin", *defaults, *args.overrides) as training:

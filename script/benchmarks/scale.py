@@ -33,7 +33,7 @@ from src.config import Config
 from src.data.crop import empty_batch, pad_rows
 from src.data.loader import build_train_loader
 from src.data.shards.build_index import open_indexes
-from src.data.shards.writer import write_shards
+from src.data.shards.writer import write_shard
 from src.distributed.processes import destroy_process_group
 from src.hand.mano import ManoLayer
 from src.hand.standin.build import build_standin_hand
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, status: Status) -> list[Figure]:
 
 def window_series(folder: Path, status: Status) -> list[Series]:
     """Start-up time, memory of a worker and time of a lookup against the number of windows."""
-    write_shards(records(64, "jpg"), folder / "small", num_per_shard=64)
+    write_shard(records(64, "jpg"), folder / "small" / "000000.tar")
     (shard,) = shards_of(folder / "small")
     start_up, memory, lookup = [], [], []
     for number in NUM_WINDOW:

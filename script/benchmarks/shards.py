@@ -17,8 +17,9 @@ from script.benchmarks.measurement import CONFIG_DIR
 from src.data.dataset import HandDataset
 from src.data.order.plan import MixedPlan, SourcePlan
 from src.data.shards.annotation import joint_extent
-from src.data.shards.build_index import open_indexes, worker_context
+from src.data.shards.build_index import open_indexes
 from src.data.shards.index import ShardIndex, Tables, index_path, save_index
+from src.data.shards.processes import worker_context
 from src.data.shards.writer import HandRecord
 
 WIDTH, HEIGHT, PATCH = 640, 480, 224

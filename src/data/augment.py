@@ -26,17 +26,6 @@ _OCCLUDER_SIDE = (0.1, 0.45)  # of the patch side
 
 
 @dataclass(frozen=True)
-class Occluder:
-    """A rectangle of one colour; the edges are fractions of the patch side, the colour is RGB."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-    color: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
 class PixelAugmentation:
     """Changes to the pixels of the patch; the defaults change nothing."""
 
@@ -46,23 +35,19 @@ class PixelAugmentation:
     noise_std: float = 0.0  # grey levels
     noise_offset: float = 0.0  # where to start in the noise table, 0..1
     blur_sigma: float = 0.0  # patch px
-    occluder: Occluder | None = None
+    # a rectangle: left, top, right, bottom as fractions of the patch side, and its RGB colour
+    occluder: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One draw of all augmentation parameters; the defaults are the identity."""
+    """One draw of all augmentation parameters; the defaults are the identity (the plain crop of validation)."""
 
     roll: float = 0.0  # rad, rotation of the camera about its principal axis
     tilt: tuple[float, float] = (0.0, 0.0)  # rad, rotation vector (x, y) of the perspective rotation
     zoom: float = 1.0  # factor on the side of the crop box: above 1 the hand looks smaller
     shift: tuple[float, float] = (0.0, 0.0)  # fraction of the crop box's side
     pixel: PixelAugmentation = PixelAugmentation()
-
-
-def identity_augmentation() -> Augmentation:
-    """No augmentation: the plain crop, used in validation."""
-    return Augmentation()
 
 
 def draw_augmentation(u: Sequence[float], cfg: Any) -> Augmentation:
@@ -100,20 +85,23 @@ def _between(bounds: Any, fraction: float) -> float:
     return low + (high - low) * fraction
 
 
-def _occluder(u: Sequence[float]) -> Occluder:
+def _occluder(u: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """A rectangle inside the patch from six uniform numbers, in a slightly tinted grey."""
     low, high = _OCCLUDER_SIDE
     width, height = low + (high - low) * u[0], low + (high - low) * u[1]
     left, top = (1.0 - width) * u[2], (1.0 - height) * u[3]
     warmth = 40.0 * (u[5] - 0.5)
     color = (255.0 * u[4] + warmth, 255.0 * u[4], 255.0 * u[4] - warmth)
-    return Occluder(left, top, left + width, top + height, tuple(min(255.0, max(0.0, c)) for c in color))
+    return (left, top, left + width, top + height), tuple(min(255.0, max(0.0, c)) for c in color)
 
 
 def augment_pixels(patch: np.ndarray, pixel: PixelAugmentation) -> np.ndarray:
     """The patch [S, S, 3] uint8 RGB after the photometric changes; the input array itself if there are none."""
     if pixel.occluder is not None:
-        patch = _occlude(patch, pixel.occluder)
+        edges, color = pixel.occluder
+        left, top, right, bottom = (round(patch.shape[0] * edge) for edge in edges)
+        color = tuple(float(round(value)) for value in color)
+        patch = cv2.rectangle(patch.copy(), (left, top), (right - 1, bottom - 1), color, cv2.FILLED)
     if pixel.blur_sigma > 0.25:  # below that, neighbours contribute less than a grey level
         kernel = cv2.getGaussianKernel(2 * math.ceil(2.5 * pixel.blur_sigma) + 1, pixel.blur_sigma)
         patch = cv2.sepFilter2D(patch, -1, kernel, kernel)
@@ -122,15 +110,6 @@ def augment_pixels(patch: np.ndarray, pixel: PixelAugmentation) -> np.ndarray:
     if pixel.noise_std > 0.0:
         patch = _add_noise(patch, pixel.noise_std, pixel.noise_offset)
     return patch
-
-
-def _occlude(patch: np.ndarray, occluder: Occluder) -> np.ndarray:
-    side = patch.shape[0]
-    left, top, right, bottom = (
-        round(side * edge) for edge in (occluder.left, occluder.top, occluder.right, occluder.bottom)
-    )
-    color = tuple(float(round(value)) for value in occluder.color)
-    return cv2.rectangle(patch.copy(), (left, top), (right - 1, bottom - 1), color, cv2.FILLED)
 
 
 def _color_matrix(pixel: PixelAugmentation) -> np.ndarray:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from src.data.image import decode_image
 from src.data.sample import make_sample
-from src.data.shards.build_index import build_index, find_index, index_places, map_shards
+from src.data.shards.build_index import build_index, find_index, index_places
 from src.data.shards.errors import reason_of
 from src.data.shards.index import MAX_NAMED, Bad, ShardIndex
+from src.data.shards.processes import map_processes, worker_context
 from src.data.shards.reader import ShardReader
 from src.utils.text import printable
 
@@ -58,20 +58,14 @@ def check_shards(
         num_process: how many shards are read at once.
         progress: called with (bytes done, bytes in total) after each shard.
     """
-    sizes = {shard: _size(shard) for shard in shards}
+    sizes = {shard: shard.stat().st_size if shard.is_file() else 0 for shard in shards}
     reports: dict[Path, ShardReport] = {}
-    for shard, report in map_shards(partial(check_shard, decode=decode, index_dir=index_dir), shards, num_process):
-        reports[shard] = report
+    work = [(shard, decode, index_dir) for shard in shards]
+    for report in map_processes(check_shard, work, num_process, worker_context()):
+        reports[report.shard] = report
         if progress:
             progress(sum(sizes[done] for done in reports), sum(sizes.values()))
     return [reports[shard] for shard in shards]
-
-
-def _size(shard: Path) -> int:
-    try:
-        return shard.stat().st_size
-    except OSError:
-        return 0
 
 
 def check_shard(shard: Path, decode: bool = False, index_dir: str | Path | None = None) -> ShardReport:
@@ -113,7 +107,6 @@ def _checksums(sample: np.ndarray, frame: np.ndarray) -> dict[tuple[int, int], t
 
 
 def _decode(report: ShardReport, index: ShardIndex) -> None:
-    """Decode every frame that is healthy so far."""
     reader = ShardReader(index, stride=1)
     for row in range(index.num_frame()):
         try:

@@ -1,8 +1,8 @@
 """A contact sheet of the loader's output: patches with joints, before and after strong augmentation.
 
 Each hand has three rows: the plain crop, an augmented crop, and the augmented crop with the 3D joints projected by the
-patch camera. All three skeletons must match the hand: the second shows that image and 2D joints are transformed
-together, the third that camera and 3D joints are, too.
+patch camera. All three skeletons must match the hand: the second shows that image and 2D joints move together, the
+third that camera and 3D joints do.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 
 from src.batch import Batch
-from src.data.augment import NUM_UNIFORM, draw_augmentation, identity_augmentation
+from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation
 from src.data.crop import crop_samples
 from src.data.dataset import HandDataset
-from src.data.order.plan import FixedPlan, Place
+from src.data.order.plan import FixedPlan, Place, SourcePlan
 from src.data.rng import uniforms
 from src.data.shards.index import ShardIndex
 from src.utils.vis import draw_skeleton, tile
@@ -36,18 +36,13 @@ STRONG = SimpleNamespace(
     blur_max=2.0,
     occlusion_prob=0.4,
 )
-_LABEL_RGB = (255, 255, 255)
 
 
 def spread_places(shards: Sequence[ShardIndex], num: int) -> list[Place]:
     """`num` evenly spaced places among all healthy frames of the shards, or all of them if there are fewer."""
-    ends = np.cumsum([shard.num_frame() for shard in shards])
-    total = int(ends[-1]) if len(ends) else 0
-    places = []
-    for frame in np.unique(np.linspace(0, total - 1, min(num, total)).round().astype(int)).tolist():
-        shard = int(np.searchsorted(ends, frame, side="right"))
-        places.append(Place(0, shard, frame - int(ends[shard - 1] if shard else 0)))
-    return places
+    source = SourcePlan(shards, stride=1, seed=0)
+    frames = np.linspace(0, source.num_frame - 1, min(num, source.num_frame)).round().astype(int)
+    return [Place(0, *source.split(frame)) for frame in np.unique(frames).tolist()]
 
 
 def contact_sheet(
@@ -67,7 +62,7 @@ def contact_sheet(
     for number, place in enumerate(places):
         strong = draw_augmentation(uniforms("sheet", number, num=NUM_UNIFORM), STRONG)
         try:
-            batch = crop_samples([dataset.read(place)] * 2, [identity_augmentation(), strong], side, expansion_ratio)
+            batch = crop_samples([dataset.read(place)] * 2, [Augmentation(), strong], side, expansion_ratio)
         except Exception:
             continue  # counted where the loader reads it
         columns.append((_with_2d(batch, 0), _with_2d(batch, 1), _with_3d(batch, 1)))
@@ -105,4 +100,4 @@ def _label(image: np.ndarray, text: str) -> np.ndarray:
     text = text.encode("ascii", "replace").decode()  # OpenCV cannot draw other characters
     font, origin = cv2.FONT_HERSHEY_SIMPLEX, (4, image.shape[0] - 6)
     cv2.putText(image, text, origin, font, 0.38, (0, 0, 0), 3, cv2.LINE_AA)
-    return cv2.putText(image, text, origin, font, 0.38, _LABEL_RGB, 1, cv2.LINE_AA)
+    return cv2.putText(image, text, origin, font, 0.38, (255, 255, 255), 1, cv2.LINE_AA)

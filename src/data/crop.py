@@ -129,7 +129,11 @@ def patch_labels(
 
     The samples' images are not used. Arguments as in `crop_samples`.
     """
-    view = views_of_patches([_aim(*pair, expansion_ratio) for pair in zip(samples, augmentations)], img_size)
+    aims = [
+        Aim(s.hand_bbox, s.focal, s.princpt, s.is_right, expansion_ratio, a.roll, a.tilt, a.zoom, a.shift)
+        for s, a in zip(samples, augmentations, strict=True)
+    ]
+    view = views_of_patches(aims, img_size)
     labels = {
         "is_right": np.array([sample.is_right for sample in samples]),
         "patch_focal": np.stack([view.focal, view.focal], axis=1),
@@ -141,23 +145,9 @@ def patch_labels(
         "flat_hand_mean": np.array([sample.flat_hand_mean for sample in samples]),
         "has_intr": _stack(samples, "has_intr"),
     }
-    return {
-        name: value if value.dtype == np.bool_ else value.astype(np.float32) for name, value in labels.items()
-    }, view
-
-
-def _aim(sample: Sample, augmentation: Augmentation, expansion_ratio: float) -> Aim:
-    return Aim(
-        sample.hand_bbox,
-        sample.focal,
-        sample.princpt,
-        sample.is_right,
-        expansion_ratio,
-        augmentation.roll,
-        augmentation.tilt,
-        augmentation.zoom,
-        augmentation.shift,
-    )
+    for name in labels.keys() - {"is_right", "flat_hand_mean"}:
+        labels[name] = labels[name].astype(np.float32)
+    return labels, view
 
 
 def _stack(samples: Sequence[Sample], name: str) -> np.ndarray:

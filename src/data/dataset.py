@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
+from typing import Any
 
 from src.batch import Batch, Sample
-from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation, identity_augmentation
+from src.data.augment import NUM_UNIFORM, Augmentation, draw_augmentation
 from src.data.crop import empty_batch, fill_labels, fill_patch, pad_rows
 from src.data.image import decode_image, image_info
-from src.data.order.plan import MixedPlan, Place
+from src.data.order.plan import FixedPlan, MixedPlan, Place
 from src.data.order.readahead import ReadAhead
 from src.data.rng import uniforms
 from src.data.sample import annotated_sample, make_sample
@@ -33,15 +34,6 @@ _MAX_OPEN = 512  # shards held open by one process; a data order reads from abou
 MAX_ATTEMPT = 20  # frames tried for one position of training
 
 
-class Plan(Protocol):
-    """The part of src/data/order/plan.py that a dataset uses."""
-
-    @property
-    def num_frame(self) -> int: ...
-
-    def locate(self, position: int) -> Place: ...
-
-
 @dataclass(frozen=True)
 class BadFrame:
     """A frame that could not be used at `position`."""
@@ -50,7 +42,6 @@ class BadFrame:
     shard: str
     key: str  # "<sample key>/<frame>"
     reason: str
-    detail: str
 
 
 @dataclass
@@ -77,12 +68,8 @@ class _Frame:
 
 def open_file_limit() -> int:
     """How many files this process may hold open."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 512
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 20 if limit == resource.RLIM_INFINITY else limit
+    limit = getrlimit(RLIMIT_NOFILE)[0]
+    return 1 << 20 if limit == RLIM_INFINITY else limit
 
 
 class HandDataset:
@@ -91,7 +78,7 @@ class HandDataset:
     def __init__(
         self,
         sources: Sequence[Sequence[ShardIndex]],
-        plan: Plan,
+        plan: MixedPlan | FixedPlan,
         *,
         stride: int,
         hand_model: str,
@@ -193,7 +180,6 @@ class HandDataset:
             frame.warp = warp
 
     def _crop(self, batch: Batch, frame: _Frame) -> None:
-        """Decode the image and fill the patch."""
         image = decode_image(frame.image)
         if image.shape[1::-1] != frame.size:
             raise SampleError("undecodable_image", f"the header states {frame.size}, decoded {image.shape[1::-1]} px")
@@ -214,7 +200,7 @@ class HandDataset:
 
     def _augmentation(self, position: int) -> Augmentation:
         if self.augment is None:
-            return identity_augmentation()
+            return Augmentation()
         return draw_augmentation(uniforms("augment", self.seed, position, num=NUM_UNIFORM), self.augment)
 
     def _reader(self, place: Place) -> ShardReader:
@@ -232,4 +218,4 @@ class HandDataset:
         shard = str(self.sources[place.source][place.shard].shard)
         reader = self._readers.get((place.source, place.shard))
         key = reader.describe(place.row) if reader else f"row {place.row}"
-        return BadFrame(frame.position, shard, key, reason_of(error), str(error) or repr(error))
+        return BadFrame(frame.position, shard, key, reason_of(error))

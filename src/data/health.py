@@ -64,19 +64,18 @@ class DataHealth:
         num_indexed, num_read = self.indexed.total(), self.read.total()
         shards_bad = num_indexed > self.max_bad_fraction * (self.num_frame + num_indexed)
         if shards_bad or num_read > self.max_bad_fraction * max(self.num_read, _MIN_READ):
-            raise BadDataError(
-                f"DATA.max_bad_fraction={self.max_bad_fraction}: {self.summary()}\n{self.table()}\n"
-                "Inspect the shards with script/check_shards.py; repair or exclude them, or raise DATA.max_bad_fraction"
-            )
+            cure = "repair or exclude them, or raise DATA.max_bad_fraction"
+            raise self._error(f"DATA.max_bad_fraction={self.max_bad_fraction}", cure)
+
+    def _error(self, why: str, cure: str) -> BadDataError:
+        hint = f"Inspect the shards with script/check_shards.py; {cure}"
+        return BadDataError(f"{why}: {self.summary()}\n{self.table()}\n{hint}")
 
     def _check_position(self, bad: Sequence[BadFrame]) -> None:
         """Raises BadDataError if all frames tried for a position were bad."""
         position, count = Counter(frame.position for frame in bad).most_common(1)[0]
         if count >= MAX_ATTEMPT:
-            raise BadDataError(
-                f"position {position}: {count} frames in a row cannot be used; {self.summary()}\n{self.table()}\n"
-                "Inspect the shards with script/check_shards.py; repair or exclude them"
-            )
+            raise self._error(f"position {position}: {count} frames in a row cannot be used", "repair or exclude them")
 
     def summary(self) -> str:
         """One line: how many frames are bad, and why."""

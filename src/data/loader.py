@@ -23,9 +23,10 @@ from src.config import Config, named_sources
 from src.data.dataset import BadFrame, Fetched, HandDataset
 from src.data.health import DataHealth
 from src.data.order.plan import MixedPlan, SourcePlan, validation_plan
-from src.data.shards.build_index import open_indexes, worker_context
+from src.data.shards.build_index import open_indexes
 from src.data.shards.index import ShardIndex
 from src.data.shards.paths import resolve_source
+from src.data.shards.processes import worker_context
 
 Progress = Callable[[int, int], None]
 
@@ -90,9 +91,10 @@ class HandLoader:
             yield batch
 
 
-def _ignore_group_signals() -> None:
+def _init_worker(_: int) -> None:
     """Obey SIGTERM from the parent only. Signals to the whole process group (Ctrl-C, Slurm) are for the trainer, which
     terminates its workers itself."""
+    cv2.setNumThreads(0)  # a thread pool in every worker would compete for the cores, and may hang after a fork
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
@@ -104,28 +106,18 @@ def _ignore_group_signals() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _init_worker(_: int) -> None:
-    _ignore_group_signals()
-    cv2.setNumThreads(0)  # a thread pool in every worker would compete for the cores, and may hang after a fork
-
-
 def _data_loader(dataset: HandDataset, sampler: Any, cfg: Config, pin_memory: bool, persistent: bool) -> DataLoader:
     num_worker = cfg.GENERAL.num_worker
-    worker_options: dict[str, Any] = {}
-    if num_worker > 0:
-        worker_options = {
-            "prefetch_factor": cfg.GENERAL.prefetch_factor,
-            "persistent_workers": persistent,
-            "multiprocessing_context": worker_context(),
-            "worker_init_fn": _init_worker,
-        }
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_worker,
         collate_fn=collate,
         pin_memory=pin_memory,
-        **worker_options,
+        prefetch_factor=cfg.GENERAL.prefetch_factor if num_worker else None,
+        persistent_workers=persistent and num_worker > 0,
+        multiprocessing_context=worker_context() if num_worker else None,
+        worker_init_fn=_init_worker,
     )
 
 
@@ -207,7 +199,7 @@ def build_val_loader(
         raise ValueError(f"DATA.val.source: no sample is in half {half}")
     dataset = _dataset(cfg, [shards], plan, hand_model, augment=None)
     sampler = ValBatchSampler(plan.num_frame, cfg.TRAIN.sample_per_device, rank, world_size)
-    return HandLoader(_data_loader(dataset, sampler, cfg, pin_memory, persistent=cfg.GENERAL.num_worker > 0), health)
+    return HandLoader(_data_loader(dataset, sampler, cfg, pin_memory, persistent=True), health)
 
 
 def _dataset(

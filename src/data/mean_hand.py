@@ -12,12 +12,14 @@ A network that does not beat these has learned nothing useful from the images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from src.data.augment import identity_augmentation
+from src.batch import Batch
+from src.data.augment import Augmentation
 from src.data.crop import patch_labels
 from src.data.dataset import HandDataset
 from src.data.sample import annotated_sample
@@ -28,21 +30,6 @@ from src.hand.skeleton import HandArrays
 
 _POSE_BATCH = 250
 _DECIMALS = 4  # of mm, kept of posed hands: a matrix product's last bits depend on the number of threads
-
-
-@dataclass(frozen=True)
-class HandLabels:
-    """Labels of N hands in their patch cameras, without augmentation; fields as in src/batch.py, as numpy arrays."""
-
-    joint_cam: np.ndarray  # [N, J, 3] mm
-    joint_3d_valid: np.ndarray  # [N, J]
-    mano_pose: np.ndarray  # [N, 48]
-    mano_shape: np.ndarray  # [N, 10]
-    has_mano: np.ndarray  # [N]
-    flat_hand_mean: np.ndarray  # [N] bool
-    has_intr: np.ndarray  # [N]
-    patch_focal: np.ndarray  # [N, 2] px
-    patch_princpt: np.ndarray  # [N, 2] px
 
 
 @dataclass(frozen=True)
@@ -69,11 +56,6 @@ def mean_hand(dataset: HandDataset, hand: HandArrays, max_sample: int = 2000) ->
 
     Does not depend on the number of processes and workers; decodes no image.
     """
-    return mean_of(training_labels(dataset, max_sample), hand, dataset.img_size)
-
-
-def training_labels(dataset: HandDataset, max_sample: int) -> HandLabels:
-    """Labels of the first positions of `dataset`, cropped as in validation. Images are neither read nor decoded."""
     found = []
     for position in range(min(max_sample, len(dataset))):
         try:
@@ -81,23 +63,27 @@ def training_labels(dataset: HandDataset, max_sample: int) -> HandLabels:
             # The image size only matters for a guessed camera, and there only root-relative labels are used.
             size = (int(max(clip.hand_bbox[number, 2], 0)) + 1, int(max(clip.hand_bbox[number, 3], 0)) + 1)
             sample = annotated_sample(clip, number, size, "", dataset.hand_model)
-            labels, _ = patch_labels([sample], [identity_augmentation()], dataset.img_size, dataset.expansion_ratio)
+            labels, _ = patch_labels([sample], [Augmentation()], dataset.img_size, dataset.expansion_ratio)
             found.append(labels)
         except (SampleError, OSError, ValueError, ArithmeticError):
             continue  # reported when training reads it
-    return HandLabels(**{f.name: np.array([labels[f.name][0] for labels in found]) for f in fields(HandLabels)})
-
-
-def mean_of(labels: HandLabels, hand: HandArrays, img_size: int) -> MeanHand:
-    """The baseline of these labels, from patches with a side of `img_size` px."""
-    if not len(labels.has_mano):
+    if not found:
         return MeanHand()
+    columns = {name: np.concatenate([labels[name] for labels in found]) for name in found[0]}
+    return mean_of(SimpleNamespace(**columns), hand, dataset.img_size)
+
+
+def mean_of(labels: Batch, hand: HandArrays, img_size: int) -> MeanHand:
+    """The baseline of these labels, from patches with a side of `img_size` px.
+
+    Args: labels: the fields of a Batch without augmentation, as numpy arrays; images are not needed.
+    """
     posed, vert = _mean_hand_model(labels, hand)
     offset, width = _mean_position(labels, img_size)
     return MeanHand(_mean_joints(labels), posed, vert, offset, width)
 
 
-def _mean_joints(labels: HandLabels) -> np.ndarray | None:
+def _mean_joints(labels: Batch) -> np.ndarray | None:
     """Mean wrist-relative joints [J, 3]; None if no hand has a valid wrist."""
     valid = (labels.joint_3d_valid * labels.joint_3d_valid[:, :1]).astype(np.float64)[..., None]
     relative = (labels.joint_cam - labels.joint_cam[:, :1]).astype(np.float64)
@@ -106,7 +92,7 @@ def _mean_joints(labels: HandLabels) -> np.ndarray | None:
 
 
 @torch.no_grad()
-def _mean_hand_model(labels: HandLabels, hand: HandArrays) -> tuple[np.ndarray | None, np.ndarray | None]:
+def _mean_hand_model(labels: Batch, hand: HandArrays) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Joints [J, 3] of the mean articulation and mean vertices [V, 3], wrist-relative; None without MANO labels."""
     known = labels.has_mano > 0
     if not known.any():
@@ -130,7 +116,7 @@ def mean_rotation(rotmat: torch.Tensor) -> torch.Tensor:
     return (left * sign[..., None, :]) @ right
 
 
-def _mean_position(labels: HandLabels, img_size: int) -> tuple[np.ndarray | None, float | None]:
+def _mean_position(labels: Batch, img_size: int) -> tuple[np.ndarray | None, float | None]:
     """`wrist_offset` and `patch_width` over the hands with known camera, wrist and depth; None if there are none."""
     wrist = labels.joint_cam[:, 0].astype(np.float64)
     known = (labels.has_intr > 0) & (labels.joint_3d_valid[:, 0] > 0) & (wrist[:, 2] > 0)

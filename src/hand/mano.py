@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from src.geometry.rotation import axis_angle_to_matrix
-from src.hand.mano_file import load_hand_arrays
 from src.hand.skeleton import MANO_TO_OPENPOSE, NUM_FINGER_POSE, NUM_SHAPE, HandArrays
 
-__all__ = ["HandOutput", "ManoLayer", "load_hand_arrays"]
-
 MM_PER_M = 1000.0
+# The 16 joints by depth in MANO's tree: the chain takes three batched products, not fifteen.
+_LEVELS = ((0,), (1, 4, 7, 10, 13), (2, 5, 8, 11, 14), (3, 6, 9, 12, 15))
+_LEVEL_SIZES = [len(level) for level in _LEVELS]
+_ORDER = [joint for level in _LEVELS for joint in level]  # all joints in the layer are in this order: level by level
+_PARENT = [*[0] * 6, *range(1, 11)]  # positions in this order
 
 
 class HandOutput(NamedTuple):
@@ -28,14 +30,6 @@ class HandOutput(NamedTuple):
 
     vert: torch.Tensor  # [B, V, 3] mm
     joint: torch.Tensor  # [B, J, 3] mm, OpenPose order
-
-
-def _tree_levels(parents: tuple[int, ...]) -> list[list[int]]:
-    """Joint ids by depth. MANO's tree has four levels, so the chain takes three batched products, not fifteen."""
-    depth = [0] * len(parents)
-    for joint, parent in enumerate(parents[1:], start=1):
-        depth[joint] = depth[parent] + 1
-    return [[j for j, d in enumerate(depth) if d == level] for level in range(max(depth) + 1)]
 
 
 class ManoLayer(nn.Module):
@@ -52,27 +46,18 @@ class ManoLayer(nn.Module):
         super().__init__()
         self.name = arrays.name
         self.num_vertex = arrays.num_vertex
-        levels = _tree_levels(arrays.parents)
-        order = [joint for level in levels for joint in level]  # all joints below are in this order: level by level
-        self._level_sizes = [len(level) for level in levels]
-        rank = {joint: i for i, joint in enumerate(order)}
-        parent = [0, *(rank[arrays.parents[joint]] for joint in order[1:])]
-
-        self._add_blend_basis(arrays, order, parent)
-        self._add_buffer("skin_weights", arrays.skin_weights[:, order])
-        self._add_buffer("tip_weights", arrays.skin_weights[np.ix_(arrays.tip_vertex_ids, order)])
+        self._add_blend_basis(arrays)
+        self._add_buffer("skin_weights", arrays.skin_weights[:, _ORDER])
+        self._add_buffer("tip_weights", arrays.skin_weights[np.ix_(arrays.tip_vertex_ids, _ORDER)])
         self._add_buffer("mean_pose", arrays.mean_pose)
-        self._add_index("level_order", order)
-        start = 0  # each level indexes its parents within the previous level
-        for depth, size in enumerate(self._level_sizes[1:], start=1):
-            begin = start + self._level_sizes[depth - 1]
-            self._add_index(f"level_parent{depth}", [p - start for p in parent[begin : begin + size]])
-            start = begin
-        # ranks of the 16 joints; the tips 16..20 follow unchanged
-        self._add_index("joint_order", [rank.get(j, j) for j in MANO_TO_OPENPOSE])
+        self._add_index("level_order", _ORDER)
+        for depth, parent in enumerate(([0] * 5, range(5), range(5)), start=1):  # indices into the previous level
+            self._add_index(f"level_parent{depth}", parent)
+        # positions of the 16 joints; the tips 16..20 follow unchanged
+        self._add_index("joint_order", [_ORDER.index(j) if j in _ORDER else j for j in MANO_TO_OPENPOSE])
         self._add_index("faces", arrays.faces)
 
-    def _add_blend_basis(self, arrays: HandArrays, order: list[int], parent: list[int]) -> None:
+    def _add_blend_basis(self, arrays: HandArrays) -> None:
         """Everything linear in shape and pose, in mm relative to the wrist joint. Joints are J = J_template + J_shape
         beta, computed once, so that the forward pass does not regress joints from vertices."""
         template = arrays.v_template.astype(np.float64) * MM_PER_M
@@ -84,7 +69,7 @@ class ManoLayer(nn.Module):
         joint_template, joint_shape = joint_template - joint_template[0], joint_shape - joint_shape[0]
         posedirs = arrays.posedirs.astype(np.float64) * MM_PER_M
 
-        joint_template, joint_shape = joint_template[order], joint_shape[order]
+        joint_template, joint_shape = joint_template[_ORDER], joint_shape[_ORDER]
         basis = np.concatenate((shapedirs, posedirs), axis=2).reshape(-1, NUM_SHAPE + posedirs.shape[2])
         self._add_buffer("vert_template", template.reshape(-1))  # [V*3] mm
         self._add_buffer("vert_basis", basis.T)  # [10 + 135, V*3] mm
@@ -93,8 +78,8 @@ class ManoLayer(nn.Module):
         self._add_buffer("tip_basis", basis.reshape(len(template), 3, -1)[tip].reshape(15, -1).T)  # [10 + 135, 5*3] mm
         self._add_buffer("joint_template", joint_template.reshape(-1))  # [K*3] mm
         self._add_buffer("joint_basis", joint_shape.reshape(-1, NUM_SHAPE).T)  # [10, K*3] mm
-        self._add_buffer("bone_template", (joint_template - joint_template[parent]).reshape(-1))
-        self._add_buffer("bone_basis", (joint_shape - joint_shape[parent]).reshape(-1, NUM_SHAPE).T)
+        self._add_buffer("bone_template", (joint_template - joint_template[_PARENT]).reshape(-1))
+        self._add_buffer("bone_basis", (joint_shape - joint_shape[_PARENT]).reshape(-1, NUM_SHAPE).T)
 
     def _add_buffer(self, name: str, value: np.ndarray) -> None:
         self.register_buffer(name, torch.tensor(np.ascontiguousarray(value), dtype=torch.float32), persistent=False)
@@ -141,10 +126,9 @@ class ManoLayer(nn.Module):
     def _chain(self, rotmat: torch.Tensor, bone: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """World rotation [B, K, 3, 3] and position [B, K, 3] of each joint, level by level: R = R_parent R_local,
         t = t_parent + R_parent bone. `rotmat` and `bone` (joint minus parent at rest) are in level order."""
-        local_rots = rotmat.split(self._level_sizes, dim=1)
-        bones = bone.split(self._level_sizes, dim=1)
+        local_rots, bones = rotmat.split(_LEVEL_SIZES, dim=1), bone.split(_LEVEL_SIZES, dim=1)
         rots, places = [local_rots[0]], [bones[0]]  # the wrist's bone is zero
-        for depth in range(1, len(self._level_sizes)):
+        for depth in range(1, len(_LEVELS)):
             index = getattr(self, f"level_parent{depth}")
             parent_rot, parent_place = rots[-1][:, index], places[-1][:, index]
             rots.append(parent_rot @ local_rots[depth])

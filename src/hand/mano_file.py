@@ -47,10 +47,6 @@ class _Select(Record):
     """chumpy.reordering.Select: a.ravel()[idxs], reshaped to preferred_shape."""
 
 
-class _Reshape(Record):
-    """chumpy.reordering.Reshape: a.reshape(newshape)."""
-
-
 class _Csc(Record):
     """scipy.sparse.csc_matrix: data and row indices, column after column."""
 
@@ -63,7 +59,6 @@ _RECORDS: dict[tuple[str, str], type[Record]] = {
     ("chumpy.ch", "Ch"): _Ch,
     ("chumpy", "Ch"): _Ch,
     ("chumpy.reordering", "Select"): _Select,
-    ("chumpy.reordering", "Reshape"): _Reshape,
     **{(module, "csc_matrix"): _Csc for module in ("scipy.sparse", "scipy.sparse.csc", "scipy.sparse._csc")},
     **{(module, "csr_matrix"): _Csr for module in ("scipy.sparse", "scipy.sparse.csr", "scipy.sparse._csr")},
 }
@@ -91,8 +86,6 @@ def _to_array(value: Any) -> np.ndarray:
     if isinstance(value, _Select):
         selected = _to_array(value.state["a"]).ravel()[np.asarray(value.state["idxs"])]
         return selected.reshape(value.state.get("preferred_shape", selected.shape))
-    if isinstance(value, _Reshape):
-        return _to_array(value.state["a"]).reshape(value.state["newshape"])
     if isinstance(value, (_Csc, _Csr)):
         return _densify(value)
     return np.asarray(value)
@@ -174,9 +167,7 @@ def _build(value: dict[str, np.ndarray], tree: np.ndarray | None) -> HandArrays:
     value = {key: np.ascontiguousarray(array, dtype=np.float64) for key, array in value.items()}
     value["shapedirs"] = value["shapedirs"][..., :NUM_SHAPE]
     value["mean_pose"] = value["mean_pose"].reshape(-1)
-    return HandArrays(
-        name="mano", faces=faces.astype(np.int64), parents=MANO_PARENTS, tip_vertex_ids=MANO_TIP_VERTEX_IDS, **value
-    )
+    return HandArrays(name="mano", faces=faces.astype(np.int64), tip_vertex_ids=MANO_TIP_VERTEX_IDS, **value)
 
 
 def _is_left(arrays: HandArrays) -> bool:

@@ -57,35 +57,24 @@ class HandArrays:
     joint_regressor: np.ndarray  # [16, V] rows sum to about 1
     skin_weights: np.ndarray  # [V, 16] rows sum to 1
     faces: np.ndarray  # [F, 3] int, vertex ids
-    parents: tuple[int, ...]  # 16 parents in MANO order, the root's is -1
     mean_pose: np.ndarray  # [45] axis-angle added to the fingers if flat_hand_mean is False (MANO's hands_mean)
     tip_vertex_ids: tuple[int, ...]  # thumb, index, middle, ring, pinky
 
     def __post_init__(self) -> None:
-        self.check()
+        num = self.num_vertex
+        self._check_float("v_template", (num, 3))
+        self._check_float("shapedirs", (num, 3, NUM_SHAPE))
+        self._check_float("posedirs", (num, 3, NUM_POSE_BASIS))
+        self._check_float("joint_regressor", (NUM_MANO_JOINT, num))
+        self._check_float("skin_weights", (num, NUM_MANO_JOINT))
+        self._check_float("mean_pose", (NUM_FINGER_POSE,))
+        self._check_sums("joint_regressor")
+        self._check_sums("skin_weights")
+        self._check_vertex_ids(num)
 
     @property
     def num_vertex(self) -> int:
         return self.v_template.shape[0]
-
-    def check(self) -> None:
-        """Raise ValueError naming the first array whose shape, type or content is wrong."""
-        if np.ndim(self.v_template) != 2 or np.shape(self.v_template)[0] == 0:
-            raise ValueError(f"hand '{self.name}': v_template must be [V, 3], got shape {np.shape(self.v_template)}")
-        num = np.shape(self.v_template)[0]
-        expected = {
-            "v_template": (num, 3),
-            "shapedirs": (num, 3, NUM_SHAPE),
-            "posedirs": (num, 3, NUM_POSE_BASIS),
-            "joint_regressor": (NUM_MANO_JOINT, num),
-            "skin_weights": (num, NUM_MANO_JOINT),
-            "mean_pose": (NUM_FINGER_POSE,),
-        }
-        for key, shape in expected.items():
-            self._check_float(key, shape)
-        self._check_sums("joint_regressor")
-        self._check_sums("skin_weights")
-        self._check_topology(num)
 
     def _check_float(self, key: str, shape: tuple[int, ...]) -> None:
         value = np.asarray(getattr(self, key))
@@ -101,21 +90,14 @@ class HandArrays:
         if worst > 0.05:  # the published regressors sum to 1 only approximately (a soft term of their fit)
             raise ValueError(f"hand '{self.name}': each row of {key} must sum to 1, one is off by {worst:.3g}")
 
-    def _check_topology(self, num: int) -> None:
+    def _check_vertex_ids(self, num: int) -> None:
         faces = np.asarray(self.faces)
         if faces.ndim != 2 or faces.shape[1] != 3 or faces.dtype.kind not in "iu":
             raise ValueError(
                 f"hand '{self.name}': faces must be [F, 3] integers, got shape {faces.shape} of {faces.dtype}"
             )
         if faces.size and (faces.min() < 0 or faces.max() >= num):
-            raise ValueError(f"hand '{self.name}': faces name vertices outside 0..{num - 1}")
-        parents = tuple(self.parents)
-        ordered = len(parents) == NUM_MANO_JOINT and all(0 <= p < i for i, p in enumerate(parents) if i)
-        if not ordered or parents[0] != -1:
-            raise ValueError(
-                f"hand '{self.name}': parents must be {NUM_MANO_JOINT} entries, -1 first, "
-                f"each later one the id of an earlier joint; got {parents}"
-            )
+            raise ValueError(f"hand '{self.name}': faces refer to vertices outside 0..{num - 1}")
         tips = tuple(self.tip_vertex_ids)
         if len(tips) != len(FINGER_NAMES) or not all(0 <= t < num for t in tips):
             raise ValueError(f"hand '{self.name}': tip_vertex_ids must be 5 ids within 0..{num - 1}, got {tips}")

@@ -76,6 +76,14 @@ def fields_2d(joint_img: np.ndarray, valid: np.ndarray) -> dict[str, Any]:
     return {"hand_bbox": box, "joint_img": known_only(joint_img, valid), "joint_2d_valid": valid}
 
 
+def fields_seen(joint_cam: np.ndarray, focal: np.ndarray, princpt: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """The joint and camera fields of a HandRecord with all 21 joints known in 3D; joints in the image (width, height)
+    are known in 2D. Raises as `tight_box`."""
+    joint_img = project_mm(joint_cam, focal, princpt)
+    known = {"joint_cam": joint_cam, "joint_3d_valid": np.ones(21, np.float32), "focal": focal, "princpt": princpt}
+    return {**fields_2d(joint_img, visible_joints(joint_img, size)), **known}
+
+
 def fields_mano(pose: np.ndarray | None, shape: np.ndarray | None, flat_hand_mean: bool) -> dict[str, Any]:
     """The MANO fields of a HandRecord; empty without a pose."""
     if pose is None:

@@ -1,32 +1,34 @@
-"""The interface between a data set's converter and job.py: work units, requests, skipped hands, the summary."""
+"""The interface between a data set's converter and job.py: chunks of work, requests, skipped hands, the summary."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.data.shards.errors import reason_of
+from src.data.shards.errors import SampleError, reason_of
 from src.data.shards.writer import HandRecord
 
 Progress = Callable[[int, int], None]  # called with (done, total)
+Records = Iterator[HandRecord | SampleError]  # hands, and the reasons why hands or images are skipped
 
 
-@dataclass(frozen=True)
-class Skip:
-    """A hand or image that is skipped: `reason` is the code it is counted under, `detail` explains."""
-
-    reason: str
-    detail: str = ""
-
-    @classmethod
-    def because_of(cls, error: Exception) -> Skip:
-        """Malformed annotations may raise anything: that costs the hand, not the conversion."""
-        return cls(reason_of(error), getattr(error, "detail", repr(error)))
+def attempt(read: Callable[..., Any], *arguments: Any) -> Any:
+    """`read(*arguments)`, or a SampleError if that fails: malformed annotations may raise anything, which costs one
+    hand and not the conversion. Raises OSError."""
+    try:
+        return read(*arguments)
+    except OSError:
+        raise
+    except Exception as error:  # returned as a new one: the traceback of the old one keeps the image alive
+        return SampleError(reason_of(error), getattr(error, "detail", repr(error)))
 
 
-Records = Iterator["HandRecord | Skip"]
+def attempt_each(read: Callable[..., HandRecord], work: Sequence[tuple[Any, ...]]) -> Records:
+    """`attempt` for each entry of `work`, the arguments of `read`."""
+    for arguments in work:
+        yield attempt(read, *arguments)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,14 @@ class Chunk:
     def group(self) -> str:
         """Chunks of one group share their MANO convention."""
         return self.name.rpartition("/")[0]
+
+
+def chunks_of(
+    read: Callable[[Sequence[Any]], Records], work: Sequence[Any], num_per_shard: int, first: int = 0
+) -> list[Chunk]:
+    """Chunks of at most `num_per_shard` consecutive entries of `work`, numbered from `first`."""
+    parts = (work[begin : begin + num_per_shard] for begin in range(0, len(work), num_per_shard))
+    return [Chunk(f"{number:06d}", len(part), read, (part,)) for number, part in enumerate(parts, first)]
 
 
 @dataclass(frozen=True)
@@ -79,8 +89,8 @@ class ConvertSummary:
     note: tuple[str, ...] = ()  # lines to print: results of the MANO check, an example of each reason
 
 
-def take(records: Records, skipped: list[Skip] | None = None) -> Iterator[HandRecord]:
-    """The hands among what a chunk yields; skips are appended to `skipped`."""
+def take(records: Records, skipped: list[SampleError] | None = None) -> Iterator[HandRecord]:
+    """The hands among what a chunk yields; the errors are appended to `skipped`."""
     for record in records:
         if isinstance(record, HandRecord):
             yield record

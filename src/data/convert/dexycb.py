@@ -14,40 +14,26 @@ then 0); pose_m is 3 axis-angle, 45 coefficients of MANO's full pose basis, 3 tr
 MANO_LEFT as published, before its unmirrored shape directions were known; mano_check.py converts those betas.
 
 Angles = coefficients @ hands_components, which only the user's MANO file has: without --mano no MANO is written.
-For left hands the components are those of --mano_left if given, else the right ones mirrored (axis-angle y, z negated).
+For left hands the components are those of --mano_left if given, else the right ones mirrored (axis-angle y, z negated);
+if that is wrong, the check drops the parameters of left hands.
 Every array of labels_*.npz is read without pickle; object arrays are refused.
-
-Untested without the download: whether MANO_LEFT's components are the right ones mirrored (if not, and without
---mano_left, the check drops the parameters of left hands), and the accuracy of converted betas (tolerance 3 mm).
+docs/DATA.md lists what is untested without the download.
 """
 
 from __future__ import annotations
 
 import io
-import lzma
-import struct
 import zipfile
-import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from src.data.convert.annotate import (
-    MM_PER_M,
-    fields_2d,
-    fields_mano,
-    finite,
-    plain_key,
-    project_mm,
-    read_image,
-    visible_joints,
-)
-from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Records, Request, Skip
+from src.data.convert.annotate import MM_PER_M, fields_mano, fields_seen, finite, plain_key, read_image
+from src.data.convert.chunk import Chunk, Job, Request, attempt_each
 from src.data.convert.dexycb_split import SETUPS, choose_sequences
-from src.data.convert.job import run
 from src.data.shards.errors import SampleError
 from src.data.shards.safe_parse import parse_npy
 from src.data.shards.writer import HandRecord
@@ -60,25 +46,15 @@ SPLITS = (
     "all",
 )
 TOLERANCE_MM = 3.0
-_MAX_ARRAY = 1 << 16  # bytes
-# What zipfile and its decompressors raise for a corrupt archive, including odd offsets, flags and methods.
-_BAD_ZIP = (
-    *(zipfile.BadZipFile, KeyError, EOFError, ValueError, OSError),
-    *(zlib.error, lzma.LZMAError, struct.error, RuntimeError),
-)
+_MAX_ARRAY = 1 << 16  # bytes; DexYCB has no larger ones
 
 
-def convert_dexycb(request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Convert one part of one setup (or "all"), a shard for each sequence.
+def plan_dexycb(request: Request) -> Job:
+    """One part of one setup (or "all"), a chunk for each sequence: camera after camera, frames in order.
 
     Raises:
         ValueError: the input is not a DexYCB folder, lacks sequences of the setup, or --mano has no pose components.
     """
-    return run(plan_dexycb(request), request, progress)
-
-
-def plan_dexycb(request: Request) -> Job:
-    """One chunk per sequence: camera after camera, frames in order. Raises as `convert_dexycb`."""
     sequences, serials = choose_sequences(request.input, request.split)
     components: dict[str, np.ndarray] = {}
     if request.mano:
@@ -92,14 +68,15 @@ def plan_dexycb(request: Request) -> Job:
         cameras, num_frame, (side, *_), (calibration, *_) = _values(request.input / sequence / "meta.yml", *keys)
         (betas,) = _values(request.input / "calibration" / f"mano_{calibration}" / "mano.yml", "betas")
         lens = {str(c): _lens(request.input, str(c)) for c in cameras if serials is None or str(c) in serials}
-        work = (request.input, sequence, int(num_frame), side, betas, lens, components.get(side))
-        chunks.append(Chunk(f"{len(chunks):06d}", int(num_frame) * len(lens), read_hands, work))
-    without = "no MANO parameters are written: the set stores coefficients of a basis in your MANO file; pass --mano"
+        read = partial(_read_hand, request.input, side, betas, components.get(side))
+        folders = {Path(sequence) / serial: lens[serial] for serial in lens}
+        work = [(folder, camera, frame) for folder, camera in folders.items() for frame in range(int(num_frame))]
+        chunks.append(Chunk(f"{len(chunks):06d}", len(work), attempt_each, (read, work)))
+    without = "no MANO parameters are written: DexYCB stores coefficients of your MANO file's pose basis; pass --mano"
     return Job("dexycb", chunks, TOLERANCE_MM, left_file_shape=True, without_mano=without)
 
 
 def _values(path: Path, *keys: str) -> list[Any]:
-    """The values of some keys of a yaml file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
@@ -122,24 +99,6 @@ def _lens(root: Path, serial: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: color lacks fx, fy, ppx or ppy; unpack calibration.tar.gz again") from None
 
 
-def read_hands(
-    root: Path,
-    sequence: str,
-    num_frame: int,
-    side: str,
-    betas: list[float],
-    lens: dict[str, tuple[np.ndarray, np.ndarray]],
-    components: np.ndarray | None,
-) -> Records:
-    """The hand in each frame of each camera of a sequence."""
-    for serial in lens:
-        for frame in range(num_frame):
-            try:
-                yield _read_hand(root, Path(sequence) / serial, frame, side, betas, lens[serial], components)
-            except SampleError as error:
-                yield Skip(error.reason, error.detail)
-
-
 def read_labels(path: Path) -> dict[str, np.ndarray]:
     """joint_3d and pose_m of a labels file, without numpy's own reader (which could unpickle).
 
@@ -152,35 +111,26 @@ def read_labels(path: Path) -> dict[str, np.ndarray]:
         raise SampleError("missing_annotation", str(path)) from None
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return {name: parse_npy(_unpack(archive, f"{name}.npy")) for name in ("joint_3d", "pose_m")}
-    except _BAD_ZIP as error:
+            content = {name: archive.open(f"{name}.npy").read(_MAX_ARRAY) for name in ("joint_3d", "pose_m")}
+    except Exception as error:  # zipfile and its decompressors raise many kinds
         raise SampleError("bad_npz", f"{path} ({error})") from None
-
-
-def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A small member of an archive; DexYCB has no large ones, so a large size is an error."""
-    if archive.getinfo(name).file_size > _MAX_ARRAY:
-        raise zipfile.BadZipFile(f"{name} is too large")
-    return archive.read(name)
+    return {name: parse_npy(array) for name, array in content.items()}
 
 
 def _read_hand(
     root: Path,
-    folder: Path,
-    frame: int,
     side: str,
     betas: list[float],
-    lens: tuple[np.ndarray, np.ndarray],
     components: np.ndarray | None,
+    folder: Path,
+    lens: tuple[np.ndarray, np.ndarray],
+    frame: int,
 ) -> HandRecord:
     label = read_labels(root / folder / f"labels_{frame:06d}.npz")
     joint = finite("joint_3d", label["joint_3d"], (21, 3))
     if (joint == -1).all():
         raise SampleError("no_hand")
     image, image_type, size = read_image(root / folder / f"color_{frame:06d}.jpg")
-    joint_cam = joint * MM_PER_M
-    joint_img = project_mm(joint_cam, *lens)
-    valid = visible_joints(joint_img, size)
     coefficient = finite("pose_m", label["pose_m"], (51,))
     has_mano = components is not None and bool(coefficient.any())
     pose = np.concatenate([coefficient[:3], coefficient[3:48] @ components]) if has_mano else None
@@ -191,11 +141,7 @@ def _read_hand(
         image_type=image_type,
         handedness=side,
         data_source="dexycb",
-        **fields_2d(joint_img, valid),
-        joint_cam=joint_cam,
-        joint_3d_valid=np.ones(21, np.float32),
+        **fields_seen(joint * MM_PER_M, *lens, size),
         **fields_mano(pose, shape, flat_hand_mean=False),
-        focal=lens[0],
-        princpt=lens[1],
         extra={"image_path": str(folder / f"color_{frame:06d}.jpg")},
     )

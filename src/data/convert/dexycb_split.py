@@ -58,8 +58,8 @@ def choose_sequences(root: Path, split: str) -> tuple[list[str], frozenset[str] 
     subjects = sorted(p for p in root.glob("20*-*") if p.is_dir() and p.name[:8] in days)
     if not subjects or not (root / "calibration").is_dir():
         raise ValueError(
-            f"--input {root}: holds no subject of split {split!r} (20200709-subject-01, ...) beside calibration/; "
-            "give the folder into which DexYCB was unpacked"
+            f"--input {root}: contains no subject of split {split!r} (20200709-subject-01, ...) beside calibration/; "
+            "pass the folder into which DexYCB was unpacked"
         )
     sequences = []
     for subject in subjects:

@@ -16,7 +16,7 @@ A hand has MANO only if both has_hand_pose and has_betas are set, as in HaMeR's 
 
 `data_source` is the folder's name; the MANO convention is checked for each folder (tolerance 12 mm: in some folders, as
 in InterHand2.6M, the joints were annotated and not taken from MANO).
-Untested without the download: real tars (other member names, other object arrays in extra_info).
+docs/DATA.md lists what is untested without the download.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 
 from src.data.convert.annotate import MM_PER_M, fields_mano, finite, known_only, plain_key, tight_box, visible_joints
-from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Records, Request, Skip
-from src.data.convert.job import run
+from src.data.convert.chunk import Chunk, Job, Records, Request, attempt
 from src.data.image import image_info
 from src.data.shards.errors import SampleError
 from src.data.shards.safe_parse import parse_pickle
@@ -42,25 +41,20 @@ MIN_TIGHT_JOINT = 15
 _IMAGES = ("jpg", "jpeg", "png")
 
 
-def convert_hamer(request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Convert every tar below the input (or those of the folder that `split` names) to one shard each.
+def plan_hamer(request: Request) -> Job:
+    """One chunk for each tar below the input, or below the folder that `split` names.
 
     Raises:
         ValueError: there is no tar to convert.
     """
-    return run(plan_hamer(request), request, progress)
-
-
-def plan_hamer(request: Request) -> Job:
-    """One chunk per tar. Raises as `convert_hamer`."""
     made = request.output.resolve()
     tars = [p for p in sorted(request.input.glob("**/*.tar")) if made not in p.resolve().parents]
     tars = [p for p in tars if request.split in ("all", p.resolve().parent.name)]
     if not tars:
         what = "" if request.split == "all" else f"{request.split}/"
         raise ValueError(
-            f"--input {request.input}: holds no {what}*.tar; give the folder with HaMeR's sets (freihand-train, ...), "
-            "and as --split the name of one set or all"
+            f"--input {request.input}: contains no {what}*.tar; pass the folder of HaMeR's sets "
+            "(freihand-train, ...), and as --split the name of one set, or all"
         )
     chunks = []
     for path in tars:
@@ -74,24 +68,14 @@ def read_hands(path: Path, subset: str) -> Records:
     """The hands of each image of a tar, in order; corrupt members are skipped."""
     for key, members in _samples(path):
         if isinstance(members, str):
-            yield Skip(members, f"{path} at {key or 'an unknown member'}")
+            yield SampleError(members, f"{path} at {key or 'an unknown member'}")
             continue
-        try:
-            kind = next((kind for kind in _IMAGES if kind in members), None)
-            if kind is None or "data.pyd" not in members:
-                raise SampleError("missing_member", key)
-            hands = parse_pickle(members["data.pyd"])
-            if not isinstance(hands, list) or not all(isinstance(hand, dict) for hand in hands):
-                raise SampleError("bad_pickle", f"{key}: data.pyd is not a list of dicts")
-            image_type, size = image_info(members[kind])
-        except Exception as error:
-            yield Skip.because_of(error)
+        hands = attempt(_read_image, key, members)
+        if isinstance(hands, SampleError):
+            yield hands
             continue
         for number, hand in enumerate(hands):
-            try:
-                yield _read_hand(key, number, hand, members[kind], image_type, size, subset)
-            except Exception as error:
-                yield Skip.because_of(error)
+            yield attempt(_read_hand, subset, key, number, *hand)
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | str]]:
@@ -112,6 +96,18 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | str]]:
             members[parts[1]] = item.data
     if members:
         yield key, members
+
+
+def _read_image(key: str, members: dict[str, bytes]) -> list[tuple[dict[str, Any], bytes, str, tuple[int, int]]]:
+    """(annotations, encoded image, jpg or png, (width, height)) for each hand of an image."""
+    image = next((members[kind] for kind in _IMAGES if kind in members), None)
+    if image is None or "data.pyd" not in members:
+        raise SampleError("missing_member", key)
+    hands = parse_pickle(members["data.pyd"])
+    if not isinstance(hands, list) or not all(isinstance(hand, dict) for hand in hands):
+        raise SampleError("bad_pickle", f"{key}: data.pyd is not a list of dicts")
+    info = image_info(image)
+    return [(hand, image, *info) for hand in hands]
 
 
 def _points(hand: dict[str, Any], name: str, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +134,7 @@ def _flag(hand: dict[str, Any], name: str) -> bool:
 
 
 def _read_hand(
-    key: str, number: int, hand: dict[str, Any], image: bytes, image_type: str, size: tuple[int, int], subset: str
+    subset: str, key: str, number: int, hand: dict[str, Any], image: bytes, image_type: str, size: tuple[int, int]
 ) -> HandRecord:
     joint_img, known_2d = _points(hand, "keypoints_2d", 3)
     valid = visible_joints(joint_img, size, known_2d)

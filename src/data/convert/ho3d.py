@@ -15,12 +15,13 @@ translation are in metres in OpenGL's camera frame (y up, z backward), so y and 
 rotated accordingly; the 21 joints are MANO's 16, then the tips from thumb to pinky; the pose is axis-angle and absolute
 (flat_hand_mean=True); all hands are right hands; frames without annotation hold None.
 
-Untested without the download: the real pickles (protocol, further keys), and the evaluation split's joints that were
-published after the challenge (only the meta files are used).
+Only the meta files are used, not the evaluation joints that were published after the challenge. docs/DATA.md lists what
+is untested without the download.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ from src.data.convert.annotate import (
     turn_root,
     visible_joints,
 )
-from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Records, Request, Skip
-from src.data.convert.job import run
+from src.data.convert.chunk import Chunk, Job, Request, attempt_each, chunks_of
 from src.data.shards.errors import SampleError
 from src.data.shards.safe_parse import parse_pickle
 from src.data.shards.writer import HandRecord
@@ -50,25 +50,20 @@ SPLITS = ("train", "evaluation")
 TOLERANCE_MM = 1.0  # the published joints are the model's own
 
 
-def convert_ho3d(request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Convert one split; a shard has at most `num_per_shard` consecutive frames of one sequence.
+def plan_ho3d(request: Request) -> Job:
+    """One split; a shard has at most `num_per_shard` consecutive frames of one sequence.
 
     Raises:
         ValueError: the input is not an HO-3D folder.
     """
-    return run(plan_ho3d(request), request, progress)
-
-
-def plan_ho3d(request: Request) -> Job:
-    """Split every sequence into chunks, frames in order. Raises as `convert_ho3d`."""
     folder = request.input / request.split
     if not folder.is_dir():
-        raise ValueError(f"--input {request.input}: holds no folder {request.split}; give the folder of HO-3D_v3")
-    chunks = []
+        raise ValueError(f"--input {request.input}: contains no folder {request.split}; pass the folder of HO-3D_v3")
+    chunks: list[Chunk] = []
+    read = partial(attempt_each, partial(_read_hand, folder, request.split))
     for sequence, frames in sorted(_frames(request.input, request.split).items()):
-        for first in range(0, len(frames), request.num_per_shard):
-            part = frames[first : first + request.num_per_shard]
-            chunks.append(Chunk(f"{len(chunks):06d}", len(part), read_hands, (folder, request.split, sequence, part)))
+        work = [(sequence, frame) for frame in frames]
+        chunks += chunks_of(read, work, request.num_per_shard, len(chunks))
     return Job("ho3d", chunks, TOLERANCE_MM, sides=("right",))
 
 
@@ -86,17 +81,6 @@ def _frames(root: Path, split: str) -> dict[str, list[str]]:
             raise ValueError(f"{listing}: the line {name!r} is not SEQUENCE/FRAME; download the list again")
         frames.setdefault(sequence, []).append(frame)
     return frames
-
-
-def read_hands(folder: Path, split: str, sequence: str, frames: list[str]) -> Records:
-    """The hand in each frame of a sequence."""
-    for frame in frames:
-        try:
-            yield _read_hand(folder, split, sequence, frame)
-        except OSError:
-            raise
-        except Exception as error:
-            yield Skip.because_of(error)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -19,12 +19,14 @@ of the check. `joint_cam` are the set's joints. The root of `mano_pose` is rotat
 The wrist is an annotated joint too, so placing the MANO hand at `joint_cam[0]` inherits that difference.
 
 Memory: one process loads the json files of the split; expect 10 to 15 GB for train (val and test: below 3 GB).
-Untested without the download: the real MANO_NeuralAnnot files (`--mano` checks their convention).
+docs/DATA.md lists what is untested without the download.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,7 @@ from src.data.convert.annotate import (
     turn_root,
     visible_joints,
 )
-from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Records, Request, Skip
-from src.data.convert.job import run
+from src.data.convert.chunk import Job, Records, Request, attempt, chunks_of
 from src.data.shards.errors import SampleError
 from src.data.shards.writer import HandRecord
 
@@ -54,17 +55,13 @@ _FIRST = {"right": 0, "left": 21}
 _FILES = ("data", "camera", "joint_3d", "MANO_NeuralAnnot")
 
 
-def convert_interhand(request: Request, progress: Progress | None = None) -> ConvertSummary:
-    """Convert one split: 2D and 3D joints with their validity, intrinsics, MANO if it was fitted.
+def plan_interhand(request: Request) -> Job:
+    """One split: 2D and 3D joints with their validity, intrinsics, MANO if it was fitted. Images are sorted by capture,
+    sequence, camera and frame.
 
     Raises:
         ValueError: the input is not an InterHand2.6M folder, or one of its json files does not parse.
     """
-    return run(plan_interhand(request), request, progress)
-
-
-def plan_interhand(request: Request) -> Job:
-    """Sort the images by capture, sequence, camera and frame and split them into chunks. Raises as the converter."""
     data, camera, joint, mano = _load(request.input, request.split)
     try:
         image_of = {image["id"]: image for image in data["images"]}
@@ -74,13 +71,9 @@ def plan_interhand(request: Request) -> Job:
         raise ValueError(
             f"InterHand2.6M_{request.split}_data.json: {error}: not the format of InterHand2.6M v1.0; download it again"
         ) from None
-    folder = request.input / "images" / request.split
-    chunks = []
-    for first in range(0, len(pairs), request.num_per_shard):
-        part = pairs[first : first + request.num_per_shard]
-        work = [_gather(image, note, camera, joint, mano) for image, note in part]
-        chunks.append(Chunk(f"{len(chunks):06d}", len(work), read_hands, (folder, request.split, work)))
-    return Job("interhand2.6m", chunks, TOLERANCE_MM)
+    work = [_gather(image, note, camera, joint, mano) for image, note in pairs]
+    read = partial(read_hands, request.input / "images" / request.split, request.split)
+    return Job("interhand2.6m", chunks_of(read, work, request.num_per_shard), TOLERANCE_MM)
 
 
 def _load(root: Path, split: str) -> list[dict[str, Any]]:
@@ -92,8 +85,8 @@ def _load(root: Path, split: str) -> list[dict[str, Any]]:
         path = next((place for place in places if place.is_file()), None)
         if path is None and name != "MANO_NeuralAnnot":
             raise ValueError(
-                f"--input {root}: holds no annotations/{split}/{file} (nor annotations/all/{file}); "
-                "give the folder that holds `annotations` and `images` of InterHand2.6M"
+                f"--input {root}: contains no annotations/{split}/{file} (nor annotations/all/{file}); "
+                "pass the folder that contains `annotations` and `images` of InterHand2.6M"
             )
         try:
             found.append(json.loads(path.read_bytes()) if path else {})
@@ -116,17 +109,14 @@ def _gather(image: dict[str, Any], note: dict[str, Any], camera: Any, joint: Any
     }
 
 
-def read_hands(folder: Path, split: str, work: list[dict[str, Any]]) -> Records:
+def read_hands(folder: Path, split: str, work: Sequence[dict[str, Any]]) -> Records:
     """The hands of some images, the right one first."""
     for entry in work:
         sides = [side for side in _FIRST if entry["hand_type"] in (side, "interacting")]
         if not sides:
-            yield Skip("unknown_hand_type", f"{entry['hand_type']!r} at {entry['file_name']}")
+            yield SampleError("unknown_hand_type", f"{entry['hand_type']!r} at {entry['file_name']}")
         for side in sides:
-            try:
-                yield _read_hand(folder, split, entry, side)
-            except SampleError as error:
-                yield Skip(error.reason, error.detail)
+            yield attempt(_read_hand, folder, split, entry, side)
 
 
 def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> HandRecord:

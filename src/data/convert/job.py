@@ -1,7 +1,7 @@
 """Runs a conversion: each chunk of the job becomes one shard, written by parallel processes.
 
 A shard depends on its chunk only, so it is identical to the byte for any number of processes and after interruptions.
-`output/.convert/` has a note for each finished chunk, and a call with the same arguments converts the rest.
+`output/.convert/` has a note for each finished chunk; repeating the call converts the rest.
 `output/convert.json` records the arguments; a call with different ones is refused.
 """
 
@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Request, Skip, take
+from src.data.convert.chunk import Chunk, ConvertSummary, Job, Progress, Request, take
 from src.data.convert.mano_check import (
     NUM_CHECK,
     Convention,
@@ -30,7 +30,9 @@ from src.data.convert.mano_check import (
     describe,
     find_convention,
 )
-from src.data.shards.writer import HandRecord, map_spawned, write_shard
+from src.data.shards.errors import SampleError
+from src.data.shards.processes import map_processes
+from src.data.shards.writer import HandRecord, write_shard
 from src.utils.files import write_atomic
 
 VERSION = 1  # increment it if the same input gives different hands
@@ -47,7 +49,7 @@ def run(job: Job, request: Request, progress: Progress | None = None) -> Convert
         ValueError: nothing to convert, the output folder belongs to another call, or a worker process was killed.
     """
     if not job.chunks:
-        raise ValueError(f"--input {request.input}: holds nothing of split {request.split!r} of {job.name}")
+        raise ValueError(f"--input {request.input}: contains nothing of split {request.split!r} of {job.name}")
     notes = _open_output(job, request)
     todo = [chunk for chunk in job.chunks if not _is_done(chunk, request.output, notes)]
     total = sum(chunk.size for chunk in job.chunks)
@@ -60,7 +62,8 @@ def run(job: Job, request: Request, progress: Progress | None = None) -> Convert
         for chunk in todo
     ]
     try:
-        for size in map_spawned(convert_chunk, work, request.num_process, _exit_with_parent):
+        context = multiprocessing.get_context("spawn")  # forking a process with running torch threads can hang
+        for size in map_processes(convert_chunk, work, request.num_process, context, _exit_with_parent):
             done += size
             if progress:
                 progress(done, total)
@@ -91,7 +94,6 @@ def _summary(job: Job, notes: Path, lines: list[str]) -> ConvertSummary:
 
 
 def _digest(path: Path | None) -> str | None:
-    """A short fingerprint of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path else None
 
 
@@ -116,7 +118,7 @@ def _open_output(job: Job, request: Request) -> Path:
     """Create the output folder, or check that it belongs to the same call; returns the folder of notes."""
     for option, path in (("--mano", request.mano), ("--mano_left", request.mano_left)):
         if path is not None and not path.is_file():
-            raise ValueError(f"{option} {path}: no such file; give MANO_RIGHT.pkl (or MANO_LEFT.pkl), or omit {option}")
+            raise ValueError(f"{option} {path}: no such file; pass MANO_RIGHT.pkl (or MANO_LEFT.pkl), or omit {option}")
     wanted = {
         "version": VERSION,
         "converter": job.name,
@@ -135,11 +137,11 @@ def _open_output(job: Job, request: Request) -> Path:
         for key, value in wanted.items():
             if found.get(key) != value:
                 raise ValueError(
-                    f"--output {request.output}: was made with {key}={found.get(key)!r}, now it is {value!r}; "
-                    "delete that folder, or give another one"
+                    f"--output {request.output}: was written with {key}={found.get(key)!r}, this call has {value!r}; "
+                    "delete that folder, or choose another one"
                 )
     elif any(request.output.glob("**/*.tar")):
-        raise ValueError(f"--output {request.output}: has shards but no {MANIFEST}; give an empty folder")
+        raise ValueError(f"--output {request.output}: contains shards but no {MANIFEST}; choose an empty folder")
     _write_json(path, wanted)
     return notes
 
@@ -192,11 +194,9 @@ def _exit_with_parent() -> None:
 
 def convert_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions, mano: Path | None) -> int:
     """Write one chunk's shard, then its note (a chunk without a note is converted again); returns `chunk.size`."""
-    path = output / f"{chunk.name}.tar"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    skipped: list[Skip] = []
+    skipped: list[SampleError] = []
     hands = (apply_convention(record, conventions, mano) for record in take(chunk.read(*chunk.arguments), skipped))
-    num_hand = write_shard(hands, path)
+    num_hand = write_shard(hands, output / f"{chunk.name}.tar")
     example = {skip.reason: skip.detail for skip in reversed(skipped) if skip.detail}
     reasons = Counter(skip.reason for skip in skipped)
     _write_json(note, {"num_hand": num_hand, "skipped": reasons, "example": example})

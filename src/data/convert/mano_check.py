@@ -3,7 +3,7 @@
 The first hands that have both parameters and joints are posed with the user's MANO file under every candidate
 convention, and their 16 MANO joints are compared with the set's. Tips are not compared: each set uses other vertices
 for them. Both hands are centred first, since sets define their translation differently; the root rotation is not
-aligned, so a wrong camera frame shows. The convention with the smallest error is used if the error is below the set's
+aligned, so a wrong camera frame is detected. The convention with the smallest error is used if that is below the
 tolerance; otherwise no parameters are written.
 
 What may differ
@@ -18,7 +18,7 @@ Shape legend: N hands, J = 21 joints (OpenPose order).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -102,15 +102,14 @@ def can_check(record: HandRecord) -> bool:
 
 
 def find_convention(
-    records: Iterable[HandRecord], mano: Path, side: str, tolerance_mm: float, left_file_shape: bool
+    hands: Sequence[HandRecord], mano: Path, side: str, tolerance_mm: float, left_file_shape: bool
 ) -> Convention | None:
     """The convention that fits hands of one side best; None without hands.
 
     Args:
-        records: hands with the set's own parameters, all of `side`.
+        hands: with the set's own parameters, all of `side`.
         left_file_shape: whether the betas may refer to the published MANO_LEFT.pkl.
     """
-    hands = list(records)
     if not hands:
         return None
     pose, shape, target, valid = (

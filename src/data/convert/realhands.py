@@ -1,7 +1,7 @@
 """The project's folder of real photographs (`shared/realhands`, see its README.md) -> native shards.
 
 157 hands of five sources, 2D only or 3D, both sides, no MANO parameters. Units, joint order and frames are already
-ours. An image with two hands becomes two samples. The encoded images are copied unchanged.
+this project's. An image with two hands becomes two samples. The encoded images are copied unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from src.data.convert.chunk import ConvertSummary, Progress, Request
-from src.data.shards.writer import HandRecord, write_shards
+from src.data.shards.writer import HandRecord, write_shard
 
 SPLITS = ("all", "freihand", "hand_graph_cnn", "interhand2.6m", "rhd", "taco")
 
@@ -27,10 +27,10 @@ def convert_realhands(request: Request, progress: Progress | None = None) -> Con
     """
     root, listing = request.input, request.input / "annotations.json"
     if not listing.is_file():
-        raise ValueError(f"--input {root}: holds no annotations.json; give the folder `realhands`")
+        raise ValueError(f"--input {root}: contains no annotations.json; pass the folder `realhands`")
     entries = json.loads(listing.read_text(encoding="utf-8"))
     entries = [entry for entry in entries if request.split in ("all", entry["source"])]
-    return ConvertSummary(*write_shards(_records(root, entries, progress), request.output))
+    return ConvertSummary(write_shard(_records(root, entries, progress), request.output / "000000.tar"), num_shard=1)
 
 
 def _records(root: Path, entries: list[dict[str, Any]], progress: Progress | None) -> Iterator[HandRecord]:

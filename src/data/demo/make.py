@@ -16,11 +16,11 @@ Shape legend: S image side.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from src.data.demo.hand import HandDraw, draw_hands
 from src.data.demo.scene import paint
 from src.data.rng import stream
 from src.data.shards.annotation import joint_extent
-from src.data.shards.writer import HandRecord, map_spawned, write_shard
+from src.data.shards.processes import map_processes
+from src.data.shards.writer import HandRecord, write_shard
 from src.geometry.patch import mirror_pose
 from src.hand.standin.build import build_standin_hand
 from src.utils.console import logger, task_bar
@@ -45,19 +46,6 @@ SAMPLE_PER_SHARD = 500
 CHUNK = 50  # samples drawn together
 MANIFEST = "demo.json"
 MIN_SIZE, MAX_SIZE = 64, 512
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """One shard to render: samples first .. first + count - 1 of a subset."""
-
-    path: Path
-    subset: str
-    first: int
-    count: int
-    seed: int
-    img_size: int
-    free_rotation: float
 
 
 def make_demo_shards(
@@ -100,18 +88,22 @@ def make_demo_shards(
     missing = [name for name in (num_sample if subsets is None else subsets) if name not in complete]
     if not missing:
         return
+    total = sum(num_sample[name] for name in missing)
     if progress is not None:
-        progress(0, sum(num_sample[name] for name in missing))
-    for subset in missing:
-        (root / subset).mkdir(parents=True, exist_ok=True)
+        progress(0, total)
+    root.mkdir(parents=True, exist_ok=True)
     _write_manifest(root, {**manifest, "complete": complete})
-    how = (seed, img_size, free_rotation)
-    shards = [shard for subset in missing for shard in _plan(root, subset, num_sample[subset], *how)]
-    total, done = sum(s.count for s in shards), sum(s.count for s in shards if s.path.exists())
-    todo = [(s,) for s in shards if not s.path.exists()]
+    todo = []
+    for subset in missing:
+        for i, first in enumerate(range(0, num_sample[subset], SAMPLE_PER_SHARD)):
+            numbers = range(first, min(first + SAMPLE_PER_SHARD, num_sample[subset]))
+            if not (path := root / subset / f"{i:06d}.tar").exists():
+                todo.append((path, subset, numbers, seed, img_size, free_rotation))
+    done = total - sum(len(numbers) for _, _, numbers, *_ in todo)
     if num_process is None:
         num_process = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for count in map_spawned(_write_shard, todo, num_process, _ignore_interrupt):
+    context = multiprocessing.get_context("spawn")  # forking a process with running torch threads can hang
+    for count in map_processes(_write_shard, todo, num_process, context, _ignore_interrupt):
         done += count
         if progress is not None:
             progress(done, total)
@@ -189,12 +181,6 @@ def _hand_fingerprint() -> str:
     return blake2b(b"".join(np.round(a * 1e6).astype("<i8").tobytes() for a in arrays), digest_size=8).hexdigest()
 
 
-def _plan(root: Path, subset: str, num: int, seed: int, img_size: int, free_rotation: float) -> Iterator[_Shard]:
-    for i, first in enumerate(range(0, num, SAMPLE_PER_SHARD)):
-        count = min(SAMPLE_PER_SHARD, num - first)
-        yield _Shard(root / subset / f"{i:06d}.tar", subset, first, count, seed, img_size, free_rotation)
-
-
 def _ignore_interrupt() -> None:
     """Leave Ctrl-C to the parent process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -215,21 +201,20 @@ def _one_thread() -> Iterator[None]:
         cv2.setNumThreads(before[1])
 
 
-def _write_shard(shard: _Shard) -> int:
-    """Render and write one shard; returns its number of samples."""
+def _write_shard(path: Path, *arguments: Any) -> int:
+    """Write one shard of `_render(*arguments)`; returns its number of samples."""
     with _one_thread():
-        return write_shard(_records(shard), shard.path)
+        return write_shard(_render(*arguments), path)
 
 
-def _records(shard: _Shard) -> Iterator[HandRecord]:
-    end = shard.first + shard.count
-    for first in range(shard.first, end, CHUNK):
-        numbers = range(first, min(first + CHUNK, end))
-        rngs = [stream(f"demo {shard.subset}", shard.seed, number) for number in numbers]
-        draw = draw_hands(rngs, shard.img_size, shard.free_rotation)
-        images = paint(draw, rngs, shard.img_size)
+def _render(subset: str, samples: range, seed: int, img_size: int, free_rotation: float) -> Iterator[HandRecord]:
+    for begin in range(0, len(samples), CHUNK):
+        numbers = samples[begin : begin + CHUNK]
+        rngs = [stream(f"demo {subset}", seed, number) for number in numbers]
+        draw = draw_hands(rngs, img_size, free_rotation)
+        images = paint(draw, rngs, img_size)
         for i, (number, rng) in enumerate(zip(numbers, rngs, strict=True)):
-            yield make_record(f"demo_{shard.subset}_{number:06d}", draw, i, images[i], rng)
+            yield make_record(f"demo_{subset}_{number:06d}", draw, i, images[i], rng)
 
 
 def make_record(key: str, draw: HandDraw, i: int, image: np.ndarray, rng: np.random.Generator) -> HandRecord:

@@ -100,8 +100,6 @@ def paint(draw: HandDraw, rngs: list[np.random.Generator], size: int) -> list[np
 
 
 class _View(NamedTuple):
-    """The camera of one image."""
-
     focal: np.ndarray  # [2] px
     princpt: np.ndarray  # [2] px
     size: int  # S

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.data.order.spacing import distance, largest_prime, rounds_of_epoch
+from src.data.order.spacing import largest_prime, rounds_of_epoch
 from src.data.rng import hash_int, stream
 from src.data.shards.index import ShardIndex
 
@@ -64,18 +64,12 @@ class EpochOrder:
         self.block_order = stream("epoch order", *self.key).permutation(num_block).astype(np.int32)
         num_group = group_count(num_frame, self.block)
         self.group_block = np.linspace(0, num_block, num_group + 1).astype(np.int64)
-        self.group_end = np.cumsum([self._block_sizes(g).sum() for g in range(num_group)])
+        self.group_end = np.cumsum([np.diff(self.blocks(g)).sum() for g in range(num_group)])
         assert self.group_end[-1] == num_frame
-        self._round_size = max(1, int(np.diff(self.group_block).min()) - 1)  # the last block may be shorter
-        apart = -(-(_APART - 1) // self._round_size) + 1
+        round_size = max(1, int(np.diff(self.group_block).min()) - 1)  # the last block may be shorter
+        apart = -(-(_APART - 1) // round_size) + 1
         self.rounds = rounds_of_epoch(self.block, apart, *self.key)
         self._group: tuple[int, np.ndarray] | None = None
-
-    @property
-    def window(self) -> int:
-        """Length within which successive positions contain no neighbouring frames, also across epochs."""
-        apart = distance(self.block, self.rounds.step)
-        return min(_APART, max(0, apart - 1) * self._round_size + 1)
 
     def num_block(self, group: int) -> int:
         """The number of blocks in a group."""
@@ -85,9 +79,6 @@ class EpochOrder:
         """[n, 2] first frame of each block of a group and the first frame after it, in the permuted order."""
         begin = self.block_order[self.group_block[group] : self.group_block[group + 1]].astype(np.int64) * self.block
         return np.stack([begin, np.minimum(begin + self.block, self.num_frame)], axis=1)
-
-    def _block_sizes(self, group: int) -> np.ndarray:
-        return np.diff(self.blocks(group), axis=1)[:, 0]
 
     def _group_table(self, group: int) -> np.ndarray:
         """Frames of a group in reading order: rounds x blocks, with the blocks shuffled in every round."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -29,25 +25,22 @@ from src.data.shards.index import (
     load_index,
     save_index,
 )
+from src.data.shards.processes import map_processes, worker_context
 from src.data.shards.tar import BLOCK, CorruptRegion, Member, TarReader, split_name
-
-T = TypeVar("T")
 
 
 class _Builder:
-    """Collects the rows of an index while the archive is read."""
-
     def __init__(self, file: int) -> None:
         self.file = file  # descriptor of the archive
         self.sample_rows: list[tuple[int, ...]] = []
         self.frame_rows: list[tuple[int, ...]] = []
         self.bad: list[Bad] = []
         self.corrupt: list[CorruptRegion] = []
-        self.suspect: list[tuple[str, list[Member]]] = []  # samples next to a corrupt region
+        self.suspect: list[tuple[str, list[tuple[str, Member]]]] = []  # samples next to a corrupt region
         self.layouts: set[frozenset[str]] = set()  # sets of suffixes of healthy samples
 
     def read(self, items: Iterable[Member | CorruptRegion]) -> None:
-        """Group members into samples, which are runs of members with one key, and add them.
+        """Group members into samples, which are runs of members with one key, and add them as (suffix, member).
 
         Samples next to a corrupt region are added last: they count as complete only if some healthy sample has the
         same members.
@@ -56,7 +49,7 @@ class _Builder:
         for item in items:
             if isinstance(item, CorruptRegion):
                 self.corrupt.append(item)
-                if members and _may_reach_into(item, members[-1]):
+                if members and _may_reach_into(item, members[-1][1]):
                     self.bad.append(Bad(key, "incomplete"))
                 else:
                     self._close(key, members, True)
@@ -66,11 +59,11 @@ class _Builder:
                     self._close(key, members, is_suspect)
                     members, is_suspect = [], False
                 key = parts[0]
-                members.append(item)
+                members.append((parts[1], item))
         self._close(key, members, is_suspect)
         self._count_lost_frames()
         for key, members in self.suspect:
-            if frozenset(_suffix(m) for m in members) in self.layouts:
+            if frozenset(suffix for suffix, _ in members) in self.layouts:
                 self._close(key, members, False)
             else:
                 self.bad.append(Bad(key, "incomplete"))
@@ -82,8 +75,8 @@ class _Builder:
             lost = max(1, round(region.size / size)) if size else 1
             self.bad.append(Bad(region.name or f"byte {region.offset}", region.reason, lost))
 
-    def _close(self, key: str, members: list[Member], is_suspect: bool) -> None:
-        """Add a sample whose members have all been read, or set it aside."""
+    def _close(self, key: str, members: list[tuple[str, Member]], is_suspect: bool) -> None:
+        """Add a sample whose members have all been read, or keep it for later."""
         if is_suspect and members:
             self.suspect.append((key, members))
         elif members:
@@ -94,18 +87,22 @@ class _Builder:
             except Exception as error:
                 self.bad.append(Bad(key, reason_of(error)))
 
-    def _add(self, key: str, members: list[Member]) -> None:
-        by_suffix = {_suffix(m): m for m in members}
+    def _add(self, key: str, members: list[tuple[str, Member]]) -> None:
+        by_suffix = dict(members)
         if len(by_suffix) != len(members):
             raise SampleError("duplicate_member", key)
         images = find_images({suffix: m.data for suffix, m in by_suffix.items()})
         clip = parse_clip({suffix: m.data for suffix, m in by_suffix.items() if not is_image(suffix)})
         if clip.num_frame != len(images):
             raise SampleError("wrong_shape", f"{len(images)} images, {clip.num_frame} annotated frames")
-        offset, size = members[0].begin, members[-1].end - members[0].begin
+        offset = members[0][1].begin
+        size = members[-1][1].end - offset
         if size >= 1 << 32:
             raise SampleError("too_large", f"{size} bytes")
-        image_begin, image_end = _image_region(members)
+        holds_image = [is_image(suffix) for suffix, _ in members] + [False]  # the images are the first run of members
+        first = holds_image.index(True)
+        image_begin = members[first][1].begin - offset
+        image_end = members[holds_image.index(False, first) - 1][1].end - offset
         note = os.pread(self.file, image_begin, offset) + os.pread(self.file, size - image_end, offset + image_end)
         row = len(self.sample_rows)
         self.sample_rows.append((offset, key_hash(key), size, image_begin, image_end, crc32(note)))
@@ -117,22 +114,6 @@ class _Builder:
             crc = crc32(memoryview(member.data)[image.begin : image.begin + image.size])
             self.frame_rows.append((row, number, member.offset - offset + image.begin, image.size, crc))
         self.layouts.add(frozenset(by_suffix))
-
-
-def _suffix(member: Member) -> str:
-    parts = split_name(member.name)
-    assert parts is not None
-    return parts[1]
-
-
-def _image_region(members: list[Member]) -> tuple[int, int]:
-    """(begin, end) of the first run of image members, relative to the sample's offset."""
-    offset = members[0].begin
-    image = [is_image(_suffix(m)) for m in members]
-    first = last = image.index(True)
-    while last + 1 < len(members) and image[last + 1]:
-        last += 1
-    return members[first].begin - offset, members[last].end - offset
 
 
 def build_index(shard: Path) -> ShardIndex:
@@ -207,24 +188,6 @@ def _make_index(shard: Path, index_dir: str | Path | None) -> ShardIndex:
     return index
 
 
-def worker_context() -> multiprocessing.context.BaseContext:
-    """How data processes are started: forked where the system can, in milliseconds and without importing again.
-
-    They use neither CUDA nor thread pools, so nothing is inherited that does not survive a fork.
-    """
-    return multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-
-
-def map_shards(func: Callable[[Path], T], shards: Sequence[Path], num_process: int) -> Iterator[tuple[Path, T]]:
-    """(shard, func(shard)) of each shard as it is finished, from `num_process` processes."""
-    if min(num_process, len(shards)) <= 1:
-        yield from ((shard, func(shard)) for shard in shards)
-        return
-    with ProcessPoolExecutor(num_process, worker_context()) as pool:
-        futures = {pool.submit(func, shard): shard for shard in shards}
-        yield from ((futures[future], future.result()) for future in as_completed(futures))
-
-
 def open_indexes(
     shards: Sequence[Path],
     index_dir: str | Path | None = None,
@@ -239,10 +202,9 @@ def open_indexes(
         progress: called with (shards done, shards to build) while indexes are built.
     """
     indexes = {shard: find_index(shard, index_dir) for shard in shards}
-    missing = [shard for shard, index in indexes.items() if index is None]
-    built = map_shards(partial(_make_index, index_dir=index_dir), missing, num_process)
-    for done, (shard, index) in enumerate(built, 1):
-        indexes[shard] = index
+    missing = [(shard, index_dir) for shard, index in indexes.items() if index is None]
+    for done, index in enumerate(map_processes(_make_index, missing, num_process, worker_context()), 1):
+        indexes[index.shard] = index
         if progress:
             progress(done, len(missing))
-    return [index for shard in shards if (index := indexes[shard]) is not None]
+    return [indexes[shard] for shard in shards]

@@ -102,18 +102,14 @@ def parse_clip(members: Mapping[str, memoryview | bytes], check: bool = True) ->
         raise SampleError("missing_member", "neither hand_bbox.npy nor joint_img.npy")
     num_frame = {len(a) for a in arrays.values()}
     if len(num_frame) != 1:
-        raise SampleError("wrong_shape", "arrays differ in their number of frames: " + _lengths(arrays))
+        lengths = ", ".join(f"{name} {len(array)}" for name, array in arrays.items())
+        raise SampleError("wrong_shape", f"arrays differ in their number of frames: {lengths}")
     if "mano_pose" in arrays and meta.flat_hand_mean is None:
         raise SampleError("bad_value", "flat_hand_mean must be true or false in a sample with mano_pose")
     return complete_clip(meta, arrays, num_frame.pop(), check)
 
 
-def _lengths(arrays: Mapping[str, np.ndarray]) -> str:
-    return ", ".join(f"{name} {len(a)}" for name, a in arrays.items())
-
-
 def _json(text: bytes, suffix: str) -> Any:
-    """The content of a json member."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -122,7 +118,7 @@ def _json(text: bytes, suffix: str) -> Any:
 
 @lru_cache(maxsize=64)  # samples of one frame mostly share the same few texts
 def _native_meta(text: bytes) -> tuple[Mapping[str, Any], Meta]:
-    """The native json member: its fields, and the metadata among them."""
+    """(all fields, the metadata among them) of the native json member."""
     fields = _json(text, "json")
     if not isinstance(fields, dict):
         raise SampleError("bad_json", "json is not an object")
@@ -149,7 +145,6 @@ def _word(text: bytes, suffix: str) -> str:
 
 
 def _meta(fields: Mapping[str, Any]) -> Meta:
-    """The metadata among a sample's fields, checked."""
     side, mean = fields.get("handedness"), fields.get("flat_hand_mean")
     if side not in ("left", "right"):
         raise SampleError("bad_value", f"handedness must be 'left' or 'right', not {side!r}")

@@ -71,6 +71,10 @@ class Tables:
         return None if stride == 1 else np.flatnonzero(self.frame["frame"] % stride == 0).astype(np.uint32)
 
 
+# fields of ShardIndex that are stored in the header, besides `bad`
+_STORED = ("shard_size", "shard_mtime_ns", "num_sample", "frame_number_count", "bad_count")
+
+
 @dataclass
 class ShardIndex:
     """The header of a shard's index. The rows are mapped on demand, because every mapping keeps a file open."""
@@ -129,16 +133,8 @@ def save_index(index: ShardIndex, path: Path) -> ShardIndex:
         OSError: the folder is not writable.
     """
     tables = index.tables()
-    header = {
-        "version": VERSION,
-        "shard_size": index.shard_size,
-        "shard_mtime_ns": index.shard_mtime_ns,
-        "num_sample": index.num_sample,
-        "frame_number_count": index.frame_number_count,
-        "bad_count": index.bad_count,
-        "bad": [asdict(bad) for bad in index.bad],
-    }
-    text = json.dumps(header).encode()
+    stored = {name: getattr(index, name) for name in _STORED}
+    text = json.dumps({"version": VERSION, **stored, "bad": [asdict(bad) for bad in index.bad]}).encode()
     start = -(-(_HEAD.size + len(text)) // _ALIGN) * _ALIGN
     rest = text.ljust(start - _HEAD.size, b"\0") + tables.sample.tobytes() + tables.frame.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,13 +160,5 @@ def load_index(shard: Path, path: Path) -> ShardIndex | None:
     if (header["shard_size"], header["shard_mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
         return None
     start = -(-(_HEAD.size + length) // _ALIGN) * _ALIGN
-    return ShardIndex(
-        shard=shard,
-        shard_size=stat.st_size,
-        shard_mtime_ns=stat.st_mtime_ns,
-        num_sample=header["num_sample"],
-        frame_number_count=header["frame_number_count"],
-        bad_count=header["bad_count"],
-        bad=[Bad(**bad) for bad in header["bad"]],
-        stored=(path, start),
-    )
+    stored = {name: header[name] for name in _STORED}
+    return ShardIndex(shard, **stored, bad=[Bad(**bad) for bad in header["bad"]], stored=(path, start))

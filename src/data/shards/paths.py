@@ -54,7 +54,6 @@ def _expand(pattern: str, key: str) -> list[str]:
 
 
 def _match(path: Path) -> set[Path]:
-    """The shards that match one pattern without braces."""
     found: set[Path] = set()
     for name in glob.iglob(str(path), recursive=True):
         match = Path(name)

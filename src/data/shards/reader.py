@@ -145,8 +145,11 @@ class ShardReader:
         if note is None:
             note = self._pread(offset, image_begin) if image_begin else b""
             note += self._pread(offset + image_end, sample_size - image_end) if image_end < sample_size else b""
-        key, members = self._members(note, crc)
-        clip = parse_clip(members, check=False)
+        if crc32(note) != crc:
+            raise self._changed("crc_note", f"annotations of the sample at byte {offset} of {self.name}")
+        key, places = self._places(note)
+        view = memoryview(note)
+        clip = parse_clip({suffix: view[begin:end] for suffix, (begin, end) in places.items()}, check=False)
         self.clips.put((self.name, sample_row), key, clip)
         return key, clip
 
@@ -156,14 +159,6 @@ class ShardReader:
         if self.stamp != (stat.st_size, stat.st_mtime_ns):
             reason, detail = "stale_index", f"{detail}; the shard has been rewritten since it was indexed"
         return SampleError(reason, detail)
-
-    def _members(self, note: bytes, crc: int) -> tuple[str, dict[str, memoryview]]:
-        """(key, members by suffix) of a sample whose note must have the checksum `crc`."""
-        if crc32(note) != crc:
-            raise self._changed("crc_note", f"annotations {self._key_of(note)}")
-        key, places = self._places(note)
-        view = memoryview(note)
-        return key, {suffix: view[begin:end] for suffix, (begin, end) in places.items()}
 
     def _places(self, note: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
         """(key, {suffix: (begin, end)}) of a sample's members in its note."""
@@ -177,10 +172,3 @@ class ShardReader:
             raise self._changed("crc_note", f"a header does not parse ({error})") from None
         layouts.appendleft(Layout(note, places))
         return key, places
-
-    @staticmethod
-    def _key_of(note: bytes) -> str:
-        try:
-            return f"of {span_layout(note)[0]!r}"
-        except TarError:
-            return "of a sample whose name does not parse"

@@ -205,8 +205,7 @@ class TarReader:
             if self.at + size > self.size:
                 yield CorruptRegion(header_at, "truncated", name)
                 return
-            wanted = flag in b"Lxg" or flag in _REGULAR
-            data = self._read(padded(size))[:size] if wanted else self._skip(padded(size))
+            data = self._read(padded(size))[:size]
             if flag in b"Lx":
                 override.update(_extension(flag, data))
                 continue
@@ -219,11 +218,6 @@ class TarReader:
         data = self.file.read(size)
         self.at += len(data)
         return data
-
-    def _skip(self, size: int) -> bytes:
-        self.file.seek(size, 1)
-        self.at += size
-        return b""
 
     def _only_zeros_follow(self) -> bool:
         """Whether only zeros follow; the file position is restored."""

@@ -6,13 +6,9 @@ known field with a leading T = 1. Unknown fields are omitted. `wds.WebDataset(..
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from itertools import count, islice
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +38,7 @@ class HandRecord:
     extra: dict[str, Any] = field(default_factory=dict)  # further json entries, e.g. image_path, additional_desc
 
 
-_ARRAYS = (
-    *("hand_bbox", "joint_img", "joint_2d_valid", "joint_cam", "joint_3d_valid"),
-    *("mano_pose", "mano_shape", "focal", "princpt"),
-)
+_ARRAYS = [each.name for each in fields(HandRecord) if each.type == "np.ndarray | None"]
 
 
 def to_members(record: HandRecord) -> dict[str, Any]:
@@ -67,12 +60,13 @@ def to_members(record: HandRecord) -> dict[str, Any]:
 
 
 def write_shard(records: Iterable[HandRecord], path: Path) -> int:
-    """Write one shard and return its number of hands. The same records give the same bytes.
+    """Write one shard, and its folder if missing; returns the number of hands. The same records give the same bytes.
 
     The file appears under `path` only when it is complete, and not at all if there are no records.
     """
     import webdataset as wds  # imports torch, which --help does not need
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     num_hand = 0
     try:
@@ -85,44 +79,3 @@ def write_shard(records: Iterable[HandRecord], path: Path) -> int:
     finally:
         part.unlink(missing_ok=True)
     return num_hand
-
-
-def write_shards(records: Iterable[HandRecord], output: Path, num_per_shard: int = 2000) -> tuple[int, int]:
-    """Write `output/000000.tar`, ... in order and return the numbers of hands and shards.
-
-    The shards are written to `output/.partial` and moved to `output` when all of them are complete.
-    """
-    partial = output / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    records, num_hand = iter(records), 0
-    for number in count():
-        written = write_shard(islice(records, num_per_shard), partial / f"{number:06d}.tar")
-        if not written:
-            break
-        num_hand += written
-    shards = sorted(partial.glob("*.tar"))
-    for shard in shards:
-        shard.replace(output / shard.name)
-    partial.rmdir()
-    return num_hand, len(shards)
-
-
-def map_spawned(
-    function: Callable[..., int], work: Sequence[tuple[Any, ...]], num_process: int, initializer: Callable[[], None]
-) -> Iterator[int]:
-    """`function(*arguments)` for each entry of `work`, in the order of completion, from up to `num_process` processes.
-
-    They are spawned, since forking a process with running torch threads can hang; 1 runs in this process.
-    """
-    num_process = min(num_process, len(work))
-    if num_process <= 1:
-        yield from (function(*arguments) for arguments in work)
-        return
-    with ProcessPoolExecutor(num_process, multiprocessing.get_context("spawn"), initializer) as pool:
-        futures = [pool.submit(function, *arguments) for arguments in work]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)

@@ -206,7 +206,6 @@ def build_standin_hand() -> HandArrays:
         joint_regressor=_regressor(vert, weight, des).astype(np.float32),
         skin_weights=weight.astype(np.float32),
         faces=mesh.face,
-        parents=MANO_PARENTS,
         mean_pose=mean_pose.reshape(45).astype(np.float32),
         tip_vertex_ids=tuple(int(i) for i in mesh.tip),
     )

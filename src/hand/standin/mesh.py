@@ -56,8 +56,6 @@ def project(vert: np.ndarray, field: Field, num_step: int) -> np.ndarray:
 
 
 class _Builder:
-    """Collects vertices and quads."""
-
     def __init__(self) -> None:
         self.vert: list[np.ndarray] = []
         self.quad: list[tuple[int, ...]] = []
@@ -173,7 +171,10 @@ def build_mesh(path: np.ndarray, half: np.ndarray, tubes: list[Tube], field: Fie
     builder.strip(first[32:16:-1], cap, closed=False)
 
     sides = _webs(builder, last)
-    tips = [_thumb(builder, rings, tubes[0])]
+    low, high = THUMB_WINDOW
+    front = [rings[r][32] for r in range(high, low - 1, -1)]
+    back = [rings[r][0] for r in range(low, high + 1)]
+    tips = [_tube(builder, [rings[high][33], *front, rings[low][33], *back], tubes[0], 0, THUMB_ANGLE)]
     for f in range(4):
         back, front = last[4 * f : 4 * f + 4], [last[32 - 4 * f - i] for i in range(4)]
         loop = [sides[2 * f], *back, sides[2 * f + 1], *reversed(front)]
@@ -194,14 +195,6 @@ def _webs(builder: _Builder, last: list[int]) -> list[int]:
         builder.strip(pair, [last[32 - left], last[32 - right]], closed=False)
         sides += pair
     return [*sides, last[16]]
-
-
-def _thumb(builder: _Builder, rings: list[list[int]], tube: Tube) -> int:
-    """Grow the thumb from the window in the palm's radial edge; returns its tip's vertex id."""
-    low, high = THUMB_WINDOW
-    front = [rings[r][32] for r in range(high, low - 1, -1)]
-    back = [rings[r][0] for r in range(low, high + 1)]
-    return _tube(builder, [rings[high][33], *front, rings[low][33], *back], tube, 0, THUMB_ANGLE)
 
 
 def _finish(builder: _Builder, tip: np.ndarray, field: Field) -> Mesh:
