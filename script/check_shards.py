@@ -34,7 +34,7 @@ HEALTHY, CORRUPT, INVALID_ARGUMENTS = 0, 1, 2
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The parsed command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("source", nargs="+", help="shards, folders of shards, or patterns: 'a/*', 'a/{000..131}.tar'")
     parser.add_argument(

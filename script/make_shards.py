@@ -33,13 +33,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
     for name, converter in CONVERTERS.items():
-        _add_converter(kinds.add_parser(name, help=f"convert {converter.what} from its published layout"), converter)
+        _add_converter(kinds.add_parser(name, help=f"convert {converter.what}"), converter)
     demo = kinds.add_parser("demo", help="render a synthetic hand; needs no data set")
     demo.add_argument("--output", type=Path, required=True, help="folder for the shards, in train/ and val/")
     demo.add_argument("--train_sample", type=int, default=12000)
     demo.add_argument("--val_sample", type=int, default=512)
     demo.add_argument("--img_size", type=int, default=160)
-    demo.add_argument("--free_rotation", type=float, default=0.0, help="fraction of hands rotated at random")
+    demo.add_argument(
+        "--free_rotation", type=float, default=0.0, help="fraction of hands with any rotation; the demo has 0.1"
+    )
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--num_process", type=int, default=os.cpu_count() or 1)
     return parser.parse_args(argv)
@@ -53,7 +55,9 @@ def _add_converter(kind: argparse.ArgumentParser, converter: Converter) -> None:
         kind.add_argument("--split", default=converter.splits[0], choices=known, help="default: %(default)s")
     if converter.in_parallel:
         kind.add_argument("--num_process", type=_positive, default=os.cpu_count() or 1, help="default: %(default)s")
-        kind.add_argument("--mano", type=Path, help="your MANO_RIGHT.pkl: used to check the parameters")
+        kind.add_argument(
+            "--mano", type=Path, help="your MANO_RIGHT.pkl: checks the parameters (dexycb: needed to write them)"
+        )
     if "num_per_shard" in converter.more:
         kind.add_argument("--num_per_shard", type=_positive, default=2000, help="maximum number of images per shard")
     if "mano_left" in converter.more:

@@ -23,7 +23,7 @@ DONE, SKIPPED_SOME, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The parsed command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

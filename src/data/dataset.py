@@ -186,16 +186,16 @@ class HandDataset:
         fill_patch(batch.patch[frame.row], image, frame.warp, frame.augmentation.pixel)
 
     def read(self, place: Place) -> Sample:
-        """The Sample at a place with its decoded image. Raises SampleError, OSError."""
+        """The Sample at a Place with its decoded image. Raises SampleError, OSError."""
         key, clip, number, image = self.fetch(place)
         return make_sample(clip, number, decode_image(image), key, self.hand_model)
 
     def fetch(self, place: Place) -> tuple[str, Clip, int, memoryview]:
-        """(key, annotations, frame number, encoded image) at a place. Raises SampleError, OSError."""
+        """(key, annotations, frame number, encoded image) at a Place. Raises SampleError, OSError."""
         return self._reader(place).read(place.row)
 
     def annotation(self, place: Place) -> tuple[Clip, int]:
-        """(annotations, frame number) at a place, without reading the image. Raises SampleError, OSError."""
+        """(annotations, frame number) at a Place, without reading the image. Raises SampleError, OSError."""
         return self._reader(place).annotation(place.row)
 
     def _augmentation(self, position: int) -> Augmentation:

@@ -83,7 +83,7 @@ def exit_on_invalid_config(error: ValueError) -> NoReturn:
 
 
 def failure_is_reported() -> bool:
-    """Whether a process of this node has reported a failure: a stop signal then comes from the launcher."""
+    """Whether a process of this node has reported a failure; a stop signal then came from the launcher."""
     return _error_file() is not None and _marker().exists()
 
 

@@ -167,7 +167,7 @@ def plan_warps(sizes: Sequence[tuple[int, int]], views: PatchView, img_size: int
 
 
 def warp_image(image: np.ndarray, view: PatchView, img_size: int) -> np.ndarray:
-    """The patch [S, S, 3] uint8 of `image` [H, W, 3] uint8. The source is sampled once; outside it is BORDER."""
+    """The patch [S, S, 3] uint8 of `image` [H, W, 3] uint8. Sampled once; pixels outside are BORDER."""
     (warp,) = plan_warps([image.shape[1::-1]], view[None], img_size)
     return apply_warp(image, warp, img_size)
 

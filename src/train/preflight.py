@@ -34,7 +34,7 @@ def _backbone_problems(cfg: Config) -> Iterator[str]:
     elif not backbone.random_init:
         what = "there are no weights in this folder" if folder.is_dir() else "there is no such folder"
         yield (
-            f"MODEL.backbone.backbone_str={backbone.backbone_str}: {what}. Fetch them with\n"
+            f"MODEL.backbone.backbone_str={backbone.backbone_str}: {what}. Download the weights with\n"
             f"    hf download facebook/{folder.name} --local-dir {backbone.backbone_str}\n"
             f"or start from random weights with MODEL.backbone.random_init=true"
         )

@@ -97,7 +97,7 @@ def _slopes(tri: np.ndarray, value: np.ndarray, area: np.ndarray) -> tuple[np.nd
 
 
 def incident_faces(face: np.ndarray, num: int) -> np.ndarray:
-    """Indices of the faces at each vertex, [V, K], padded with F."""
+    """Indices of the faces at each vertex, [V, K], padded with the number of faces F."""
     order = np.argsort(face.ravel(), kind="stable")
     owner = face.ravel()[order]
     rank = np.arange(len(owner)) - np.searchsorted(owner, owner)

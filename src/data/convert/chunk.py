@@ -62,7 +62,7 @@ class Job:
     chunks: list[Chunk]
     tolerance_mm: float  # mean joint error that the MANO check accepts
     sides: tuple[str, ...] = ("left", "right")
-    left_file_shape: bool = False  # whether left betas may refer to MANO_LEFT.pkl as published
+    left_file_shape: bool = False  # whether left betas may be defined for MANO_LEFT.pkl as published
     without_mano: str = "MANO conventions are those of the official code; pass --mano to check them on the data"
 
 

@@ -110,7 +110,7 @@ def _gather(image: dict[str, Any], note: dict[str, Any], camera: Any, joint: Any
 
 
 def read_hands(folder: Path, split: str, work: Sequence[dict[str, Any]]) -> Records:
-    """The hands of some images, the right one first."""
+    """The hands of these images, in each the right hand before the left."""
     for entry in work:
         sides = [side for side in _FIRST if entry["hand_type"] in (side, "interacting")]
         if not sides:

@@ -108,7 +108,7 @@ def find_convention(
 
     Args:
         hands: with the set's own parameters, all of `side`.
-        left_file_shape: whether the betas may refer to the published MANO_LEFT.pkl.
+        left_file_shape: whether the betas may be defined for the published MANO_LEFT.pkl.
     """
     if not hands:
         return None

@@ -30,7 +30,7 @@ MAX_TOWARD_CAMERA = 0.55  # sine of the angle between forearm and image plane
 
 @lru_cache(maxsize=1)
 def _faces() -> tuple[np.ndarray, np.ndarray]:
-    """Faces of hand and forearm [F, 3], and the incident faces of each vertex [V + A, 10] (padded with F)."""
+    """Faces of hand and forearm [F, 3], and the incident faces of each vertex [V + A, 10], padded with F."""
     arrays = build_standin_hand()
     first, face = arrays.num_vertex, []
     for r in range(ARM_RING - 1):

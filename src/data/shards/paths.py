@@ -35,7 +35,7 @@ def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "
     if missing:
         raise ValueError(
             f"{key}={missing}: no *.tar file below DATA.root={str(root)!r} matches; correct the patterns, or set "
-            "DATA.root (check_shards.py: --root; both default to HAND_DATA_ROOT) to the folder with the shards"
+            "DATA.root or HAND_DATA_ROOT (check_shards.py: --root) to the folder with the shards"
         )
     return sorted(shards)
 
