@@ -131,7 +131,7 @@ def test_the_trainer_compiles_twice_and_validates_eagerly(precision: str, monkey
     assert all(math.isfinite(result.metrics()["loss_total"]) for result in results)
     assert int(results[-1].skipped[1]) == 0
     assert counter.frame_count == 2, "one graph without dropout, one with it"
-    assert math.isfinite(evaluate(net, batches, accelerator, cfg.LOSS, draw=False).metrics["loss_total"])
+    assert math.isfinite(evaluate(net, batches, accelerator, cfg.LOSS, draw=False)[0]["loss_total"])
     assert counter.frame_count == 2, "validation runs the uncompiled network"
 
 

@@ -99,7 +99,7 @@ def test_same_metrics_as_in_validation(place: Path, result: dict) -> None:
     """The same frames and definitions as in training."""
     cfg = small_config("DATA.demo=null", "MODEL.hand_model=standin", *overrides(place))
     net = load_network(place / "run").network
-    expected = evaluate(net, build_val_loader(cfg, "standin"), Accelerator(cpu=True), cfg.LOSS).metrics
+    expected = evaluate(net, build_val_loader(cfg, "standin"), Accelerator(cpu=True), cfg.LOSS)[0]
     got = result["groups"][0]["metric"]
     for name in ("mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error"):
         assert got[name]["value"] == pytest.approx(expected[name], rel=1e-6), name
@@ -220,7 +220,7 @@ def test_validation_reports_each_data_set() -> None:
     net = PoseNet(cfg.MODEL, build_standin_hand())
     batch.source = ["a", "b", "b", "a"]
     batch.joint_3d_valid[1:3] = 0  # b has no 3D
-    metrics = evaluate(net, [batch], Accelerator(cpu=True), cfg.LOSS).metrics
+    metrics = evaluate(net, [batch], Accelerator(cpu=True), cfg.LOSS)[0]
     assert {name.partition("/")[2] for name in metrics} == {"", "a", "b"}
     assert metrics["mpjpe_rel/a"] == metrics["mpjpe_rel"]
     assert "mpjpe_rel/b" not in metrics
@@ -229,7 +229,7 @@ def test_validation_reports_each_data_set() -> None:
     assert lines[0].startswith("mpjpe_cam=")
     assert [line.split(":")[0] for line in lines[1:]] == ["  a", "  b"]
     batch.source = ["a"] * 4
-    assert not [name for name in evaluate(net, [batch], Accelerator(cpu=True), cfg.LOSS).metrics if "/" in name]
+    assert not [name for name in evaluate(net, [batch], Accelerator(cpu=True), cfg.LOSS)[0] if "/" in name]
 
 
 # ---- intervals and tables --------------------------------------------------------------------------------------------
