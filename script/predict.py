@@ -88,7 +88,10 @@ def predict(args: argparse.Namespace) -> int:
     boxes, unknown = read_boxes(args.boxes, photos) if args.boxes else (None, [])
     if boxes is not None and not any(boxes.values()):
         listed = f"it lists {unknown[0]}{', ...' if len(unknown) > 1 else ''}" if unknown else "it is empty"
-        raise ValueError(f"{args.boxes} lists none of the images at {args.photos}: {listed}")
+        raise ValueError(
+            f"{args.boxes} lists none of the images at {args.photos}: {listed}. "
+            "Paths in it are relative to the file itself or to the folder of images"
+        )
     if args.output.resolve() in {photo.parent.resolve() for photo in photos}:
         raise ValueError(f"--output {args.output} is the folder of the images; name another folder")
     outputs = name_outputs(photos, args.output)

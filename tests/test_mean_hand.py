@@ -170,3 +170,6 @@ def test_closing_table_has_the_baseline_in_every_row(tmp_path: Path) -> None:
     del last["mpjpe_pa_mean_hand"]
     (without,) = [line for line in table() if "Procrustes" in line]
     assert [cell.strip() for cell in without.split("│")[1:]] == ["200.0", "60.0", "", ""]
+    first["subset"] = "train"
+    (only,) = [line for line in table() if "root error" in line]
+    assert [cell.strip() for cell in only.split("│")[1:]] == ["", "60.0", "80.0", "-25 %"], "one validation: no before"

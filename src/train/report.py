@@ -54,13 +54,15 @@ def describe_dropout(cfg: Config) -> str | None:
 def closing_table(folder: Path, seconds: float, start_step: int = 0) -> Table:
     """First and last validation in the journal of the run folder, beside the image-independent baseline.
 
-    `seconds`: duration since `start_step`, where this process started or resumed.
+    A run that branched off shortly before its end has only one validation: `before` is then empty. `seconds`: duration since `start_step`, where this process started or resumed.
     """
     since = f" since step {start_step}" if start_step else ""
     rows, _ = read_rows(folder / METRICS, 0, count=sys.maxsize)
     validations = [row for row in rows if row["subset"] == "val"]
-    first, last = validations[0], validations[-1]
-    title = f"\nDone in {seconds:.0f} s{since}. Validation at step {first['step']} and {last['step']}, mm"
+    *earlier, last = validations
+    first = earlier[0] if earlier else {}
+    steps = f"{first['step']} and {last['step']}" if first else f"{last['step']}"
+    title = f"\nDone in {seconds:.0f} s{since}. Validation at step {steps}, mm"
     rows = []
     for key, label in ROWS:
         if key in last:
