@@ -172,4 +172,4 @@ def test_closing_table_has_the_baseline_in_every_row(tmp_path: Path) -> None:
     assert [cell.strip() for cell in without.split("│")[1:]] == ["200.0", "60.0", "", ""]
     first["subset"] = "train"
     (only,) = [line for line in table() if "root error" in line]
-    assert [cell.strip() for cell in only.split("│")[1:]] == ["60.0", "80.0", "-25 %"], "one validation: no column `before`"
+    assert [cell.strip() for cell in only.split("│")[1:]] == ["60.0", "80.0", "-25 %"], "no column `before`"

@@ -54,8 +54,8 @@ def describe_dropout(cfg: Config) -> str | None:
 def closing_table(folder: Path, seconds: float, start_step: int = 0) -> Table:
     """First and last validation in the journal of the run folder, beside the image-independent baseline.
 
-    `seconds`: duration since `start_step`, where this process started or resumed. A run that branched off after its last
-    validation but one has a single one, and no column `before`.
+    `seconds`: duration since `start_step`, where this process started or resumed. With a single validation, as in a
+    short branch of another run, there is no column `before`.
     """
     since = f" since step {start_step}" if start_step else ""
     rows, _ = read_rows(folder / METRICS, 0, count=sys.maxsize)
