@@ -13,6 +13,7 @@ from src.batch import Batch
 from src.data.health import BadDataError, merge_states
 from src.data.loader import build_train_loader, build_val_loader
 from src.data.order.plan import HALVES, EpochOrder, MixedPlan, SourcePlan, validation_plan
+from src.data.order.spacing import distance
 from src.data.shards.build_index import open_indexes
 from tests.data_shards import data_config, lab_sample, native_sample, write_shard
 
@@ -71,6 +72,12 @@ def test_an_epoch_has_every_frame_once(root: Path) -> None:
     assert len({b.key[0] for b in train(root, num_batch=100, sample_per_device=1, stride=2)}) == 3 * 1 + 3 * 3 + 7 * 2
 
 
+def guaranteed_window(order: EpochOrder) -> int:
+    """Successive positions without neighbours that the block length and the step between rounds guarantee."""
+    round_size = max(1, int(np.diff(order.group_block).min()) - 1)  # the last block may be shorter
+    return min(1024, max(0, distance(order.block, order.rounds.step) - 1) * round_size + 1)
+
+
 @pytest.mark.parametrize("num_frame", [1, 2, 3, 17, 100, 500, 2000, 12_000, 20_000, 70_000])
 def test_neighbours_stay_apart_within_and_across_epochs(num_frame: int) -> None:
     epochs = [EpochOrder(num_frame, seed=1, epoch=e, frame_size=45_000) for e in range(4)]
@@ -80,7 +87,9 @@ def test_neighbours_stay_apart_within_and_across_epochs(num_frame: int) -> None:
     beside = [(a, b) for a in range(4) for b in range(4) if abs(a - b) < 2]
     nearest = min(np.abs(place[b, 1:] - place[a, :-1]).min(initial=num_frame) for a, b in beside)
     again = np.diff(place, axis=0).min()  # the same frame, in the next epoch
-    assert min(nearest, again) >= min(1024, 0.35 * num_frame) or num_frame < 100
+    window = min(guaranteed_window(epoch) for epoch in epochs)
+    assert min(nearest, again) >= window
+    assert window >= min(1024, 0.35 * num_frame) or num_frame < 100
     if num_frame >= 500:
         assert (orders[0] != orders[1]).any()
         assert abs(orders[0][: num_frame // 2].mean() / num_frame - 0.5) < 0.03

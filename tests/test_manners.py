@@ -148,7 +148,10 @@ def test_all_unknown_names_at_once() -> None:
 
 
 def test_overrides_that_hydra_knows() -> None:
-    check_command_line(["hydra.sweep.dir=x", "hydra/launcher=basic", "~DATA.train.source", "+launch=slurm"])
+    known = ["hydra.sweep.dir=x", "hydra/launcher=basic", "~DATA.train.source", "+launch=slurm"]
+    check_command_line(known)
+    with pytest.raises(ConfigError, match=r"launch=slurn: .* did you mean slurm\?"):
+        check_command_line([*known[:-1], "+launch=slurn"])
 
 
 # ---- values
