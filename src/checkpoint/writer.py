@@ -68,9 +68,11 @@ class HostCopy:
         result = map_tensors(host_buffer, tree)
         num_thread = torch.get_num_threads()
         torch.set_num_threads(1)  # on busy cores each of hundreds of small copies would wait for a second thread
-        if sources:
-            torch._foreach_copy_(list(buffers.values()), sources, non_blocking=True)
-        torch.set_num_threads(num_thread)
+        try:
+            if sources:
+                torch._foreach_copy_(list(buffers.values()), sources, non_blocking=True)
+        finally:
+            torch.set_num_threads(num_thread)
         if any(tensor.is_cuda for tensor in sources):
             torch.cuda.current_stream().synchronize()
         return result
