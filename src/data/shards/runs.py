@@ -86,7 +86,7 @@ def _merged_frames(runs: Sequence[Run]) -> int:
 
 def _frame_size(runs: Sequence[Run]) -> float:
     """Mean bytes per frame, headers included, of the healthy runs, else of those with a known number; 0 if unknown."""
-    for some in ([run for run in runs if not run.reason], [run for run in runs if run.num_image]):
+    for some in ([run for run in runs if not run.reason], [run for run in runs if run.num_image or run.frame_rows]):
         if num_frame := sum(run.num_known for run in some):
             return sum(run.size for run in some) / num_frame
     return 0.0
