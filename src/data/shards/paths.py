@@ -65,8 +65,10 @@ def _expand(root: Path, pattern: str, key: str) -> Iterator[tuple[Path, str]]:
         parts = list(_expand_user(Path(pattern)).parts)
     while parts and (folder / parts[0]).exists():
         folder /= parts.pop(0)
+    rest = "/".join(parts)
+    is_literal = "{" not in rest or next(walk_pattern(folder, rest), None)  # braces are ordinary characters there
     try:
-        yield from ((folder, piece) for piece in braceexpand("/".join(parts), escape=False))
+        yield from ((folder, piece) for piece in ([rest] if is_literal else braceexpand(rest, escape=False)))
     except UnbalancedBracesError as error:
         raise ValueError(f"{key}={pattern!r}: unbalanced braces ({error}); write e.g. {{000..131}}") from None
 
