@@ -38,9 +38,8 @@ def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "
         shards.update(*tars.values())
         if empty := [piece for piece, matches in tars.items() if not matches]:
             missing.append(pattern if len(found) == 1 else f"{pattern}: {empty[0]}")
-            compressed = compressed or next(
-                (c for piece in empty for path in found[piece] for c in _packed(path)), None
-            )
+            packed = (file for piece in empty for path in found[piece] for file in _packed(path))
+            compressed = compressed or next(packed, None)
     if missing:
         hint = f"; {compressed} is compressed: unpack it to a .tar" if compressed else ""
         raise ValueError(
