@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"{len(stale)} indexes are out of date; the next run rebuilds them: {stale[0]}", soft_wrap=True)
     if num_lost:
         console.print(
-            f"{num_lost} shards cannot be read at all; each counts with the mean number of frames of the others"
+            f"shards that cannot be read at all: {num_lost}; each counts with the mean number of frames of the others"
         )
     num_frame = sum(report.num_frame for report in reports)
     console.print(

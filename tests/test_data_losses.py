@@ -102,7 +102,7 @@ def test_index_log_limit_and_check_agree(tmp_path: Path, capsys: pytest.CaptureF
     health = DataHealth([open_indexes([shard])], 0.01)
     assert health.counts() == health.indexed == {"bad_value": LONG} == merge(check_shards([shard]))[0]
     assert "90 of 390 frames" in health.summary()
-    assert f"bad_value: long ({LONG} frames) in {shard}" in health.table()
+    assert f"bad_value: long ({LONG} frames) in {shard}: handedness must be" in health.table()
     assert REASONS["bad_value"] in health.table()
     with pytest.raises(BadDataError, match="90 of 390 frames"):
         build_val_loader(data_config(tmp_path, stride=10), "mano")
@@ -180,6 +180,7 @@ def test_scattered_repeated_and_linked_clips_count_their_frames(tmp_path: Path) 
     first, second = members_of(lab_sample(0, 3, 1)), members_of(lab_sample(1, 5, 1))
     assert counted([*first, *second, *first[-1:]]) == (5, {"duplicate_member": 3})
     assert counted([*first, *second, *first]) == (11, {})  # as webdataset: both are complete
+    assert counted([*first, *second, *first, *second, *first[:3]]) == (10, {"duplicate_member": 6})
     assert counted([*first, *second[:-1], ("clip/00001.mano_valid.npy", None)]) == (3, {"linked_member": 5})
     assert counted([*first, *second, ("clip/00001.txt", None)]) == (8, {})  # not read in any case
 
@@ -223,7 +224,7 @@ def test_a_shard_that_cannot_be_read_counts_as_much_as_the_others(tmp_path: Path
     (tmp_path / "3.tar").touch()
     health = DataHealth([open_indexes([*shards, tmp_path / "3.tar"])], 0.01)
     assert health.indexed == {"compressed": 10, "no_end_of_archive": 10}
-    assert "20 of 40 frames (2 shards cannot be read at all)" in health.summary()
+    assert "20 of 40 frames (shards that cannot be read at all: 2)" in health.summary()
     with pytest.raises(BadDataError):
         health.check()
     assert merge(check_shards([*shards, tmp_path / "3.tar", tmp_path / "gone.tar"])) == (

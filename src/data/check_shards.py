@@ -123,7 +123,7 @@ def _decode(report: ShardReport, index: ShardIndex) -> None:
         except OSError:
             raise
         except Exception as error:
-            report.add(Bad(reader.describe(row), reason_of(error)))
+            report.add(Bad(reader.describe(row), reason_of(error), detail=getattr(error, "detail", "")))
     reader.close()
 
 
@@ -133,10 +133,10 @@ def merge(reports: Sequence[ShardReport]) -> tuple[Counter[str], int]:
 
 
 def examples(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[str]:
-    """The first `num` examples of a reason as "<key> in <shard>", taken from the shards in turn."""
+    """The first `num` examples of a reason as "<key> in <shard>: <detail>", taken from the shards in turn."""
     by_shard = [[bad for bad in report.bad if bad.reason == reason] for report in reports]
     found = [
-        (turn, f"{bad} in {report.shard}")
+        (turn, bad.describe(report.shard))
         for report, of_shard in zip(reports, by_shard)
         for turn, bad in enumerate(of_shard[:num])
     ]

@@ -40,7 +40,7 @@ class DataHealth:
             self.num_frame += sum(shard.num_frame() for shard in source)
             for shard in source:
                 room = _MAX_EXAMPLE - len(self.example)
-                self.example += [f"{bad.reason}: {bad} in {shard.shard}" for bad in shard.bad[: max(0, room)]]
+                self.example += [f"{bad.reason}: {bad.describe(shard.shard)}" for bad in shard.bad[: max(0, room)]]
 
     def add(self, num_read: int, bad: Sequence[BadFrame]) -> None:
         """Count a batch of `num_read` rows. Raises BadDataError if too many frames, or all of a position, were bad."""
@@ -85,7 +85,7 @@ class DataHealth:
     def summary(self) -> str:
         """One line: how many frames are bad, and why."""
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.counts().items()) or "nothing"
-        lost = f" ({self.num_lost_shard} shards cannot be read at all)" if self.num_lost_shard else ""
+        lost = f" (shards that cannot be read at all: {self.num_lost_shard})" if self.num_lost_shard else ""
         return (
             f"bad in the shards: {self.indexed.total()} of {self.num_frame + self.indexed.total()} frames{lost}, "
             f"while reading: {self.read.total()} of {self.num_read}; by reason: {reasons}"

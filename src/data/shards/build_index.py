@@ -66,24 +66,26 @@ class _Builder:
             return
         by_suffix, size = dict(members), members[-1][1].end - members[0][1].begin
         data = {suffix: member.data for suffix, member in members if not member.problem}
-        run = Run(key, frozenset(by_suffix), size, reason, is_suspect)
+        run = Run(key, frozenset(by_suffix), size, reason, is_suspect=is_suspect)
         self.runs.append(run)
         try:
             if problem := next((member.problem for _, member in members if member.problem), ""):
-                raise SampleError(problem, key)
+                raise SampleError(problem)
             if len(by_suffix) != len(members):
-                raise SampleError("duplicate_member", key)
+                raise SampleError("duplicate_member")
             self._check(run, by_suffix, data)
         except OSError:
             raise
         except Exception as error:
-            run.reason = run.reason or reason_of(error)
+            if not run.reason:
+                run.reason, run.detail = reason_of(error), getattr(error, "detail", "") or str(error)
             self._count(run, data)
 
     def _count(self, run: Run, data: dict[str, bytes]) -> None:
         """Count the frames of a run that cannot be used."""
         if run.reason in _MAY_BE_DOTTED and (hands := split_dotted(data)):
-            run.reason, run.num_image = "dotted_name", sum(map(count_frames, hands.values()))
+            run.reason, run.detail = "dotted_name", ""
+            run.num_image = sum(map(count_frames, hands.values()))
         else:
             run.num_image, run.num_annotated = count_images(data), count_annotated(data)
 
@@ -97,7 +99,7 @@ class _Builder:
             raise SampleError("too_large", f"{run.size} bytes")
         if run.suffixes not in self._undotted:
             if any(beginning and is_whole(hand) for beginning, hand in split_dotted(data).items()):
-                raise SampleError("dotted_name", run.key)
+                raise SampleError("dotted_name")
             self._undotted.add(run.suffixes)
         run.sample_row = self._sample_row(run, list(members.items()))
         for number, image in enumerate(images):

@@ -87,7 +87,7 @@ def split_dotted(members: Members) -> dict[str | None, Members]:
         if match := _IMAGE.match(suffix):
             owner, image = _image_owner(match[1], match[2], annotated)
             hands.setdefault(owner, {})[image] = data
-    is_merged = any(name is not None and len(hand) > 1 and any(map(is_image, hand)) for name, hand in hands.items())
+    is_merged = any(name is not None and {*map(is_image, hand)} == {True, False} for name, hand in hands.items())
     return {name: hand for name, hand in hands.items() if any(map(_makes_frames, hand))} if is_merged else {}
 
 

@@ -22,6 +22,7 @@ class Run:
     suffixes: frozenset[str]
     size: int  # bytes in the archive, headers included
     reason: str = ""  # why it cannot be used; "": it is healthy
+    detail: str = ""  # explains the reason
     is_suspect: bool = False  # next to a corrupt region: it may lack members
     num_image: int = 0  # of a run that cannot be used; 0: unknown
     num_annotated: int = 0  # the same, from the other members
@@ -31,7 +32,7 @@ class Run:
 
     @property
     def num_known(self) -> int:
-        """Its number of frames; 0 if nothing in it tells."""
+        """Its number of frames; 0 if unknown."""
         return self.num_image or self.num_annotated or len(self.frame_rows) + len(self.bad)
 
 
@@ -68,10 +69,14 @@ def judge(runs: Sequence[Run], regions: Sequence[tuple[CorruptRegion, int]]) -> 
 def _judge_key(key: str, runs: Sequence[Run]) -> list[Bad]:
     """Report the runs with one key: as one sample if its members are not side by side, else each for itself."""
     if len(runs) == 1 or not any(map(_is_fragment, runs)):
-        return [Bad(key, run.reason, run.num_known or 1) for run in runs if run.reason]
+        return [Bad(key, run.reason, run.num_known or 1, run.detail) for run in runs if run.reason]
     suffixes = [suffix for run in runs for suffix in run.suffixes]
     is_repeated = len({*suffixes}) < len(suffixes)
-    lost = max(run.num_known for run in runs) if is_repeated else _merged_frames(runs)
+    if is_repeated:  # several versions of a sample, or several samples of which one lacks members
+        num_whole = sum(run.num_known for run in runs if is_whole(run.suffixes))
+        lost = max(num_whole, *(run.num_known for run in runs))
+    else:
+        lost = _merged_frames(runs)
     for run in runs:
         run.reason = "duplicate_member" if is_repeated else "scattered_members"
     return [Bad(key, runs[0].reason, lost or 1)]
