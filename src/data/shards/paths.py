@@ -33,7 +33,7 @@ def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "
     shards: set[Path] = set()
     missing, compressed = [], None
     for pattern in patterns:
-        found = {piece: [*walk_pattern(folder, piece)] for folder, piece in _expand(Path(root), pattern, key)}
+        found = dict(_find(Path(root), pattern, key))
         tars = {piece: {shard for path in paths for shard in _tars(path)} for piece, paths in found.items()}
         shards.update(*tars.values())
         if empty := [piece for piece, matches in tars.items() if not matches]:
@@ -49,8 +49,8 @@ def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "
     return sorted(shards)
 
 
-def _expand(root: Path, pattern: str, key: str) -> Iterator[tuple[Path, str]]:
-    """(folder, pattern below it) for each pattern that the braces of `pattern` make.
+def _find(root: Path, pattern: str, key: str) -> Iterator[tuple[str, list[Path]]]:
+    """(pattern, paths that match it) for each pattern that the braces of `pattern` make.
 
     Raises ValueError for anything but a path.
     """
@@ -59,15 +59,16 @@ def _expand(root: Path, pattern: str, key: str) -> Iterator[tuple[Path, str]]:
             f"{key}={pattern!r}: {scheme.group(1)}: is not supported, shards are read from files only; "
             "copy or mount the shards and give their path"
         )
-    folder, parts = _expand_user(root), list(Path(pattern).parts)
+    folder, parts, num_literal = _expand_user(root), Path(pattern).parts, 0
     if parts and not (folder / parts[0]).exists():
-        parts = list(_expand_user(Path(pattern)).parts)
-    while parts and (folder / parts[0]).exists():
-        folder /= parts.pop(0)
-    rest = "/".join(parts)
+        parts = _expand_user(Path(pattern)).parts
+    while num_literal < len(parts) and (folder / parts[num_literal]).exists():
+        folder, num_literal = folder / parts[num_literal], num_literal + 1
+    rest = "/".join(parts[num_literal:])
     is_literal = "{" not in rest or next(walk_pattern(folder, rest), None)  # braces are ordinary characters there
     try:
-        yield from ((folder, piece) for piece in ([rest] if is_literal else braceexpand(rest, escape=False)))
+        for piece in [rest] if is_literal else braceexpand(rest, escape=False):
+            yield str(Path(*parts[:num_literal], piece)), [*walk_pattern(folder, piece)]
     except UnbalancedBracesError as error:
         raise ValueError(f"{key}={pattern!r}: unbalanced braces ({error}); write e.g. {{000..131}}") from None
 
