@@ -10,7 +10,7 @@ What may differ
     flat_hand_mean   finger angles are absolute, or offsets from the model's mean pose
     mesh_joints      the set's joints are those of the kinematic chain (HO-3D, DexYCB), or MANO's joint regressor
                      applied to the posed vertices (FreiHAND, utils/model.py). On the stand-in hand, the two are 0.4 to
-                     1.1 mm apart on average, 1.8 mm for the worst hand; the wrong flat_hand_mean costs 9 to 20 mm
+                     1.1 mm apart on average, 1.8 mm for the worst hand; the wrong flat_hand_mean costs 9 mm or more
     left shape       the published MANO_LEFT.pkl does not mirror the x of its shape directions (smplx issue 48), so a
                      left hand fitted with it has other betas than its mirror image. They are converted to the betas
                      of the right hand closest to that shape (least squares over all vertices).
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from src.hand.mano import ManoLayer
 
 NUM_CHECK = 64  # hands of each side
-OWN_JOINTS_MM = 2.0  # tolerance for sets whose joints are MANO's own: a fifth of what the wrong flat_hand_mean costs
+OWN_JOINTS_MM = 2.0  # tolerance for sets whose joints are MANO's own; a wrong convention costs several times as much
 _PALM_TO_KNUCKLE = np.array([j for j in range(21) if j not in TIP_JOINTS])  # the 16 MANO joints
 _MIN_JOINT = 10
 
