@@ -95,7 +95,7 @@ def _estimates(
 ) -> dict[str, list[Estimate | None]]:
     """An estimate of each column of each metric, but a single one of a mean over joints; None without a valid point."""
     over_joints = {name: value for name, value in metrics.items() if name.endswith(OVER_JOINTS)}
-    uneven = {name: value for name, value in over_joints.items() if (value.count != value.count[:, :1]).any()}
+    uneven = {name: value for name, value in over_joints.items() if _is_uneven(value.count)}
     single = {name: _columns(value) for name, value in metrics.items() if name not in over_joints}
 
     columns = [column for part in single.values() for column in part]
@@ -105,9 +105,15 @@ def _estimates(
     bounds = zip(*_intervals(summed[0], summed[1:], bootstrap))
     found = {name: [_estimate(c, *next(bounds), num_unit) for c in part] for name, part in single.items()}
     found |= {name: [_estimate(value, *next(bounds), num_unit)] for name, value in uneven.items()}
-    for name in over_joints.keys() - uneven.keys():  # all joints known equally often: it is the mean over points
+    for name in over_joints.keys() - uneven.keys():  # it is the mean over points
         found[name] = found[name.removesuffix(OVER_JOINTS)]
     return {name: found[name] for name in metrics}
+
+
+def _is_uneven(count: np.ndarray) -> bool:
+    """Whether some samples lack joints that others have: [S, J]. Otherwise means over points and joints are equal."""
+    known = count[:, count.any(axis=0)]
+    return bool((known != known[:, :1]).any())
 
 
 def _columns(value: SampleMetric) -> list[SampleMetric]:
@@ -146,7 +152,7 @@ def _intervals(
             means += [_mean_over_joints(weight @ total, weight @ count) for total, count in over_joints]
         draws.append(np.concatenate(means, axis=1))
     ratio = np.concatenate(draws)
-    ratio[:, np.isnan(ratio).all(axis=0)] = 0.0  # no draw with a valid point
+    ratio[:, ~np.isfinite(ratio).any(axis=0)] = 0.0  # no valid point, or an infinite or NaN prediction
     return tuple(np.nanquantile(ratio, [_TAIL, 1 - _TAIL], axis=0))
 
 
