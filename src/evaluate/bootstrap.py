@@ -134,6 +134,8 @@ def _estimate(value: SampleMetric, low: float, high: float, num_unit: int) -> Es
 
 def _sum_units(value: SampleMetric, unit: np.ndarray, num_unit: int) -> SampleMetric:
     """Sum the rows [S, K] of each unit: [U, K]."""
+    if np.array_equal(unit, np.arange(len(unit))):  # every sample is a unit: no copy
+        return value
     summed = SampleMetric(*(np.zeros((num_unit, part.shape[1])) for part in value))
     for out, part in zip(summed, value):
         np.add.at(out, unit, part)
