@@ -22,16 +22,20 @@ def chirality(joint: np.ndarray) -> np.ndarray:
     Args: joint [N, 21, 3] in a right-handed frame, mm; fingertips are not used.
     """
     thumb, index, *_, little = FINGER_JOINTS.values()
-    wrist, across = joint[:, WRIST], _unit(joint[:, index[0]] - joint[:, little[0]])
+    wrist = joint[:, WRIST]
     normal = _unit(np.cross(joint[:, index[0]] - wrist, joint[:, little[0]] - wrist))
     size = np.linalg.norm(joint[:, index[0]] - wrist, axis=-1)
     height = ((joint[:, list(thumb[:3])] - wrist[:, None]) * normal[:, None]).sum(axis=-1) / size[:, None]
-    bend = np.zeros(len(joint))
-    for finger in list(FINGER_JOINTS.values())[1:]:
-        bone = _unit(np.diff(joint[:, list(finger[:3])], axis=1))
-        bend += (np.cross(bone[:, 0], bone[:, 1]) * across).sum(axis=1)
     # The base of the thumb hardly moves relative to the palm, so its side is the most reliable.
-    return height @ np.array([2.0, 1.0, 1.0]) + 0.3 * bend
+    return height @ np.array([2.0, 1.0, 1.0]) + flexion(joint)
+
+
+def flexion(joint: np.ndarray) -> np.ndarray:
+    """[N] bend of the fingers' middle joints; positive in the direction that a right hand's fingers can bend."""
+    _, *fingers = FINGER_JOINTS.values()
+    across = _unit(joint[:, fingers[0][0]] - joint[:, fingers[-1][0]])
+    bone = _unit(np.diff(joint[:, [finger[:3] for finger in fingers]], axis=2))  # [N, 4, 2, 3]
+    return 0.3 * (np.cross(bone[:, :, 0], bone[:, :, 1]) * across[:, None]).sum(axis=(1, 2))
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
@@ -42,11 +46,12 @@ def _unit(vector: np.ndarray) -> np.ndarray:
 def judge_side(hands: Hands, is_right: bool) -> Verdict:
     """Whether hands labelled right (left) have the shape of right (left) hands.
 
-    Hands without 3D joints are judged by the joints of their MANO parameters.
+    Hands without 3D joints are judged by the joints of their MANO parameters. Those have the palm of the side that is
+    stated, so only the flexion counts.
     """
     has_3d = hands.joint_3d_valid[:, CHAIN_JOINTS].all(axis=1) & is_hand_sized(hands)
-    joint = hands.joint_cam.copy()
-    joint[:, CHAIN_JOINTS] = np.where(has_3d[:, None, None], joint[:, CHAIN_JOINTS], hands.posed)
-    value = chirality(joint) * (1 if is_right else -1)
+    posed = np.full(hands.joint_cam.shape, np.nan)
+    posed[:, CHAIN_JOINTS] = hands.posed
+    value = np.where(has_3d, chirality(hands.joint_cam), flexion(posed)) * (1 if is_right else -1)
     decided = (has_3d | ~hands.joint_3d_valid.any(axis=1)) & (np.abs(value) > _DECIDED)
     return verdict(decided & (hands.is_right == is_right), value < 0, value)

@@ -22,8 +22,7 @@ from src.data.plausibility.size import judge_bones, judge_size
 from src.data.plausibility.verdict import Check, Verdict
 
 _SWAPPED = "handedness swapped, or joints mirrored (x negated)"
-# A hand's side is a vote of its shape, which single hands of unusual shape may lose.
-_SIDE_SHARE = 0.05
+_VOTE = {"min_share": 0.05, "min_count": 2}  # single hands of unusual shape may look like the other side
 CHECKS = {
     "size": Check("3D joints are not hand-sized", "median bone {:.3g} mm", judge_size),
     "bones": Check("bones are out of proportion with their hand", "a bone of {:.3g} mm", judge_bones),
@@ -31,8 +30,8 @@ CHECKS = {
     "projection": Check("2D and projected 3D joints disagree", "median {:.3g} px", judge_projection),
     "shape_2d": Check("2D and 3D joints differ in shape", "median {:.2g} % of the hand", judge_shape_2d),
     "focal": Check("focal does not match princpt", "focal {:.4g} px", judge_focal),
-    "right": Check("right hands look like left hands", "", partial(judge_side, is_right=True), _SIDE_SHARE),
-    "left": Check("left hands look like right hands", "", partial(judge_side, is_right=False), _SIDE_SHARE),
+    "right": Check("right hands look like left hands", "", partial(judge_side, is_right=True), **_VOTE),
+    "left": Check("left hands look like right hands", "", partial(judge_side, is_right=False), **_VOTE),
     "mano": Check("MANO parameters do not give the joints", "mean {:.3g} mm", judge_mano),
     "box": Check("hand_bbox does not match the 2D joints", "{:.0f} % of them inside", judge_box),
     "pixels": Check("2D joints span less than 4 px", "{:.3g} px", judge_pixels),
@@ -109,7 +108,7 @@ def findings(tallies: Tallies) -> list[str]:
     order = list(CHECKS)
     for key, counts in sorted(tallies.items(), key=lambda item: (item[0].source, order.index(item[0].check))):
         check = CHECKS[key.check]
-        if counts.bad and counts.bad >= check.min_share * counts.checked:
+        if counts.bad >= max(min(check.min_count, counts.checked), check.min_share * counts.checked):
             cause = _likely_cause(key, tallies)
             lines.append(
                 f"{key.source}: {check.text}: {counts.bad} of {counts.checked} checked hands"

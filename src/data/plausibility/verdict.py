@@ -26,6 +26,7 @@ class Check(NamedTuple):
     example: str  # format of Verdict.value
     judge: Callable[[Hands], Verdict]
     min_share: float = 0.0  # of the checked hands that must be bad for a warning
+    min_count: int = 1  # likewise, unless all are bad
 
 
 def verdict(checked: np.ndarray, bad: np.ndarray, value: np.ndarray) -> Verdict:
