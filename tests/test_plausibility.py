@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -116,6 +118,7 @@ BROKEN: dict[str, tuple[Change, str, str]] = {  # name: (change, what is reporte
         "2D and projected 3D joints disagree",
         "constant shift",
     ),
+    "princpt by a few px": (of(princpt=lambda r: np.add(r.princpt, [7, 0])), "disagree", "constant shift"),
     "resized": (of(focal=lambda r: r.focal * 2, princpt=lambda r: r.princpt * 2), "disagree", "0.5 times as large"),
     "y up": (of(joint_cam=lambda r: r.joint_cam * [1, -1, 1]), "2D and projected 3D joints disagree", "y of joint_cam"),
     "opengl": (of(joint_cam=lambda r: r.joint_cam * [1, -1, -1]), "behind the camera", "OpenGL"),
@@ -163,6 +166,21 @@ def test_true_labels_are_not_reported(tmp_path: Path) -> None:
     hidden[[0, 5, 8]] = 0
     wild = of(joint_cam=lambda r: moved(r.joint_cam, 8, 1e4), joint_3d_valid=lambda _: hidden)
     assert found(tmp_path, [wild(r) for r in true]) == []
+
+
+def test_noisy_labels_are_not_reported(tmp_path: Path) -> None:
+    """Annotated joints a few mm and px from the truth, parameters of a fitted hand, children's hands, loose boxes."""
+    rng = np.random.default_rng(1)
+    changes = (
+        of(joint_cam=lambda r: r.joint_cam + rng.normal(0, 4, (21, 3))),
+        of(joint_img=lambda r: r.joint_img + rng.normal(0, 3, (21, 2))),
+        of(mano_shape=lambda r: r.mano_shape + rng.normal(0, 1, 10)),
+        of(joint_cam=lambda r: 0.6 * r.joint_cam, mano_pose=lambda _: None, mano_shape=lambda _: None),
+        of(hand_bbox=lambda _: np.array([0.0, 0, SIZE - 1, SIZE - 1])),
+        of(hand_bbox=lambda r: np.clip(r.hand_bbox, 0, SIZE - 1)),
+    )
+    for number, change in enumerate(changes):
+        assert found(tmp_path, [change(r) for r in true_hands()]) == [], number
 
 
 def test_a_part_of_a_source_is_counted(tmp_path: Path) -> None:
@@ -232,7 +250,16 @@ def test_real_hands_are_plausible_and_swapped_ones_are_not(tmp_path: Path) -> No
     tallies, _ = check_hands_of_shard(shard, None)
     assert findings(tallies) == []
     sides = {source: counts.checked for (source, check), counts in tallies.items() if check in ("left", "right")}
-    assert sides["hand_graph_cnn"] > 130, "hands of all sources are decided, most of one"
+    assert sides["hand_graph_cnn"] > 130, "the shape decides for almost all hands"
+    entries = json.loads((REALHANDS / "annotations.json").read_text(encoding="utf-8"))
+    for entry in entries[::3]:
+        entry["handedness"] = {"left": "right", "right": "left"}[entry["handedness"]]
+    (tmp_path / "annotations.json").write_text(json.dumps(entries))
+    (tmp_path / "images").symlink_to(REALHANDS / "images")
+    convert_realhands(Request(tmp_path, tmp_path / "swapped", "hand_graph_cnn"))
+    tallies, _ = check_hands_of_shard(*open_indexes([tmp_path / "swapped" / "000000.tar"]), None)
+    (line,) = findings(tallies)
+    assert re.match(r"hand_graph_cnn: right hands look like left hands: (4[5-9]) of \1 checked hands", line)
 
 
 @pytest.mark.parametrize("name", ["freihand", "interhand", "dexycb", "ho3d", "hamer"])

@@ -16,7 +16,7 @@ from src.hand.skeleton import BONES, MANO_TO_OPENPOSE
 _BONE_MM = np.array([34, 39, 32, 27, 89, 38, 24, 23, 90, 37, 27, 24, 83, 33, 27, 22, 80, 30, 20, 19], float)
 _PARENT, _CHILD = np.array(BONES).T
 SCALE = (0.45, 1.8)  # of a hand, relative to _BONE_MM: 0.66 to 1.25 in those sets; a toddler's is 0.55
-_BONE_SCALE = (0.15, 3.0)  # of a bone, relative to its hand: 0.62 to 2.0 in those sets
+_BONE_SCALE = (0.05, 3.0)  # of a bone, relative to its hand: 0.62 to 2.0 in those sets; shorter: joints coincide
 _UNITS = {
     "joint_cam looks like metres: multiply by 1000": 1e3,
     "joint_cam looks like centimetres: multiply by 10": 10.0,
