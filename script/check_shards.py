@@ -30,7 +30,7 @@ from src.data.plausibility.tally import findings
 from src.data.plausibility.tally import merge as merge_tallies
 from src.data.shards.build_index import open_indexes
 from src.data.shards.paths import resolve_source
-from src.hand.load import hand_model_problem
+from src.hand.load import hand_model_problem, load_hand
 from src.utils.console import make_console
 from src.utils.files import encode_image
 
@@ -57,10 +57,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--num_hand and --num_process must be at least 1")
     if args.sheet is not None and args.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         parser.error(f"--sheet {args.sheet}: the name must end with .png, .jpg or .webp")
-    if args.mano is not None and (problem := hand_model_problem(str(args.mano))):
-        parser.error(f"--mano {problem}")
     if args.mano is None and MANO.is_file():
         args.mano = MANO
+    if args.mano is not None:
+        if problem := hand_model_problem(str(args.mano)):
+            parser.error(f"--mano {problem}")
+        try:
+            load_hand(str(args.mano))
+        except (ValueError, OSError) as error:
+            parser.error(f"--mano {args.mano}: {error}")
     return args
 
 

@@ -290,8 +290,10 @@ def test_check_shards_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (
         "parameters of the hand model 'mano' were not compared with the joints; --mano FILE" in capsys.readouterr().out
     )
-    with pytest.raises(SystemExit, match="2"):
-        check_main([*arguments, "--mano", str(tmp_path / "gone.pkl")])
+    (tmp_path / "bad.pkl").write_bytes(b"not a pickle")
+    for name in ("gone.pkl", "bad.pkl"):
+        with pytest.raises(SystemExit, match="2"):
+            check_main([*arguments, "--mano", str(tmp_path / name)])
 
 
 def loaders(root: Path) -> SimpleNamespace:
