@@ -139,6 +139,13 @@ class ShardReader:
         sample_row, number = self.tables.frame[row].item()[:2]
         return (self.clips.get((self.name, sample_row)) or self._clip(sample_row, None))[1], number
 
+    def image_head(self, row: int, size: int) -> bytes:
+        """The first `size` bytes of a row's encoded image, or fewer if it is smaller; not checked. Raises OSError."""
+        if self.rows is not None:
+            row = int(self.rows[row])
+        sample_row, _, begin, image_size, _ = self.tables.frame[row].item()
+        return os.pread(self.fd, min(size, image_size), int(self.tables.sample["offset"][sample_row]) + begin)
+
     def _clip(self, sample_row: int, note: bytes | None) -> tuple[str, Clip]:
         """(key, annotations) of a sample from its note; None: read it."""
         offset, _, sample_size, image_begin, image_end, crc = self.tables.sample[sample_row].item()
