@@ -26,6 +26,7 @@ from src.data.shards.index import (
     save_index,
 )
 from src.data.shards.processes import map_processes, worker_context
+from src.data.shards.safe_parse import stored_image
 from src.data.shards.tar import BLOCK, CorruptRegion, Member, TarReader, split_name
 
 
@@ -111,8 +112,9 @@ class _Builder:
                 self.bad.append(Bad(f"{key}/{number}", clip.bad_frame[number]))
                 continue
             member = by_suffix[image.suffix]
-            crc = crc32(memoryview(member.data)[image.begin : image.begin + image.size])
-            self.frame_rows.append((row, number, member.offset - offset + image.begin, image.size, crc))
+            stored = memoryview(member.data)[image.begin : image.begin + image.size]
+            begin, crc = member.offset - offset + image.begin, crc32(stored_image(stored, image.is_text))
+            self.frame_rows.append((row, number, begin, image.size, crc, image.is_text))
         self.layouts.add(frozenset(by_suffix))
 
 

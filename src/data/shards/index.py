@@ -23,7 +23,7 @@ import numpy as np
 
 from src.utils.files import write_atomic
 
-VERSION = 4  # increase it also when the definition of a healthy frame changes
+VERSION = 5  # increase it also when the definition of a healthy frame changes
 _MAGIC = b"HANDIDX\0"
 _HEAD = struct.Struct("<8sII")  # magic, length of the header, checksum of everything after this
 _ALIGN = 64
@@ -46,6 +46,7 @@ FRAME = np.dtype(
         ("begin", "<u4"),  # of the encoded image, relative to the sample's offset
         ("size", "<u4"),
         ("crc", "<u4"),  # crc32 of the encoded image
+        ("is_text", "u1"),  # 1: stored as UTF-8 of latin-1 text, see safe_parse.stored_image
     ]
 )
 
