@@ -117,6 +117,12 @@ def _array_of(shape: tuple[int, ...], dtype: np.dtype | str, fortran: bool, cont
     return array.reshape(shape, order="F" if fortran else "C")
 
 
+def _from_buffer(raw: Any, dtype: Any, shape: Any, order: str, axis_order: Any = None) -> np.ndarray:
+    """An array as protocol 5 stores it; numpy 2.3 and later also transposed ones (order K)."""
+    array = _array_of(shape, dtype, order == "F", raw)
+    return array if axis_order is None else array.transpose(axis_order)
+
+
 def _encode(text: str, encoding: str) -> bytes:
     """Python 3 writes bytes this way at protocols 0 to 2."""
     if encoding != "latin1":
@@ -137,7 +143,7 @@ NUMPY_CORE = ("numpy.core", "numpy._core")
 _NUMPY = {
     ("multiarray", "_reconstruct"): lambda *_: Pending(lambda state: _array_of(*state[1:])),
     ("multiarray", "scalar"): lambda dtype, raw: raw if dtype is OBJECT else _array_of((1,), dtype, False, raw)[0],
-    ("numeric", "_frombuffer"): lambda raw, dtype, shape, order: _array_of(shape, dtype, order == "F", raw),
+    ("numeric", "_frombuffer"): _from_buffer,
 }
 PLAIN: Allowed = {
     ("numpy", "ndarray"): None,

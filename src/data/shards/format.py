@@ -6,6 +6,7 @@ T frames (T may be 1) of one hand. Both formats hold `.npy` arrays with a leadin
     native   `jpg|jpeg|png|webp` (T = 1) or `0000.jpg`, `0001.jpg`, ...; one `json` with everything that is not an array
     labs     `img_bytes.pickle` (parsed, never unpickled), `imgs_path.json`, `handedness.json`, `data_source.json`, ...
 
+Layouts that writers use instead are converted here (`_with_frame_axis`, `_split_confidence`);
 src/data/shards/annotation.py fills in values that are missing or flagged as unknown. Shape legend: T frames.
 """
 
@@ -232,8 +233,8 @@ def _with_frame_axis(array: np.ndarray, name: str) -> np.ndarray:
     for shape in (FIELDS[name], _ALSO.get(name)):
         if shape in (array.shape, array.shape[1:]):  # without the frame axis: a clip of one frame
             return array.reshape(-1, *(shape if name in _CONFIDENCE else FIELDS[name]))
-    hint = _SHAPE_HINT.get(name, "")
-    raise SampleError("wrong_shape", f"{name}.npy is {array.shape}, not (T, {str(FIELDS[name])[1:]}{hint}")
+    expected = ", ".join(["T", *map(str, FIELDS[name])])
+    raise SampleError("wrong_shape", f"{name}.npy is {array.shape}, not ({expected}){_SHAPE_HINT.get(name, '')}")
 
 
 def _split_confidence(arrays: dict[str, np.ndarray]) -> None:
