@@ -120,7 +120,7 @@ HOSTILE = {
     "_frombuffer of another shape": Call(FROM_BUFFER, IMAGE, U1, (N + 1,), "C"),
     "_frombuffer of nothing": Call(FROM_BUFFER),
     "_frombuffer with a state": Call(FROM_BUFFER, IMAGE, U1, (N,), "C", state={"x": 1}),
-    "matrix": np.matrix(ARRAY),
+    "subclass": ARRAY.view(Array),
     "masked array": np.ma.masked_array(ARRAY),
     "numpy scalar": np.uint8(7),
     "numpy bytes": np.bytes_(IMAGE),

@@ -141,15 +141,13 @@ def _has_camera(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int) ->
     if meta.intr_type == "none":
         return constant(0.0, num_frame)
     stated = _flag(num_frame, arrays, {"focal", "princpt"}, ("has_intr",))
-    if not {"focal", "princpt"} <= arrays.keys():
+    if ("has_intr" in arrays and meta.intr_type not in _INVENTED) or "focal" not in arrays or "princpt" not in arrays:
         return stated
     focal, princpt = arrays["focal"], arrays["princpt"]
     if "has_intr" not in arrays:
         return (focal != 0).all(axis=-1).astype(np.float32)
-    if meta.intr_type in _INVENTED and not stated.all():
-        usable = (focal >= MIN_FOCAL) & (focal <= VALUE_LIMIT) & (np.abs(princpt) <= VALUE_LIMIT)  # [T, 2]
-        return np.maximum(stated, usable.all(axis=-1))
-    return stated
+    usable = (focal >= MIN_FOCAL) & (focal <= VALUE_LIMIT) & (np.abs(princpt) <= VALUE_LIMIT)  # [T, 2]
+    return np.maximum(stated, usable.all(axis=-1))
 
 
 def joint_extent(joint_img: np.ndarray, valid: np.ndarray | float = 1.0) -> np.ndarray:

@@ -36,12 +36,13 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF")
 
 _MEMBERS = {f"{name}.npy": name for name in FIELDS}
-_CONFIDENCE = {"joint_img": "joint_2d_valid", "joint_cam": "joint_3d_valid"}  # may have a confidence as last column
+# joints that may have a confidence as last column -> their flag, columns without it
+_CONFIDENCE = {"joint_img": ("joint_2d_valid", 2), "joint_cam": ("joint_3d_valid", 3)}
 # another shape of a frame that can be read in one way only
 _ALSO: dict[str, tuple[int, ...]] = {
     "mano_pose": (NUM_POSE // 3, 3),
     **{name: (*FIELDS[name], 1) for name in FLAGS},
-    **{name: (NUM_JOINT, FIELDS[name][-1] + 1) for name in _CONFIDENCE},
+    **{name: (NUM_JOINT, size + 1) for name, (_, size) in _CONFIDENCE.items()},
 }
 _SHAPE_HINT = {
     "mano_pose": ": 16 axis-angle rotations, the root first, neither matrices nor PCA coefficients",
@@ -243,13 +244,13 @@ def _split_confidence(arrays: dict[str, np.ndarray]) -> None:
     Raises:
         SampleError: wrong_shape if the column holds other numbers, such as depths.
     """
-    for name, flag in _CONFIDENCE.items():
-        size = FIELDS[name][-1]
-        if name not in arrays or arrays[name].shape[-1] == size:
+    for name, (flag, size) in _CONFIDENCE.items():
+        array = arrays.get(name)
+        if array is None or array.shape[2] == size:
             continue
-        confidence = arrays[name][..., size]
+        confidence = array[..., size]
         if not ((confidence >= 0) & (confidence <= 1) | np.isnan(confidence)).all():
-            stated = f"{name}.npy is {arrays[name].shape}, and its last column is not a confidence from 0 to 1"
+            stated = f"{name}.npy is {array.shape}, and its last column is not a confidence from 0 to 1"
             raise SampleError("wrong_shape", f"{stated}; store {size} columns, and what is known in {flag}.npy")
         arrays[flag] = (confidence > 0) * arrays.get(flag, arrays.get("joint_valid", np.float32(1)))
-        arrays[name] = arrays[name][..., :size]
+        arrays[name] = array[..., :size]
