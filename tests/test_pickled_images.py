@@ -221,6 +221,15 @@ def test_many_references_to_one_large_image_are_located_soon() -> None:
     assert time.process_time() - begin < 10
 
 
+def test_integers_that_collide_as_keys_are_refused() -> None:
+    numbers = [n * (2**61 - 1) for n in range(1, 50_000)]
+    for value in (dict.fromkeys(numbers[:9]), set(numbers[:9])):
+        for protocol in (2, 4):
+            assert refused(pickle.dumps(value, protocol)).startswith("unsafe_pickle")
+    keys = b"".join(pickle.dumps(number, 2)[2:-1] + b"N" for number in numbers)  # a dict of these takes a minute
+    assert refused(b"\x80\x02}(" + keys + b"u.").startswith("unsafe_pickle: integers")
+
+
 def mutate(data: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
     """A few random edits: changed, inserted, removed, repeated and foreign bytes."""
     data = bytearray(data)

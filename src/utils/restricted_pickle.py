@@ -130,10 +130,18 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
+_HASH_MODULUS = (1 << 61) - 1  # of Python's integers
+
+
 def _keys(keys: list[Any]) -> list[Any]:
-    """Keys of a dict or set, without nested tuples: hashing a deeply nested one would overflow Python's C stack."""
-    if any(isinstance(key, tuple) and any(isinstance(item, tuple) for item in key) for key in keys):
-        raise PickleError("unsafe_pickle", "nested tuples are not allowed as keys")
+    """Keys of a dict or set. Hashing a deeply nested tuple would overflow Python's C stack; integers beyond the modulus
+    of the hash can be chosen to collide, which takes quadratic time.
+    """
+    for key in keys:
+        if isinstance(key, tuple) and any(isinstance(item, tuple) for item in key):
+            raise PickleError("unsafe_pickle", "nested tuples are not allowed as keys")
+        if isinstance(key, int) and abs(key) >= _HASH_MODULUS:
+            raise PickleError("unsafe_pickle", "integers of more than 61 bits are not allowed as keys")
     return keys
 
 
