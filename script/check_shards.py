@@ -26,6 +26,7 @@ from rich.table import Table
 from src.data.check_shards import ShardReport, check_shards, examples, merge
 from src.data.contact_sheet import contact_sheet
 from src.data.shards.build_index import open_indexes
+from src.data.shards.errors import REASONS
 from src.data.shards.paths import resolve_source
 from src.utils.console import make_console
 from src.utils.files import encode_image
@@ -64,11 +65,11 @@ def find_shards(args: argparse.Namespace) -> list[Path]:
 
 
 def corruption_table(reports: Sequence[ShardReport]) -> Table:
-    """Reasons, numbers of frames, and examples."""
-    table = Table("reason", "frames", "for example")
+    """Reasons, numbers of frames, what to do, and examples."""
+    table = Table("reason", "frames", "what to do, and examples")
     table.columns[1].justify = "right"
-    for reason, count in merge(reports).most_common():
-        table.add_row(reason, str(count), "\n".join(examples(reports, reason)))
+    for reason, count in merge(reports)[0].most_common():
+        table.add_row(reason, str(count), "\n".join([REASONS[reason], *examples(reports, reason)]))
     return table
 
 
@@ -101,11 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.num_process,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    corrupt = merge(reports)
+    corrupt, num_lost = merge(reports)
     if corrupt:
         console.print(corruption_table(reports))
     if stale := [report.shard for report in reports if report.has_stale_index]:
         console.print(f"{len(stale)} indexes are out of date; the next run rebuilds them: {stale[0]}", soft_wrap=True)
+    if num_lost:
+        console.print(
+            f"{num_lost} shards cannot be read at all; each counts with the mean number of frames of the others"
+        )
     num_frame = sum(report.num_frame for report in reports)
     console.print(
         f"{len(shards)} shards, {sum(r.num_sample for r in reports)} samples, {num_frame} healthy frames, "

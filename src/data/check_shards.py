@@ -18,9 +18,9 @@ from src.data.sample import make_sample
 from src.data.shards.build_index import build_index, find_index, index_places
 from src.data.shards.errors import reason_of
 from src.data.shards.index import MAX_NAMED, Bad, ShardIndex
+from src.data.shards.losses import count_lost
 from src.data.shards.processes import map_processes, worker_context
 from src.data.shards.reader import ShardReader
-from src.utils.text import printable
 
 
 @dataclass
@@ -33,6 +33,7 @@ class ShardReport:
     num_frame: int = 0  # healthy frames
     bad_count: Counter[str] = field(default_factory=Counter)  # reason -> frames
     bad: list[Bad] = field(default_factory=list)  # the first MAX_NAMED of them
+    is_lost: bool = False  # nothing in it can be read
     has_stale_index: bool = False  # a stored index is out of date; the next run rebuilds it
 
     def add(self, bad: Bad) -> None:
@@ -73,13 +74,20 @@ def check_shard(shard: Path, decode: bool = False, index_dir: str | Path | None 
     try:
         index = build_index(shard)
         report = ShardReport(
-            shard, index.shard_size, index.num_sample, index.num_frame(), Counter(index.bad_count), list(index.bad)
+            shard,
+            index.shard_size,
+            index.num_sample,
+            index.num_frame(),
+            Counter(index.bad_count),
+            list(index.bad),
+            index.is_lost,
         )
         _compare(report, index, index_dir)
         if decode:
             _decode(report, index)
     except OSError as error:
-        report = ShardReport(shard, bad_count=Counter(unreadable=1), bad=[Bad(str(error.strerror), "unreadable")])
+        bad = Bad(str(error.strerror), "unreadable")
+        report = ShardReport(shard, bad_count=Counter(unreadable=1), bad=[bad], is_lost=True)
     return report
 
 
@@ -119,17 +127,17 @@ def _decode(report: ShardReport, index: ShardIndex) -> None:
     reader.close()
 
 
-def merge(reports: Sequence[ShardReport]) -> Counter[str]:
-    """Bad frames by reason over all shards."""
-    return sum((report.bad_count for report in reports), Counter())
+def merge(reports: Sequence[ShardReport]) -> tuple[Counter[str], int]:
+    """Lost frames by reason over all shards, and how many shards cannot be read at all (`count_lost`)."""
+    return count_lost((report.num_frame, report.bad_count, report.is_lost) for report in reports)
 
 
 def examples(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[str]:
     """The first `num` examples of a reason as "<key> in <shard>", taken from the shards in turn."""
-    by_shard = [[bad.key for bad in report.bad if bad.reason == reason] for report in reports]
+    by_shard = [[bad for bad in report.bad if bad.reason == reason] for report in reports]
     found = [
-        (turn, f"{printable(key) or '(no key)'} in {report.shard}")
-        for report, keys in zip(reports, by_shard)
-        for turn, key in enumerate(keys[:num])
+        (turn, f"{bad} in {report.shard}")
+        for report, of_shard in zip(reports, by_shard)
+        for turn, bad in enumerate(of_shard[:num])
     ]
     return [text for _, text in sorted(found, key=lambda item: item[0])[:num]]

@@ -49,6 +49,7 @@ def plan_hamer(request: Request) -> Job:
     """
     made = request.output.resolve()
     tars = [p for p in sorted(request.input.glob("**/*.tar")) if made not in p.resolve().parents]
+    tars = [p for p in tars if not p.name.startswith(".")]  # macOS's ._000000.tar
     tars = [p for p in tars if request.split in ("all", p.resolve().parent.name)]
     if not tars:
         what = "" if request.split == "all" else f"{request.split}/"
@@ -85,6 +86,9 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | str]]:
         for item in TarReader(file, path.stat().st_size):
             if isinstance(item, CorruptRegion):
                 yield item.name, f"damaged_{item.reason}"
+                continue
+            if item.problem:
+                yield item.name, item.problem
                 continue
             parts = split_name(item.name)
             if parts is None:

@@ -73,7 +73,7 @@ def _frames(root: Path, split: str) -> dict[str, list[str]]:
     if listing.is_file():
         names = listing.read_text(encoding="utf-8").split()
     else:
-        names = [f"{path.parts[-3]}/{path.stem}" for path in (root / split).glob("*/meta/*.pkl")]
+        names = [f"{path.parts[-3]}/{path.stem}" for path in (root / split).glob("*/meta/[!.]*.pkl")]
     frames: dict[str, list[str]] = {}
     for name in sorted(set(names)):
         sequence, _, frame = name.partition("/")

@@ -22,6 +22,7 @@ from zlib import crc32
 import numpy as np
 
 from src.utils.files import write_atomic
+from src.utils.text import printable
 
 VERSION = 5  # increase it also when the definition of a healthy frame changes
 _MAGIC = b"HANDIDX\0"
@@ -59,6 +60,10 @@ class Bad:
     reason: str
     num_frame: int = 1
 
+    def __str__(self) -> str:
+        key = printable(self.key) or "(no key)"
+        return key if self.num_frame == 1 else f"{key} ({self.num_frame} frames)"
+
 
 @dataclass(frozen=True)
 class Tables:
@@ -73,7 +78,7 @@ class Tables:
 
 
 # fields of ShardIndex that are stored in the header, besides `bad`
-_STORED = ("shard_size", "shard_mtime_ns", "num_sample", "frame_number_count", "bad_count")
+_STORED = ("shard_size", "shard_mtime_ns", "num_sample", "frame_number_count", "bad_count", "is_lost")
 
 
 @dataclass
@@ -87,6 +92,7 @@ class ShardIndex:
     frame_number_count: list[int]  # how many healthy frames have number 0, 1, 2, ... in their clip
     bad_count: dict[str, int]  # reason -> frames
     bad: list[Bad]  # the first MAX_NAMED of them
+    is_lost: bool = False  # nothing in it can be read, so `bad_count` cannot state how many frames that costs
     stored: tuple[Path, int] | None = None  # the file with the rows, and their offset in it
     in_memory: Tables | None = field(default=None, repr=False)  # the rows themselves, if they could not be stored
 
