@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from src.data.check_shards import ShardReport, check_shards, examples, merge
+from src.data.check_shards import ShardReport, check_shards, details, examples, merge
 from src.data.contact_sheet import contact_sheet
 from src.data.shards.build_index import open_indexes
 from src.data.shards.errors import REASONS
@@ -69,7 +69,8 @@ def corruption_table(reports: Sequence[ShardReport]) -> Table:
     table = Table("reason", "frames", "what to do, and examples")
     table.columns[1].justify = "right"
     for reason, count in merge(reports)[0].most_common():
-        table.add_row(reason, str(count), "\n".join([REASONS[reason], *examples(reports, reason)]))
+        lines = [REASONS[reason], *details(reports, reason), *examples(reports, reason)]
+        table.add_row(reason, str(count), "\n".join(lines))
     return table
 
 

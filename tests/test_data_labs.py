@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from script.check_shards import main as check_main
 from src.batch import Sample
+from src.data.health import DataHealth
 from src.data.image import decode_image
 from src.data.loader import build_train_loader
 from src.data.sample import make_sample
 from src.data.shards.annotation import Clip
-from src.data.shards.build_index import build_index
+from src.data.shards.build_index import build_index, open_indexes
 from src.data.shards.errors import SampleError
 from src.data.shards.format import parse_clip
 from src.data.shards.reader import ShardReader
@@ -270,6 +272,17 @@ def test_text_members_hold_any_name(name: str) -> None:
 def test_other_text_is_refused_by_name(member: str, data: bytes, reason: str) -> None:
     with pytest.raises(SampleError, match=reason):
         text_of(member, data)
+
+
+def test_reports_name_the_refused_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = [{**lab_clip(number, 2), "intr_type.json": "estimated"} for number in range(2)]
+    shard = write_shard(tmp_path / "a.tar", [*clips, lab_clip(2, 2)])
+    check_main([str(shard)])
+    assert "not 'estimated'" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    open_indexes([shard])
+    health = DataHealth([open_indexes([shard])], 0.01)  # from the stored index
+    assert health.counts() == {"bad_value": 2 * NUM_FRAME}
+    assert "not 'estimated'" in health.table()
 
 
 NAN = float("nan")

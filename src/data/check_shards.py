@@ -16,7 +16,7 @@ import numpy as np
 from src.data.image import decode_image
 from src.data.sample import make_sample
 from src.data.shards.build_index import build_index, find_index, index_places
-from src.data.shards.errors import reason_of
+from src.data.shards.errors import detail_of, reason_of
 from src.data.shards.index import MAX_NAMED, Bad, ShardIndex
 from src.data.shards.losses import count_lost
 from src.data.shards.processes import map_processes, worker_context
@@ -123,13 +123,19 @@ def _decode(report: ShardReport, index: ShardIndex) -> None:
         except OSError:
             raise
         except Exception as error:
-            report.add(Bad(reader.describe(row), reason_of(error)))
+            report.add(Bad(reader.describe(row), reason_of(error), detail=detail_of(error)))
     reader.close()
 
 
 def merge(reports: Sequence[ShardReport]) -> tuple[Counter[str], int]:
     """Lost frames by reason over all shards, and how many shards cannot be read at all (`count_lost`)."""
     return count_lost((report.num_frame, report.bad_count, report.is_lost) for report in reports)
+
+
+def details(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[str]:
+    """The most frequent details of a reason, such as the value that was found and those that are read."""
+    found = Counter(bad.detail for report in reports for bad in report.bad if bad.reason == reason and bad.detail)
+    return [detail for detail, _ in found.most_common(num)]
 
 
 def examples(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[str]:

@@ -10,7 +10,7 @@ from zlib import crc32
 
 import numpy as np
 
-from src.data.shards.errors import SampleError, reason_of
+from src.data.shards.errors import SampleError, detail_of, reason_of
 from src.data.shards.format import find_images, is_image, parse_clip
 from src.data.shards.index import (
     FRAME,
@@ -78,13 +78,14 @@ class _Builder:
         except OSError:
             raise
         except Exception as error:
-            run.reason = run.reason or reason_of(error)
+            if not run.reason:
+                run.reason, run.detail = reason_of(error), detail_of(error)
             self._count(run, data)
 
     def _count(self, run: Run, data: dict[str, bytes]) -> None:
         """Count the frames of a run that cannot be used."""
         if run.reason in _MAY_BE_DOTTED and (hands := split_dotted(data)):
-            run.reason, run.num_image = "dotted_name", sum(map(count_frames, hands.values()))
+            run.reason, run.detail, run.num_image = "dotted_name", "", sum(map(count_frames, hands.values()))
         else:
             run.num_image, run.num_annotated = count_images(data), count_annotated(data)
 

@@ -59,6 +59,7 @@ class Bad:
     key: str
     reason: str
     num_frame: int = 1
+    detail: str = ""  # which member, which value, what is expected
 
     def __str__(self) -> str:
         key = printable(self.key) or "(no key)"

@@ -23,6 +23,7 @@ class Run:
     size: int  # bytes in the archive, headers included
     reason: str = ""  # why it cannot be used; "": it is healthy
     is_suspect: bool = False  # next to a corrupt region: it may lack members
+    detail: str = ""  # of the reason
     num_image: int = 0  # of a run that cannot be used; 0: unknown
     num_annotated: int = 0  # the same, from the other members
     sample_row: tuple[int, ...] = ()
@@ -69,7 +70,7 @@ def _judge_key(key: str, runs: Sequence[Run]) -> list[Bad]:
     """Report the runs with one key: as one sample if its members are not side by side, else each for itself."""
     has_fragment = any(not is_whole(run.suffixes) and any(map(is_used, run.suffixes)) for run in runs)
     if len(runs) == 1 or not has_fragment:
-        return [Bad(key, run.reason, run.num_known or 1) for run in runs if run.reason]
+        return [Bad(key, run.reason, run.num_known or 1, run.detail) for run in runs if run.reason]
     suffixes = [suffix for run in runs for suffix in run.suffixes]
     is_repeated = len({*suffixes}) < len(suffixes)
     lost = max(run.num_known for run in runs) if is_repeated else _merged_frames(runs)
