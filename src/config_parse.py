@@ -82,8 +82,8 @@ def quote_paths(arguments: Iterable[str]) -> list[str]:
 
 def _quote_path(argument: str) -> str:
     key, _, value = argument.partition("=")
-    is_literal = value[1:].count("[") or (value and Path(value).exists())
-    if key.lstrip("+") not in PATHS or value[:1] in ("'", '"') or not is_literal or re.fullmatch(r"[\w./~-]*", value):
+    is_literal = "[" in value[1:] or os.path.exists(os.path.expanduser(value))
+    if key.lstrip("+") not in PATHS or value[:1] in ("'", '"') or not is_literal or re.fullmatch(r"[\w./-]*", value):
         return argument
     return "{}='{}'".format(key, value.replace("'", r"\'"))
 

@@ -32,7 +32,7 @@ from src.data.shards.safe_parse import stored_image
 from src.data.shards.tar import BLOCK, CorruptRegion, Member, TarReader, compression, split_name
 
 # a sample that fails for one of these may be several, merged by dots in their names
-_MAY_BE_DOTTED = frozenset({"missing_member", "wrong_shape", "duplicate_member"})
+_MAY_BE_DOTTED = frozenset({"missing_member", "wrong_shape", "duplicate_member", "dotted_name"})
 
 
 class _Builder:

@@ -38,9 +38,8 @@ def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "
         shards.update(*tars.values())
         if empty := [piece for piece, matches in tars.items() if not matches]:
             missing.append(pattern if len(found) == 1 else f"{pattern}: {empty[0]}")
-            compressed = compressed or next(
-                (c for piece in empty for path in found[piece] for c in _packed(path)), None
-            )
+            packed = (file for piece in empty for path in found[piece] for file in _packed(path))
+            compressed = compressed or next(packed, None)
     if missing:
         hint = f"; {compressed} is compressed: unpack it to a .tar" if compressed else ""
         raise ValueError(
@@ -65,8 +64,10 @@ def _expand(root: Path, pattern: str, key: str) -> Iterator[tuple[Path, str]]:
         parts = list(_expand_user(Path(pattern)).parts)
     while parts and (folder / parts[0]).exists():
         folder /= parts.pop(0)
+    rest = "/".join(parts)
+    is_literal = "{" not in rest or next(walk_pattern(folder, rest), None)  # braces are ordinary characters there
     try:
-        yield from ((folder, piece) for piece in braceexpand("/".join(parts), escape=False))
+        yield from ((folder, piece) for piece in ([rest] if is_literal else braceexpand(rest, escape=False)))
     except UnbalancedBracesError as error:
         raise ValueError(f"{key}={pattern!r}: unbalanced braces ({error}); write e.g. {{000..131}}") from None
 

@@ -68,8 +68,7 @@ def judge(runs: Sequence[Run], regions: Sequence[tuple[CorruptRegion, int]]) -> 
 
 def _judge_key(key: str, runs: Sequence[Run]) -> list[Bad]:
     """Report the runs with one key: as one sample if its members are not side by side, else each for itself."""
-    has_fragment = any(not is_whole(run.suffixes) and any(map(is_used, run.suffixes)) for run in runs)
-    if len(runs) == 1 or not has_fragment:
+    if len(runs) == 1 or not any(map(_is_fragment, runs)):
         return [Bad(key, run.reason, run.num_known or 1, run.detail) for run in runs if run.reason]
     suffixes = [suffix for run in runs for suffix in run.suffixes]
     is_repeated = len({*suffixes}) < len(suffixes)
@@ -77,6 +76,10 @@ def _judge_key(key: str, runs: Sequence[Run]) -> list[Bad]:
     for run in runs:
         run.reason = "duplicate_member" if is_repeated else "scattered_members"
     return [Bad(key, runs[0].reason, lost or 1)]
+
+
+def _is_fragment(run: Run) -> bool:
+    return not is_whole(run.suffixes) and any(map(is_used, run.suffixes))
 
 
 def _merged_frames(runs: Sequence[Run]) -> int:
