@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from src.data.check_shards import ShardReport, check_shards, examples, merge
+from src.data.check_shards import ShardReport, check_shards, details, examples, merge
 from src.data.contact_sheet import contact_sheet
 from src.data.plausibility.tally import findings
 from src.data.plausibility.tally import merge as merge_tallies
 from src.data.shards.build_index import open_indexes
+from src.data.shards.errors import REASONS
 from src.data.shards.paths import resolve_source
 from src.hand.load import hand_model_problem, load_hand
 from src.utils.console import make_console
@@ -80,11 +81,12 @@ def find_shards(args: argparse.Namespace) -> list[Path]:
 
 
 def corruption_table(reports: Sequence[ShardReport]) -> Table:
-    """Reasons, numbers of frames, and examples."""
-    table = Table("reason", "frames", "for example")
+    """Reasons, numbers of frames, what to do, and examples."""
+    table = Table("reason", "frames", "what to do, and examples")
     table.columns[1].justify = "right"
-    for reason, count in merge(reports).most_common():
-        table.add_row(reason, str(count), "\n".join(examples(reports, reason)))
+    for reason, count in merge(reports)[0].most_common():
+        lines = [REASONS[reason], *details(reports, reason), *examples(reports, reason)]
+        table.add_row(reason, str(count), "\n".join(lines))
     return table
 
 
@@ -129,11 +131,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             lambda done, total: bar.update(task, completed=done, total=total),
             args.mano,
         )
-    corrupt = merge(reports)
+    corrupt, num_lost = merge(reports)
     if corrupt:
         console.print(corruption_table(reports))
     if stale := [report.shard for report in reports if report.has_stale_index]:
         console.print(f"{len(stale)} indexes are out of date; the next run rebuilds them: {stale[0]}", soft_wrap=True)
+    if num_lost:
+        console.print(
+            f"{num_lost} shards cannot be read at all; each counts with the mean number of frames of the others"
+        )
     is_implausible = print_implausible(reports, console)
     num_frame = sum(report.num_frame for report in reports)
     console.print(

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the che
 
 import src.utils.environment  # noqa: F401  (checks that required packages are installed)
 from src.config import Config, ConfigError
-from src.config_parse import GROUPS, check_command_line
+from src.config_parse import GROUPS, check_command_line, quote_paths
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 CHALLENGES = ("freihand", "ho3d")
@@ -70,11 +70,13 @@ def parse_overrides(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    check_command_line(list(overrides))
+    overrides = quote_paths(overrides)
+    check_command_line(overrides)
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
-        raise ConfigError(f"{str(error).splitlines()[0]}; quote lists for the shell: 'KEY=[a,b]'") from error
+        how = "quote lists for the shell, and names with brackets in them: 'KEY=[a,\"b [1]\"]'"
+        raise ConfigError(f"{str(error).splitlines()[0]}; {how}") from error
     data, changes = None, {}
     for override in parsed:
         key, value = override.key_or_group, override.value()

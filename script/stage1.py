@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from src.config import Config, ConfigError
-from src.config_parse import check_command_line, parse_config
+from src.config_parse import check_command_line, parse_config, quote_paths
 from src.distributed.exit import exit_on_invalid_config, failure_is_reported
 from src.distributed.launch import check_launcher, slurm_variables, start_missing_processes
 from src.distributed.signals import RESUMABLE, StopRequested, StopSignals
@@ -95,6 +95,7 @@ def train(cfg: Config, config_name: str, overrides: Sequence[str] = ()) -> None:
 if __name__ == "__main__":
     SIGNALS.install()
     try:
+        sys.argv[1:] = quote_paths(sys.argv[1:])
         check_command_line(sys.argv[1:])
         check_launcher(os.environ)
         start_missing_processes()

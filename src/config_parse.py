@@ -43,6 +43,16 @@ OTHER_NAMES = {
     "DATA.root": "data_dir data_root data_path dataset_dir",
 }
 _OUR_KEY = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
+PATHS = (
+    "GENERAL.output_root",
+    "GENERAL.resume_path",
+    "DATA.root",
+    "DATA.index_dir",
+    "MODEL.init_from",
+    "MODEL.hand_model",
+    "MODEL.backbone.backbone_str",
+    "AIM.repo",
+)
 _OVERRIDE = re.compile(r"^(?:~|\+{0,2}(?=.*=))(?!hydra[./])([A-Za-z_][\w.]*)(?:@[\w.]+)?(?:=([\w.,-]*$)?|$)")
 
 
@@ -63,6 +73,19 @@ def parse_config(composed: DictConfig | Mapping[str, Any]) -> Config:
 def check_command_line(arguments: list[str]) -> None:
     """Raises ConfigError for unknown overrides (KEY=VALUE), configuration names and options: a line for each."""
     _raise_if_any([*_override_problems(arguments), *_option_problems(arguments)])
+
+
+def quote_paths(arguments: Iterable[str]) -> list[str]:
+    """The arguments, with paths quoted that Hydra would parse: `DATA.root=/data/hands [2024]` is not a list."""
+    return [_quote_path(argument) for argument in arguments]
+
+
+def _quote_path(argument: str) -> str:
+    key, _, value = argument.partition("=")
+    is_literal = "[" in value[1:] or os.path.exists(os.path.expanduser(value))
+    if key.lstrip("+") not in PATHS or value[:1] in ("'", '"') or not is_literal or re.fullmatch(r"[\w./-]*", value):
+        return argument
+    return "{}='{}'".format(key, value.replace("'", r"\'"))
 
 
 def _has_own_files(arguments: list[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 
 from src.config import flatten, housekeeping_keys
 from src.tracking.tracker import METRICS
+from src.utils.files import walk_pattern
 
 CONFIG = "config.yaml"
 SEED = "GENERAL.seed"
@@ -103,7 +103,7 @@ def find_runs(patterns: Iterable[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))] or [Path(pattern)]
+        paths = sorted(walk_pattern(Path(), pattern)) or [Path(pattern)]
         runs = [run for path in paths for run in _runs_below(path)]
         if not runs:
             raise ComparisonError(_why_no_run(pattern))

@@ -19,11 +19,11 @@ from src.data.plausibility.report import check_hands_of_shard
 from src.data.plausibility.tally import Tallies
 from src.data.sample import make_sample
 from src.data.shards.build_index import build_index, find_index, index_places
-from src.data.shards.errors import reason_of
+from src.data.shards.errors import detail_of, reason_of
 from src.data.shards.index import MAX_NAMED, Bad, ShardIndex
+from src.data.shards.losses import count_lost
 from src.data.shards.processes import map_processes, worker_context
 from src.data.shards.reader import ShardReader
-from src.utils.text import printable
 
 
 @dataclass
@@ -36,6 +36,7 @@ class ShardReport:
     num_frame: int = 0  # healthy frames
     bad_count: Counter[str] = field(default_factory=Counter)  # reason -> frames
     bad: list[Bad] = field(default_factory=list)  # the first MAX_NAMED of them
+    is_lost: bool = False  # nothing in it can be read
     has_stale_index: bool = False  # a stored index is out of date; the next run rebuilds it
     tallies: Tallies = field(default_factory=dict)  # implausible hands
     not_compared: list[str] = field(default_factory=list)  # hand models whose MANO parameters were not compared
@@ -85,14 +86,21 @@ def check_shard(
     try:
         index = build_index(shard)
         report = ShardReport(
-            shard, index.shard_size, index.num_sample, index.num_frame(), Counter(index.bad_count), list(index.bad)
+            shard,
+            index.shard_size,
+            index.num_sample,
+            index.num_frame(),
+            Counter(index.bad_count),
+            list(index.bad),
+            index.is_lost,
         )
         _compare(report, index, index_dir)
         if decode:
             _decode(report, index)
         report.tallies, report.not_compared = check_hands_of_shard(index, mano)
     except OSError as error:
-        report = ShardReport(shard, bad_count=Counter(unreadable=1), bad=[Bad(str(error.strerror), "unreadable")])
+        bad = Bad(str(error.strerror), "unreadable")
+        report = ShardReport(shard, bad_count=Counter(unreadable=1), bad=[bad], is_lost=True)
     return report
 
 
@@ -128,21 +136,27 @@ def _decode(report: ShardReport, index: ShardIndex) -> None:
         except OSError:
             raise
         except Exception as error:
-            report.add(Bad(reader.describe(row), reason_of(error)))
+            report.add(Bad(reader.describe(row), reason_of(error), detail=detail_of(error)))
     reader.close()
 
 
-def merge(reports: Sequence[ShardReport]) -> Counter[str]:
-    """Bad frames by reason over all shards."""
-    return sum((report.bad_count for report in reports), Counter())
+def merge(reports: Sequence[ShardReport]) -> tuple[Counter[str], int]:
+    """Lost frames by reason over all shards, and how many shards cannot be read at all (`count_lost`)."""
+    return count_lost((report.num_frame, report.bad_count, report.is_lost) for report in reports)
+
+
+def details(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[str]:
+    """The most frequent details of a reason, such as the value that was found and those that are read."""
+    found = Counter(bad.detail for report in reports for bad in report.bad if bad.reason == reason and bad.detail)
+    return [detail for detail, _ in found.most_common(num)]
 
 
 def examples(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[str]:
     """The first `num` examples of a reason as "<key> in <shard>", taken from the shards in turn."""
-    by_shard = [[bad.key for bad in report.bad if bad.reason == reason] for report in reports]
+    by_shard = [[bad for bad in report.bad if bad.reason == reason] for report in reports]
     found = [
-        (turn, f"{printable(key) or '(no key)'} in {report.shard}")
-        for report, keys in zip(reports, by_shard)
-        for turn, key in enumerate(keys[:num])
+        (turn, f"{bad} in {report.shard}")
+        for report, of_shard in zip(reports, by_shard)
+        for turn, bad in enumerate(of_shard[:num])
     ]
     return [text for _, text in sorted(found, key=lambda item: item[0])[:num]]

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from src.data.dataset import MAX_ATTEMPT, BadFrame
-from src.data.shards.index import ShardIndex
+from src.data.shards.errors import REASONS
+from src.data.shards.index import Bad, ShardIndex
+from src.data.shards.losses import count_lost
 
 logger = logging.getLogger("stage1.data")  # below the logger of src/utils/console.py
 _MAX_EXAMPLE = 20
@@ -25,17 +27,20 @@ class DataHealth:
 
     def __init__(self, sources: Sequence[Sequence[ShardIndex]], max_bad_fraction: float) -> None:
         self.max_bad_fraction = max_bad_fraction
-        self.num_frame, self.num_read = 0, 0
+        self.num_frame, self.num_read, self.num_lost_shard = 0, 0, 0
         self.indexed: Counter[str] = Counter()
         self.read: Counter[str] = Counter()
         self.example: list[str] = []  # from the indexes
         self.read_example: list[str] = []
         self._num_reported = 0  # of read_example, by new_lines
-        for shard in (shard for source in sources for shard in source):
-            self.num_frame += shard.num_frame()
-            self.indexed.update(shard.bad_count)
-            room = _MAX_EXAMPLE - len(self.example)
-            self.example += [f"{bad.reason}: {bad.key} in {shard.shard}" for bad in shard.bad[: max(0, room)]]
+        for source in sources:
+            lost, num_shard = count_lost((shard.num_frame(), shard.bad_count, shard.is_lost) for shard in source)
+            self.indexed.update(lost)
+            self.num_lost_shard += num_shard
+            self.num_frame += sum(shard.num_frame() for shard in source)
+            for shard in source:
+                room = _MAX_EXAMPLE - len(self.example)
+                self.example += [_example(bad, shard) for bad in shard.bad[: max(0, room)]]
 
     def add(self, num_read: int, bad: Sequence[BadFrame]) -> None:
         """Count a batch of `num_read` rows. Raises BadDataError if too many frames, or all of a position, were bad."""
@@ -80,14 +85,15 @@ class DataHealth:
     def summary(self) -> str:
         """One line: how many frames are bad, and why."""
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.counts().items()) or "nothing"
+        lost = f" ({self.num_lost_shard} shards cannot be read at all)" if self.num_lost_shard else ""
         return (
-            f"bad in the shards: {self.indexed.total()} of {self.num_frame + self.indexed.total()} frames, "
+            f"bad in the shards: {self.indexed.total()} of {self.num_frame + self.indexed.total()} frames{lost}, "
             f"while reading: {self.read.total()} of {self.num_read}; by reason: {reasons}"
         )
 
     def table(self) -> str:
-        """A table of reasons, counts and examples."""
-        lines = [f"  {reason:<20} {count:>8}" for reason, count in self.counts().items()]
+        """A table of reasons, counts and what to do, then examples."""
+        lines = [f"  {reason:<20} {count:>8}  {REASONS.get(reason, '')}" for reason, count in self.counts().items()]
         return "\n".join([*lines, *(f"    {example}" for example in [*self.example, *self.read_example])])
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,6 +111,10 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     example = sorted((text for state in states for text in state.get("example", [])), key=_position)[:_MAX_EXAMPLE]
     num_read = sum(state["num_read"] for state in states)
     return {"num_read": num_read, "read": dict(sorted(read.items())), "example": example}
+
+
+def _example(bad: Bad, shard: ShardIndex) -> str:
+    return f"{bad.reason}: {bad} in {shard.shard}" + (f": {bad.detail}" if bad.detail else "")
 
 
 def _line(example: str) -> str:

@@ -87,7 +87,8 @@ class HandLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yields Batch. Raises BadDataError if more than `DATA.max_bad_fraction` of the frames read were bad."""
         for batch, bad in self.loader:
-            self.health.add(len(batch), bad)
+            num_read = int((batch.position >= 0).sum()) + len(bad)  # without padding, which has position -1, too
+            self.health.add(min(num_read, len(batch)), bad)
             yield batch
 
 
@@ -128,9 +129,10 @@ def _open_sources(cfg: Config, source: Any, key: str, progress: Progress | None)
         shards = resolve_source(cfg.DATA.root, named.patterns, key)
         sources.append(open_indexes(shards, cfg.DATA.index_dir, max(1, cfg.GENERAL.num_worker), progress))
         if not sum(shard.num_frame(cfg.DATA.stride) for shard in sources[-1]):
+            health = DataHealth(sources[-1:], cfg.DATA.max_bad_fraction)
             raise ValueError(
                 f"{key}={list(named.patterns)}: none of the frames in its {len(shards)} shards can be used; "
-                f"{DataHealth(sources[-1:], cfg.DATA.max_bad_fraction).summary()}"
+                f"{health.summary()}\n{health.table()}"
             )
     return sources
 

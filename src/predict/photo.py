@@ -47,15 +47,22 @@ class Photo:
 
 
 def find_photos(path: Path) -> list[Path]:
-    """The file itself, or every image in the folder, sorted by name. Raises ValueError if there is none."""
+    """The file itself, or every image in the folder, sorted by name. Raises ValueError if there is none.
+
+    Hidden files are ignored: macOS puts `._a.jpg` beside `a.jpg` on foreign disks.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such image or folder")
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = sorted(p for p in path.iterdir() if _is_photo(p))
     if not found:
         raise ValueError(f"{path}: there is no image in this folder (looked for {', '.join(SUFFIXES)})")
     return found
+
+
+def _is_photo(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def read_photo(path: Path, sensor_width: float | None = None) -> Photo:

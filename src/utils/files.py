@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import itertools
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -50,6 +52,27 @@ def make_output(asked: Path | None, default: Path) -> Path:
     if not is_empty:
         raise ValueError(f"--output {asked}: is not empty; name a new folder")
     return asked
+
+
+def walk_pattern(folder: Path, pattern: str) -> Iterator[Path]:
+    """The paths that match a glob pattern below `folder`, or an absolute one, in no order.
+
+    Each part of the pattern that exists literally stands for itself; hidden files match only if they are named.
+    """
+    parts = Path(pattern).parts
+    if not parts:
+        yield folder
+        return
+    head, rest = parts[0], str(Path(*parts[1:]))
+    if head == "**":
+        yield from walk_pattern(folder, rest)
+        for below in glob.iglob("**/", root_dir=folder, recursive=True):
+            yield from walk_pattern(folder / below, rest)
+    elif (folder / head).exists():
+        yield from walk_pattern(folder / head, rest)
+    else:
+        for name in glob.iglob(head, root_dir=folder):
+            yield from walk_pattern(folder / name, rest)
 
 
 def try_lock(file: IO[str]) -> bool:

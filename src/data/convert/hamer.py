@@ -118,7 +118,10 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, bytes] | str]]:
             if isinstance(item, CorruptRegion):
                 yield item.name, f"damaged_{item.reason}"
                 continue
-            parts = None if is_hidden(item.name) else split_name(item.name)
+            if item.problem:
+                yield item.name, item.problem
+                continue
+            parts = split_name(item.name)
             if parts is None:
                 continue
             if parts[0] != key:

@@ -10,7 +10,7 @@ from zlib import crc32
 
 import numpy as np
 
-from src.data.shards.errors import SampleError, reason_of
+from src.data.shards.errors import SampleError, detail_of, reason_of
 from src.data.shards.format import find_images, is_image, parse_clip
 from src.data.shards.index import (
     FRAME,
@@ -25,95 +25,106 @@ from src.data.shards.index import (
     load_index,
     save_index,
 )
+from src.data.shards.losses import count_annotated, count_frames, count_images, is_used, is_whole, split_dotted
 from src.data.shards.processes import map_processes, worker_context
-from src.data.shards.tar import BLOCK, CorruptRegion, Member, TarReader, split_name
+from src.data.shards.runs import Run, judge
+from src.data.shards.safe_parse import stored_image
+from src.data.shards.tar import BLOCK, CorruptRegion, Member, TarReader, compression, split_name
+
+# a sample that fails for one of these may be several, merged by dots in their names
+_MAY_BE_DOTTED = frozenset({"missing_member", "wrong_shape", "duplicate_member", "dotted_name"})
 
 
 class _Builder:
+    """Groups members into runs and checks each of them."""
+
     def __init__(self, file: int) -> None:
         self.file = file  # descriptor of the archive
-        self.sample_rows: list[tuple[int, ...]] = []
-        self.frame_rows: list[tuple[int, ...]] = []
-        self.bad: list[Bad] = []
-        self.corrupt: list[CorruptRegion] = []
-        self.suspect: list[tuple[str, list[tuple[str, Member]]]] = []  # samples next to a corrupt region
-        self.layouts: set[frozenset[str]] = set()  # sets of suffixes of healthy samples
+        self.runs: list[Run] = []
+        self.regions: list[tuple[CorruptRegion, int]] = []  # each with the number of runs before it
+        self._undotted: set[frozenset[str]] = set()  # sets of suffixes without dotted names
 
     def read(self, items: Iterable[Member | CorruptRegion]) -> None:
-        """Group members into samples, which are runs of members with one key, and add them as (suffix, member).
-
-        Samples next to a corrupt region are added last: they count as complete only if some healthy sample has the
-        same members.
-        """
+        """Add the runs of members with one key, and the corrupt regions between them."""
         key, members, is_suspect = "", [], False
         for item in items:
             if isinstance(item, CorruptRegion):
-                self.corrupt.append(item)
-                if members and _may_reach_into(item, members[-1][1]):
-                    self.bad.append(Bad(key, "incomplete"))
-                else:
-                    self._close(key, members, True)
+                may_reach = bool(members) and _may_reach_into(item, members[-1][1])
+                self._close(key, members, True, "incomplete" if may_reach else "")
+                self.regions.append((item, len(self.runs)))
                 key, members, is_suspect = "", [], True
-            elif parts := split_name(item.name):
+            elif (parts := split_name(item.name)) and not (item.problem == "linked_member" and not is_used(parts[1])):
                 if members and parts[0] != key:
                     self._close(key, members, is_suspect)
                     members, is_suspect = [], False
                 key = parts[0]
                 members.append((parts[1], item))
         self._close(key, members, is_suspect)
-        self._count_lost_frames()
-        for key, members in self.suspect:
-            if frozenset(suffix for suffix, _ in members) in self.layouts:
-                self._close(key, members, False)
-            else:
-                self.bad.append(Bad(key, "incomplete"))
 
-    def _count_lost_frames(self) -> None:
-        """Estimate how many frames each corrupt region has cost from the mean size of the healthy ones."""
-        size = sum(row[2] for row in self.sample_rows) / max(1, len(self.frame_rows))
-        for region in self.corrupt:
-            lost = max(1, round(region.size / size)) if size else 1
-            self.bad.append(Bad(region.name or f"byte {region.offset}", region.reason, lost))
+    def _close(self, key: str, members: list[tuple[str, Member]], is_suspect: bool, reason: str = "") -> None:
+        """Add a run whose members have all been read, and check it."""
+        if not members:
+            return
+        by_suffix, size = dict(members), members[-1][1].end - members[0][1].begin
+        data = {suffix: member.data for suffix, member in members if not member.problem}
+        run = Run(key, frozenset(by_suffix), size, reason, is_suspect)
+        self.runs.append(run)
+        try:
+            if problem := next((member.problem for _, member in members if member.problem), ""):
+                raise SampleError(problem, key)
+            if len(by_suffix) != len(members):
+                raise SampleError("duplicate_member", key)
+            self._check(run, by_suffix, data)
+        except OSError:
+            raise
+        except Exception as error:
+            if not run.reason:
+                run.reason, run.detail = reason_of(error), detail_of(error)
+            self._count(run, data)
 
-    def _close(self, key: str, members: list[tuple[str, Member]], is_suspect: bool) -> None:
-        """Add a sample whose members have all been read, or keep it for later."""
-        if is_suspect and members:
-            self.suspect.append((key, members))
-        elif members:
-            try:
-                self._add(key, members)
-            except OSError:
-                raise
-            except Exception as error:
-                self.bad.append(Bad(key, reason_of(error)))
+    def _count(self, run: Run, data: dict[str, bytes]) -> None:
+        """Count the frames of a run that cannot be used."""
+        if run.reason in _MAY_BE_DOTTED and (hands := split_dotted(data)):
+            run.reason, run.detail, run.num_image = "dotted_name", "", sum(map(count_frames, hands.values()))
+        else:
+            run.num_image, run.num_annotated = count_images(data), count_annotated(data)
 
-    def _add(self, key: str, members: list[tuple[str, Member]]) -> None:
-        by_suffix = dict(members)
-        if len(by_suffix) != len(members):
-            raise SampleError("duplicate_member", key)
-        images = find_images({suffix: m.data for suffix, m in by_suffix.items()})
-        clip = parse_clip({suffix: m.data for suffix, m in by_suffix.items() if not is_image(suffix)})
+    def _check(self, run: Run, members: dict[str, Member], data: dict[str, bytes]) -> None:
+        """Fill the rows of a run that can be used. Raises SampleError, or anything else for malformed bytes."""
+        images = find_images(data)
+        clip = parse_clip({suffix: content for suffix, content in data.items() if not is_image(suffix)})
         if clip.num_frame != len(images):
             raise SampleError("wrong_shape", f"{len(images)} images, {clip.num_frame} annotated frames")
+        if run.size >= 1 << 32:
+            raise SampleError("too_large", f"{run.size} bytes")
+        if run.suffixes not in self._undotted:
+            if any(beginning and is_whole(hand) for beginning, hand in split_dotted(data).items()):
+                raise SampleError("dotted_name", run.key)
+            self._undotted.add(run.suffixes)
+        run.sample_row = self._sample_row(run, list(members.items()))
+        for number, image in enumerate(images):
+            if number in clip.bad_frame:
+                run.bad.append(Bad(f"{run.key}/{number}", clip.bad_frame[number]))
+                continue
+            member = members[image.suffix]
+            stored = memoryview(member.data)[image.begin : image.begin + image.size]
+            begin, crc = member.offset - run.sample_row[0] + image.begin, crc32(stored_image(stored, image.is_text))
+            run.frame_rows.append((number, begin, image.size, crc, image.is_text))
+
+    def _sample_row(self, run: Run, members: list[tuple[str, Member]]) -> tuple[int, ...]:
         offset = members[0][1].begin
-        size = members[-1][1].end - offset
-        if size >= 1 << 32:
-            raise SampleError("too_large", f"{size} bytes")
         holds_image = [is_image(suffix) for suffix, _ in members] + [False]  # the images are the first run of members
         first = holds_image.index(True)
         image_begin = members[first][1].begin - offset
         image_end = members[holds_image.index(False, first) - 1][1].end - offset
-        note = os.pread(self.file, image_begin, offset) + os.pread(self.file, size - image_end, offset + image_end)
-        row = len(self.sample_rows)
-        self.sample_rows.append((offset, key_hash(key), size, image_begin, image_end, crc32(note)))
-        for number, image in enumerate(images):
-            if number in clip.bad_frame:
-                self.bad.append(Bad(f"{key}/{number}", clip.bad_frame[number]))
-                continue
-            member = by_suffix[image.suffix]
-            crc = crc32(memoryview(member.data)[image.begin : image.begin + image.size])
-            self.frame_rows.append((row, number, member.offset - offset + image.begin, image.size, crc))
-        self.layouts.add(frozenset(by_suffix))
+        note = os.pread(self.file, image_begin, offset) + os.pread(self.file, run.size - image_end, offset + image_end)
+        return offset, key_hash(run.key), run.size, image_begin, image_end, crc32(note)
+
+    def tables(self) -> Tables:
+        """The rows of the healthy runs, in archive order."""
+        healthy = [run for run in self.runs if not run.reason]
+        frames = [(row, *frame) for row, run in enumerate(healthy) for frame in run.frame_rows]
+        return Tables(np.array([run.sample_row for run in healthy], SAMPLE), np.array(frames, FRAME))
 
 
 def build_index(shard: Path) -> ShardIndex:
@@ -121,16 +132,18 @@ def build_index(shard: Path) -> ShardIndex:
     stat = shard.stat()
     try:
         with shard.open("rb", buffering=1 << 22) as file:
-            builder = _Builder(file.fileno())
-            builder.read(TarReader(file, stat.st_size))
+            builder, packed = _Builder(file.fileno()), compression(file.peek(BLOCK)[:BLOCK])
+            if not packed:
+                builder.read(TarReader(file, stat.st_size))
     except OSError as error:  # the error of a failed read does not name the file
         raise OSError(error.errno, error.strerror or str(error), str(shard)) from error
-    if not builder.sample_rows and not builder.bad:
-        builder.bad.append(Bad("", "empty_shard"))
-    tables = Tables(np.array(sorted(builder.sample_rows), SAMPLE), _sorted_frames(builder))
+    bad = judge(builder.runs, builder.regions)
+    if not builder.runs:
+        bad = bad[:1] or [Bad(f"{packed} file", "compressed") if packed else Bad("", "empty_shard")]
+    tables = builder.tables()
     counts: Counter[str] = Counter()
-    for bad in builder.bad:
-        counts[bad.reason] += bad.num_frame
+    for each in bad:
+        counts[each.reason] += each.num_frame
     return ShardIndex(
         shard=shard,
         shard_size=stat.st_size,
@@ -138,21 +151,10 @@ def build_index(shard: Path) -> ShardIndex:
         num_sample=len(tables.sample),
         frame_number_count=np.bincount(tables.frame["frame"]).tolist(),
         bad_count=dict(sorted(counts.items())),
-        bad=builder.bad[:MAX_NAMED],
+        bad=bad[:MAX_NAMED],
+        is_lost=not builder.runs and bad[0].reason != "empty_shard",
         in_memory=tables,
     )
-
-
-def _sorted_frames(builder: _Builder) -> np.ndarray:
-    """The frame table in archive order (samples next to corrupt regions were added last)."""
-    frame = np.array(builder.frame_rows, FRAME)
-    if builder.suspect and len(frame):
-        order = sorted(range(len(builder.sample_rows)), key=builder.sample_rows.__getitem__)
-        rank = np.empty(len(order), np.uint32)
-        rank[order] = np.arange(len(order), dtype=np.uint32)
-        frame["sample"] = rank[frame["sample"]]
-        frame = frame[np.argsort(frame["sample"], kind="stable")]
-    return frame
 
 
 def _may_reach_into(region: CorruptRegion, member: Member) -> bool:

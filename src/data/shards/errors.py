@@ -1,6 +1,43 @@
-"""The error for a sample that cannot be used, and the reason code under which it is counted."""
+"""The error for a sample that cannot be used, and the reason codes under which frames are counted."""
 
 from __future__ import annotations
+
+from src.utils.text import printable
+
+# reason -> what to do about it; docs/DATA.md has the same table with the meaning of each
+REASONS: dict[str, str] = {
+    "truncated": "copy or download the shard again",
+    "zeroed": "copy or download the shard again",
+    "bad_header": "copy or download the shard again; check that it is a tar archive",
+    "no_end_of_archive": "copy or download the shard again, or close the archive in the program that writes it",
+    "incomplete": "copy or download the shard again",
+    "empty_shard": "delete it, or write it again",
+    "compressed": "unpack it, for example: gunzip < a.tar > b.tar",
+    "unreadable": "check the permissions and the disk",
+    "linked_member": "write the archive with `tar --dereference --hard-dereference`",
+    "sparse_member": "write the archive without `tar --sparse`",
+    "scattered_members": "extract and write it sorted: `tar --sort=name`, so that the members of a sample are adjacent",
+    "duplicate_member": "extract (the last member of a name wins) and write it again with `tar --sort=name`",
+    "dotted_name": "rename the files: the key ends at the first dot, so it must not contain one",
+    "too_large": "write shorter clips: a sample must be below 4 GiB",
+    "missing_member": "write an image, a json and hand_bbox.npy or joint_img.npy for each sample",
+    "bad_json": "write valid JSON",
+    "bad_npy": "write the array with numpy.save",
+    "bad_pickle": "write the list again with pickle.dumps",
+    "unsafe_pickle": "pickle a flat list of encoded images and nothing else",
+    "object_array": "store numbers, not Python objects",
+    "wrong_dtype": "store bool, integer or float numbers",
+    "wrong_shape": "store the shapes of docs/DATA.md, with one image for each annotated frame",
+    "bad_value": "correct the value, or set its flag to 0",
+    "not_finite": "correct the value, or set its flag to 0",
+    "bad_bbox": "store xyxy px, inside the image and at least 1 px wide",
+    "bad_intrinsics": "store px, or set has_intr to 0",
+    "undecodable_image": "store a valid jpeg, png or webp",
+    "crc_image": "copy the shard again: its bytes have changed since it was indexed",
+    "crc_note": "copy the shard again: its bytes have changed since it was indexed",
+    "stale_index": "do not rewrite shards during a run",
+    "unforeseen": "report it, with the sample",
+}
 
 
 class SampleError(Exception):
@@ -12,6 +49,11 @@ class SampleError(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def detail_of(error: Exception) -> str:
+    """What exactly is wrong, in at most 200 characters; "" if only the reason is known."""
+    return printable(error.detail[:200]) if isinstance(error, SampleError) else ""
 
 
 def reason_of(error: Exception) -> str:

@@ -22,8 +22,9 @@ from zlib import crc32
 import numpy as np
 
 from src.utils.files import write_atomic
+from src.utils.text import printable
 
-VERSION = 4  # increase it also when the definition of a healthy frame changes
+VERSION = 5  # increase it also when the definition of a healthy frame changes
 _MAGIC = b"HANDIDX\0"
 _HEAD = struct.Struct("<8sII")  # magic, length of the header, checksum of everything after this
 _ALIGN = 64
@@ -46,6 +47,7 @@ FRAME = np.dtype(
         ("begin", "<u4"),  # of the encoded image, relative to the sample's offset
         ("size", "<u4"),
         ("crc", "<u4"),  # crc32 of the encoded image
+        ("is_text", "u1"),  # 1: stored as UTF-8 of latin-1 text, see safe_parse.stored_image
     ]
 )
 
@@ -57,6 +59,11 @@ class Bad:
     key: str
     reason: str
     num_frame: int = 1
+    detail: str = ""  # which member, which value, what is expected
+
+    def __str__(self) -> str:
+        key = printable(self.key) or "(no key)"
+        return key if self.num_frame == 1 else f"{key} ({self.num_frame} frames)"
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Tables:
 
 
 # fields of ShardIndex that are stored in the header, besides `bad`
-_STORED = ("shard_size", "shard_mtime_ns", "num_sample", "frame_number_count", "bad_count")
+_STORED = ("shard_size", "shard_mtime_ns", "num_sample", "frame_number_count", "bad_count", "is_lost")
 
 
 @dataclass
@@ -86,6 +93,7 @@ class ShardIndex:
     frame_number_count: list[int]  # how many healthy frames have number 0, 1, 2, ... in their clip
     bad_count: dict[str, int]  # reason -> frames
     bad: list[Bad]  # the first MAX_NAMED of them
+    is_lost: bool = False  # nothing in it can be read, so `bad_count` cannot state how many frames that costs
     stored: tuple[Path, int] | None = None  # the file with the rows, and their offset in it
     in_memory: Tables | None = field(default=None, repr=False)  # the rows themselves, if they could not be stored
 

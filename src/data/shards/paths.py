@@ -1,22 +1,27 @@
-"""Resolves the user's patterns to tar shards on disk. Imports little, because config checks use it."""
+"""Resolves the user's patterns to tar shards on disk. Imports little, because config checks use it.
+
+What exists under its literal name is never a pattern, so folders may have `[ ]`, `{ }`, `*` or `~` in their names.
+"""
 
 from __future__ import annotations
 
-import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from src.utils.files import walk_pattern
+
 _SCHEME = re.compile(r"^(pipe|[A-Za-z][A-Za-z0-9+.\-]*(?=://)):")
+_COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 
 def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "DATA.train.source") -> list[Path]:
     """The tar shards that match the patterns, sorted, without duplicates.
 
     A pattern is a path below `root` or an absolute path, with `*`, `?`, `[...]`, `**` and `{a,b}` / `{000..131}`.
-    A folder means the `*.tar` files in it; files with other extensions are ignored.
+    A folder means the `*.tar` files in it (in capitals, too); hidden files and other extensions are ignored.
 
     Raises:
         ValueError: a pattern that would start a program or contains a URL scheme, or patterns that match no shard: the
@@ -26,37 +31,62 @@ def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "
     if not patterns:
         raise ValueError(f"{key}=[]: is empty; give at least one pattern, e.g. ['DexYCB/s1/train/*']")
     shards: set[Path] = set()
-    missing = []
+    missing, compressed = [], None
     for pattern in patterns:
-        found = {piece: _match(Path(root).expanduser() / Path(piece).expanduser()) for piece in _expand(pattern, key)}
-        shards.update(*found.values())
-        if empty := [piece for piece, matches in found.items() if not matches]:
+        found = {piece: [*walk_pattern(folder, piece)] for folder, piece in _expand(Path(root), pattern, key)}
+        tars = {piece: {shard for path in paths for shard in _tars(path)} for piece, paths in found.items()}
+        shards.update(*tars.values())
+        if empty := [piece for piece, matches in tars.items() if not matches]:
             missing.append(pattern if len(found) == 1 else f"{pattern}: {empty[0]}")
+            packed = (file for piece in empty for path in found[piece] for file in _packed(path))
+            compressed = compressed or next(packed, None)
     if missing:
+        hint = f"; {compressed} is compressed: unpack it to a .tar" if compressed else ""
         raise ValueError(
-            f"{key}={missing}: no *.tar file below DATA.root={str(root)!r} matches; correct the patterns, or set "
+            f"{key}={missing}: no *.tar file below DATA.root={str(root)!r} matches{hint}; correct the patterns, or set "
             "DATA.root or HAND_DATA_ROOT (check_shards.py: --root) to the folder with the shards"
         )
     return sorted(shards)
 
 
-def _expand(pattern: str, key: str) -> list[str]:
-    """`pattern` with its braces expanded. Raises ValueError for anything but a path."""
+def _expand(root: Path, pattern: str, key: str) -> Iterator[tuple[Path, str]]:
+    """(folder, pattern below it) for each pattern that the braces of `pattern` make.
+
+    Raises ValueError for anything but a path.
+    """
     if scheme := _SCHEME.match(pattern):
         raise ValueError(
             f"{key}={pattern!r}: {scheme.group(1)}: is not supported, shards are read from files only; "
             "copy or mount the shards and give their path"
         )
+    folder, parts = _expand_user(root), list(Path(pattern).parts)
+    if parts and not (folder / parts[0]).exists():
+        parts = list(_expand_user(Path(pattern)).parts)
+    while parts and (folder / parts[0]).exists():
+        folder /= parts.pop(0)
+    rest = "/".join(parts)
+    is_literal = "{" not in rest or next(walk_pattern(folder, rest), None)  # braces are ordinary characters there
     try:
-        return list(braceexpand(pattern))
+        yield from ((folder, piece) for piece in ([rest] if is_literal else braceexpand(rest, escape=False)))
     except UnbalancedBracesError as error:
         raise ValueError(f"{key}={pattern!r}: unbalanced braces ({error}); write e.g. {{000..131}}") from None
 
 
-def _match(path: Path) -> set[Path]:
-    found: set[Path] = set()
-    for name in glob.iglob(str(path), recursive=True):
-        match = Path(name)
-        candidates = match.glob("*.tar") if match.is_dir() else [match]
-        found.update(c.absolute() for c in candidates if c.suffix == ".tar" and c.is_file())
-    return found
+def _expand_user(path: Path) -> Path:
+    """`path` with a leading `~` or `~name` replaced by the home folder, unless it exists as it is."""
+    try:
+        return path if path.exists() else path.expanduser()
+    except RuntimeError:  # no such user
+        return path
+
+
+def _tars(path: Path) -> Iterator[Path]:
+    files = path.iterdir() if path.is_dir() else [path]
+    for file in files:
+        if file.suffix.lower() == ".tar" and file.is_file() and (file == path or not file.name.startswith(".")):
+            yield file.absolute()
+
+
+def _packed(path: Path) -> Iterator[Path]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return (file for file in files if _COMPRESSED.search(file.name) and not file.name.startswith("."))

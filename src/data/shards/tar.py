@@ -17,7 +17,10 @@ _EMPTY = bytes(BLOCK)
 _CHUNK = 1 << 20
 _MAX_END = 2 * BLOCK + 20 * BLOCK  # zeros at the end of an archive: two blocks, padded to a record of twenty
 _REGULAR = frozenset(b"0\x007")
-_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_EXTENSION = frozenset(b"LKxX")  # long name, long link target, pax (POSIX, Solaris): they describe the next header
+_NO_DATA = frozenset(b"123456")  # links, devices, folders, pipes: the size field does not count, as in tarfile
+_NOT_STORED = {ord("1"): "linked_member", ord("2"): "linked_member", ord("S"): "sparse_member"}
+_KEY = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -25,14 +28,25 @@ class TarError(Exception):
     """Invalid tar header."""
 
 
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+}
+
+
 @dataclass(frozen=True)
 class Member:
-    """One regular file in the archive."""
+    """One file in the archive."""
 
     name: str
     begin: int  # byte offset of its first header (which may be that of a long name)
     offset: int  # byte offset of its data
     data: bytes
+    problem: str = ""  # linked_member or sparse_member: the archive does not hold its data in one piece; `data` is b""
 
     @property
     def end(self) -> int:
@@ -42,7 +56,7 @@ class Member:
 
 @dataclass(frozen=True)
 class CorruptRegion:
-    """`size` corrupt bytes (0: unknown) at `offset`; `name` is the affected member, where it is known."""
+    """`size` corrupt or missing bytes (0: unknown) at `offset`; `name` is the affected member, where it is known."""
 
     offset: int
     reason: str
@@ -59,7 +73,8 @@ def padded(size: int) -> int:
 def split_name(name: str) -> tuple[str, str] | None:
     """(sample key, suffix) of a member by webdataset's rule: the key ends at the basename's first dot.
 
-    The suffix is lower-cased, as in webdataset. None for `__meta__` entries and names without a dot.
+    The suffix is lower-cased, as in webdataset. None for `__meta__` entries, names without a dot, and hidden files such
+    as macOS's `._000000.jpg` (which webdataset ignores at the top of an archive only).
     """
     match = None if _META.match(name) else _KEY.match(name)
     return (match.group(1), match.group(2).lower()) if match else None
@@ -92,6 +107,15 @@ def read_header(block: bytes, check: bool = True) -> tuple[str, int, int]:
     return name, size, block[156]
 
 
+def compression(head: bytes) -> str | None:
+    """The format of a compressed file, from its first block; None for anything else, e.g. a tar."""
+    try:
+        read_header(head.ljust(BLOCK, b"\0"))
+    except TarError:
+        return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
+    return None  # a tar whose first member happens to be named like that
+
+
 def _pax_fields(data: bytes) -> dict[str, str]:
     """The records `<length> <key>=<value>\\n` of a pax header."""
     fields, at = {}, 0
@@ -107,14 +131,20 @@ def _pax_fields(data: bytes) -> dict[str, str]:
 
 
 def _extension(flag: int, data: bytes) -> dict[str, str]:
-    """The "path" and "size" that a long-name or pax header sets for the next member; empty if it does not parse."""
-    if flag in b"L":
-        return {"path": _text(data)}
+    """What a long-name or pax header sets for the next member: "path", "size" and, for sparse files, "sparse".
+
+    Empty if it does not parse.
+    """
+    if flag in b"LK":
+        return {"path": _text(data)} if flag in b"L" else {}
     try:
         fields = _pax_fields(data)
     except (TarError, ValueError):
         return {}
-    return {name: fields[name] for name in ("path", "size") if name in fields}
+    found = {name: fields[name] for name in ("path", "size") if name in fields}
+    if any(name.startswith("GNU.sparse.") for name in fields):
+        found |= {"sparse": "1", "path": fields.get("GNU.sparse.name", found.get("path", ""))}
+    return found
 
 
 def _read_entry(block: bytes, override: dict[str, str], check: bool = True) -> tuple[str, int, int]:
@@ -127,7 +157,7 @@ def _read_entry(block: bytes, override: dict[str, str], check: bool = True) -> t
             raise TarError(str(error)) from None
         if size < 0:
             raise TarError(f"size {size}")
-    return override.get("path", name), size, flag
+    return override.get("path") or name, 0 if flag in _NO_DATA else size, flag
 
 
 def span_layout(span: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
@@ -147,7 +177,7 @@ def span_layout(span: bytes) -> tuple[str, dict[str, tuple[int, int]]]:
         name, size, flag = _read_entry(span[at : at + BLOCK], override, check=False)
         begin, end = at + BLOCK, at + BLOCK + size
         at = begin + padded(size)
-        if flag in b"Lx":
+        if flag in _EXTENSION:
             override.update(_extension(flag, span[begin:end]))
             continue
         if flag in _REGULAR and (parts := split_name(name)):
@@ -202,14 +232,18 @@ class TarReader:
                 begin, override = self._resync(header_at + BLOCK), {}
                 yield CorruptRegion(header_at, "bad_header", size=begin - header_at)
                 continue
+            if flag in b"S":
+                self._skip_sparse_map(block)
             if self.at + size > self.size:
-                yield CorruptRegion(header_at, "truncated", name)
+                yield CorruptRegion(header_at, "truncated", name, BLOCK + padded(size))
                 return
             data = self._read(padded(size))[:size]
-            if flag in b"Lx":
+            if flag in _EXTENSION:
                 override.update(_extension(flag, data))
                 continue
-            if flag in _REGULAR:
+            if problem := "sparse_member" if "sparse" in override else _NOT_STORED.get(flag, ""):
+                yield Member(name, begin, header_at + BLOCK, b"", problem)
+            elif flag in _REGULAR:
                 yield Member(name, begin, header_at + BLOCK, data)
             begin, override = self.at, {}
         yield CorruptRegion(self.size, "no_end_of_archive")
@@ -218,6 +252,12 @@ class TarReader:
         data = self.file.read(size)
         self.at += len(data)
         return data
+
+    def _skip_sparse_map(self, header: bytes) -> None:
+        """Skip the blocks that continue the map of a sparse file (GNU's old format)."""
+        is_extended = header[482]
+        while is_extended and len(block := self._read(BLOCK)) == BLOCK:
+            is_extended = block[504]
 
     def _only_zeros_follow(self) -> bool:
         """Whether only zeros follow; the file position is restored."""
