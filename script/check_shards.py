@@ -1,4 +1,5 @@
-"""Read shards from end to end and list corrupt samples. Exit codes: 0 healthy, 1 corrupt samples, 2 invalid arguments.
+"""Read shards from end to end; list corrupt samples and implausible labels. Exit codes: 0 healthy, 1 corrupt samples
+(with --strict also implausible labels), 2 invalid arguments.
 
 python script/check_shards.py data/demo/train data/demo/val
 python script/check_shards.py 'DexYCB/s1/*' --root /data/shards --decode --num_process 8
@@ -23,26 +24,32 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from src.data.check_shards import ShardReport, check_shards, examples, merge
+from src.data.check_shards import ShardReport, check_shards, details, examples, merge
 from src.data.contact_sheet import contact_sheet
+from src.data.plausibility.tally import findings
+from src.data.plausibility.tally import merge as merge_tallies
 from src.data.shards.build_index import open_indexes
 from src.data.shards.errors import REASONS
 from src.data.shards.paths import resolve_source
+from src.hand.load import hand_model_problem, load_hand
 from src.utils.console import make_console
 from src.utils.files import encode_image
 
 HEALTHY, CORRUPT, INVALID_ARGUMENTS = 0, 1, 2
+MANO = Path("model/mano/MANO_RIGHT.pkl")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The parsed command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("source", nargs="+", help="shards, folders of shards, or patterns: 'a/*', 'a/{000..131}.tar'")
     parser.add_argument(
         "--root", type=Path, help="folder of relative sources; default: here, or HAND_DATA_ROOT if nothing matches here"
     )
     parser.add_argument("--index_dir", type=Path, help="folder of the index files, as in DATA.index_dir")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
+    parser.add_argument("--mano", type=Path, help=f"MANO file to compare joints with; default: {MANO} if it exists")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 also for implausible labels")
     parser.add_argument("--sheet", type=Path, help="image file for patches with joints, before and after augmentation")
     parser.add_argument("--num_hand", type=int, default=24, help="number of hands on the sheet; default: %(default)s")
     parser.add_argument("--num_process", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
@@ -51,6 +58,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--num_hand and --num_process must be at least 1")
     if args.sheet is not None and args.sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         parser.error(f"--sheet {args.sheet}: the name must end with .png, .jpg or .webp")
+    if args.mano is None and MANO.is_file():
+        args.mano = MANO
+    if args.mano is not None:
+        if problem := hand_model_problem(str(args.mano)):
+            parser.error(f"--mano {problem}")
+        try:
+            load_hand(str(args.mano))
+        except (ValueError, OSError) as error:
+            parser.error(f"--mano {args.mano}: {error}")
     return args
 
 
@@ -69,8 +85,20 @@ def corruption_table(reports: Sequence[ShardReport]) -> Table:
     table = Table("reason", "frames", "what to do, and examples")
     table.columns[1].justify = "right"
     for reason, count in merge(reports)[0].most_common():
-        table.add_row(reason, str(count), "\n".join([REASONS[reason], *examples(reports, reason)]))
+        lines = [REASONS[reason], *details(reports, reason), *examples(reports, reason)]
+        table.add_row(reason, str(count), "\n".join(lines))
     return table
+
+
+def print_implausible(reports: Sequence[ShardReport], console: Console) -> bool:
+    """Print implausible labels, and which MANO parameters were not compared; returns whether there are any."""
+    lines = findings(merge_tallies(report.tallies for report in reports))
+    for line in lines:
+        console.print(f"WARNING: {line}", soft_wrap=True)
+    for model in sorted({model for report in reports for model in report.not_compared}):
+        hint = "; --mano FILE compares them" if model == "mano" else ""
+        console.print(f"MANO parameters of the hand model {model!r} were not compared with the joints{hint}")
+    return bool(lines)
 
 
 def write_sheet(args: argparse.Namespace, shards: Sequence[Path], console: Console) -> None:
@@ -101,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.index_dir,
             args.num_process,
             lambda done, total: bar.update(task, completed=done, total=total),
+            args.mano,
         )
     corrupt, num_lost = merge(reports)
     if corrupt:
@@ -111,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(
             f"shards that cannot be read at all: {num_lost}; each counts with the mean number of frames of the others"
         )
+    is_implausible = print_implausible(reports, console)
     num_frame = sum(report.num_frame for report in reports)
     console.print(
         f"{len(shards)} shards, {sum(r.num_sample for r in reports)} samples, {num_frame} healthy frames, "
@@ -123,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             sys.stderr.write(f"--sheet {args.sheet}: {error}\n")
             return INVALID_ARGUMENTS
-    return CORRUPT if corrupt else HEALTHY
+    return CORRUPT if corrupt or (args.strict and is_implausible) else HEALTHY
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from src.evaluate.run import run_evaluation
     from src.evaluate.submission import read_order
     from src.evaluate.tables import summary_grids
-    from src.evaluate.write import describe_intervals
+    from src.evaluate.write import legend
     from src.utils.console import console, progress_bar, set_up_logging
 
     set_up_logging()
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     for grid in summary_grids(groups):
         console.print(grid.as_rich(), "")
-    console.print(describe_intervals(bootstrap), soft_wrap=True)
+    console.print(legend(groups, bootstrap), soft_wrap=True)
     written = ", ".join(sorted(path.name for path in folder.iterdir()))
     console.print(f"written to {folder}: {written}", soft_wrap=True)
     return 0

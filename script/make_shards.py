@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from the checkout, whatever the working directory
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from src.data.convert.chunk import Request
 from src.data.convert.registry import CONVERTERS, Converter
+from src.hand.load import mano_path
 from src.utils.console import make_console
 
 
@@ -56,12 +58,17 @@ def _add_converter(kind: argparse.ArgumentParser, converter: Converter) -> None:
     if converter.in_parallel:
         kind.add_argument("--num_process", type=_positive, default=os.cpu_count() or 1, help="default: %(default)s")
         kind.add_argument(
-            "--mano", type=Path, help="your MANO_RIGHT.pkl: checks the parameters (dexycb: needed to write them)"
+            "--mano", type=mano_path, help="your MANO_RIGHT.pkl: checks the parameters (dexycb: needed to write them)"
         )
     if "num_per_shard" in converter.more:
         kind.add_argument("--num_per_shard", type=_positive, default=2000, help="maximum number of images per shard")
     if "mano_left" in converter.more:
-        kind.add_argument("--mano_left", type=Path, help="your MANO_LEFT.pkl, for the pose basis of left hands")
+        left = partial(mano_path, name="MANO_LEFT")
+        kind.add_argument("--mano_left", type=left, help="your MANO_LEFT.pkl, for the pose basis of left hands")
+    for name, option in converter.options.items():
+        number = partial(_not_negative, type(option.default))
+        text = f"{option.help}; 0: off; default: %(default)s"
+        kind.add_argument(f"--{name}", type=number, default=option.default, metavar="NUMBER", help=text)
 
 
 def _positive(text: str) -> int:
@@ -70,13 +77,27 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(kind: type[int] | type[float], text: str) -> float:
+    if not (value := kind(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
+    return value
+
+
 def _convert(args: argparse.Namespace, progress: Callable[[int, int], None]) -> list[str]:
     """Run a converter; returns the lines to print, the summary last."""
     chosen = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)}
-    summary = CONVERTERS[args.kind].convert(Request(**{"split": "all", **chosen}), progress)
-    skipped = ", ".join(f"{reason} {count}" for reason, count in summary.skipped.items()) or "none"
-    closing = f"{summary.num_hand} hands in {summary.num_shard} shards in {args.output}; skipped: {skipped}"
-    return [*summary.note, closing]
+    converter = CONVERTERS[args.kind]
+    options = {name: getattr(args, name) for name in converter.options}
+    summary = converter.convert(Request(**{"split": "all", **chosen}, options=options), progress)
+    lines = list(summary.note)
+    if summary.withheld:
+        lines.append(f"{args.kind}: labels set to unknown: {_counts(summary.withheld)}")
+    found = f"{summary.num_hand} hands in {summary.num_shard} shards in {args.output}"
+    return [*lines, f"{found}; skipped: {_counts(summary.skipped)}"]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items()) or "none"
 
 
 def make_shards(args: argparse.Namespace, bar: Progress) -> list[str]:

@@ -31,13 +31,14 @@ def _masks(batch: Batch) -> tuple[torch.Tensor, ...]:
     """One validity mask per term, [B] or [B, J]; 0 for padding."""
     real = (batch.position >= 0).float()
     has_root = batch.joint_3d_valid[:, 0] * real
+    has_rel = has_root * (batch.joint_3d_valid[:, 1:] > 0).any(1)  # relative to itself, the root alone is always right
     joint_2d = batch.joint_2d_valid * real[:, None]
     in_patch = ((batch.joint_patch > -0.5) & (batch.joint_patch < batch.patch.shape[-1] - 0.5)).all(-1)
     return (
         batch.has_mano * real,
         batch.has_mano * real,
         batch.has_intr * has_root,
-        batch.joint_3d_valid * has_root[:, None],
+        batch.joint_3d_valid * has_rel[:, None],
         joint_2d,
         joint_2d,
         joint_2d * in_patch,

@@ -3,9 +3,12 @@
 Shape legend: B batch, S samples, N points (21 joints or V vertices), J = 21 joints, T = 100 thresholds, K columns of a
 metric (1, J or T). Lengths are mm unless stated otherwise.
 
-* `target_points` decides what a prediction is compared with and which points of which samples count.
+* `target_points` decides what a prediction is compared with and which points of which samples count. A hand of which an
+  alignment leaves nothing to measure does not count: its error would be 0 for any prediction.
 * `METRICS` lists every metric: the points it compares and how it reduces their distances.
-* `Samples` holds one (sum, count) pair per sample and metric. A mean is sum / count over all samples.
+* `Samples` holds one (sum, count) pair per sample and metric. A mean is sum / count over all samples: the mean over all
+  points. `<metric>_joints` has a pair per joint; its mean is the mean over joints of each joint's sum / count, which
+  differs where joints are missing.
 
 Everything here is numpy float64 on the CPU, one sample independent of the others in its batch. Sums over samples use
 math.fsum (exactly rounded, so independent of the order). Given equal network outputs, a result is bit-identical for any
@@ -25,7 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.batch import NUM_JOINT, Batch, Prediction
+from src.batch import Batch, Prediction
+from src.geometry.points import align_procrustes, box_side, nearest_squared
 from src.hand.skeleton import MIDDLE_KNUCKLE, WRIST
 
 FRAMES = {"cam": "camera", "rel": "root-relative", "pa": "Procrustes"}
@@ -34,7 +38,10 @@ PCK_2D_THRESHOLDS = np.linspace(0.0, 0.2, 100)  # fractions of the longer side o
 PCK_MM = 20.0
 PCK_2D = {"pck05_2d": 0.05, "pck10_2d": 0.1, "pck15_2d": 0.15, "pck20_2d": 0.2}  # fractions of the 2D box
 F_THRESHOLDS_MM = (5.0, 15.0)
+OVER_JOINTS = "_joints"  # suffix of a metric that is averaged joint by joint
+ALIGNED_JOINTS = {"rel": (WRIST,)}  # frame -> joints whose error is 0 by definition
 _MIN_ALIGN_POINT = 3  # fewer points do not determine a similarity transform
+_MIN_ALIGN_MM = 1.0  # points closer together are one point: scaling a prediction to it leaves no error
 _MIN_BOX_PX = 1.0
 
 
@@ -65,13 +72,12 @@ def target_points(batch: Batch, target_vert: Any) -> dict[str, Target]:
     valid, valid_2d = _array(batch.joint_3d_valid) > 0, _array(batch.joint_2d_valid) > 0
     has_intr = _array(batch.has_intr)[:, None] > 0
     has_wrist = valid[:, [WRIST]]
-    has_bone = valid[:, [WRIST, MIDDLE_KNUCKLE]].all(axis=1, keepdims=True)
     has_mano = np.broadcast_to(_array(batch.has_mano)[:, None] > 0, vert.shape[:2])
     return {
         "joint_cam": Target(joint, valid & has_intr),
-        "joint_rel": Target(joint - root, valid & has_wrist),
+        "joint_rel": Target(joint - root, valid & _knows_more_than(valid, [WRIST])),
         "joint_pa": alignment_target(joint, valid),
-        "joint_st": Target(joint, valid & has_bone),
+        "joint_st": Target(joint, valid & _has_bone(joint) & _knows_more_than(valid, [WRIST, MIDDLE_KNUCKLE])),
         "root": Target(root, has_wrist & has_intr),
         "joint_patch": Target(_array(batch.joint_patch), valid_2d),
         "joint_2d": box_target(to_source_image(batch.joint_patch, batch), valid_2d),
@@ -81,12 +87,26 @@ def target_points(batch: Batch, target_vert: Any) -> dict[str, Target]:
     }
 
 
-def alignment_target(point: np.ndarray, valid: np.ndarray) -> Target:
-    """The target of a Procrustes alignment: a sample with fewer than 3 valid points does not count.
+def _knows_more_than(valid: np.ndarray, aligned: list[int]) -> np.ndarray:
+    """Whether the joints that define an alignment are valid, and another one beside them: [B, J] -> [B, 1]."""
+    return valid[:, aligned].all(axis=1, keepdims=True) & (valid.sum(axis=1, keepdims=True) > len(aligned))
 
-    Args: point [B, N, 3]; valid [B, N] bool.
+
+def _has_bone(joint: np.ndarray) -> np.ndarray:
+    """Whether the bone from wrist to middle knuckle has a length to scale to: [B, J, 3] mm -> [B, 1]."""
+    bone = joint[:, MIDDLE_KNUCKLE] - joint[:, WRIST]
+    return np.linalg.norm(bone, axis=-1, keepdims=True) >= _MIN_ALIGN_MM
+
+
+def alignment_target(point: np.ndarray, valid: np.ndarray) -> Target:
+    """The target of a Procrustes alignment.
+
+    A sample with fewer than three valid points, or with all of them within one millimetre, does not count.
+
+    Args: point [B, N, 3] mm; valid [B, N] bool.
     """
-    return Target(point, valid & (valid.sum(axis=1, keepdims=True) >= _MIN_ALIGN_POINT))
+    has_shape = (valid.sum(axis=1) >= _MIN_ALIGN_POINT) & (box_side(point, valid) >= _MIN_ALIGN_MM)
+    return Target(point, valid & has_shape[:, None])
 
 
 def box_target(point: np.ndarray, valid: np.ndarray) -> Target:
@@ -142,11 +162,14 @@ class PointErrors:
         return np.linalg.norm(self.pred - self.target.point, axis=-1) / self.target.unit
 
     @cached_property
+    def _steps(self) -> np.ndarray:
+        """[B, N, T] whether a point is valid and within each threshold."""
+        return (self.distance[..., None] <= self.target.thresholds) & self.target.valid[..., None]
+
+    @cached_property
     def curve(self) -> SampleMetric:
         """The number of valid points within each threshold; the PCK curve is sum(total) / sum(count)."""
-        valid = self.target.valid
-        within = (self.distance[..., None] <= self.target.thresholds) & valid[..., None]  # [B, N, T]
-        return SampleMetric(within.sum(axis=1).astype(np.float64), valid.sum(axis=1).astype(np.float64))
+        return SampleMetric(*(part.sum(axis=1).astype(np.float64) for part in (self._steps, self.target.valid)))
 
     @cached_property
     def f_scores(self) -> list[SampleMetric]:
@@ -162,35 +185,74 @@ class PointErrors:
         """Mean distance (MPJPE, MPVPE)."""
         return SampleMetric(*(part.sum(axis=1) for part in self.each()))
 
-    def share(self, threshold: float) -> SampleMetric:
-        """Fraction of points within a distance (PCK). An infinite or NaN distance is never within it."""
+    def each_share(self, threshold: float) -> SampleMetric:
+        """Whether each point is within a distance, [B, N]. An infinite or NaN distance is never within it."""
         valid = self.target.valid
-        within = (self.distance <= threshold) & valid
-        return SampleMetric(within.sum(axis=1).astype(np.float64), valid.sum(axis=1).astype(np.float64))
+        return SampleMetric(((self.distance <= threshold) & valid).astype(np.float64), valid.astype(np.float64))
+
+    def share(self, threshold: float) -> SampleMetric:
+        """Fraction of points within a distance (PCK)."""
+        return SampleMetric(*(part.sum(axis=1) for part in self.each_share(threshold)))
+
+    def each_auc(self) -> SampleMetric:
+        """Area under the PCK curve of each point, [B, N]: a step from 0 to 1 at its distance."""
+        return SampleMetric(self._area(self._steps.astype(np.float64)), self.target.valid.astype(np.float64))
 
     def auc(self) -> SampleMetric:
         """Area under the PCK curve by the trapezoidal rule, between 0 and 1 (FreiHAND's `auc`)."""
-        total, width = self.curve.total, np.diff(self.target.thresholds)
-        area = (0.5 * (total[:, 1:] + total[:, :-1]) * width).sum(axis=1) / width.sum()
-        return SampleMetric(area, self.curve.count)
+        return SampleMetric(self._area(self.curve.total), self.curve.count)
+
+    def _area(self, curve: np.ndarray) -> np.ndarray:
+        """Area under curves [..., T] over that of a curve that is 1 everywhere."""
+        width = np.diff(self.target.thresholds)
+        return (0.5 * (curve[..., 1:] + curve[..., :-1]) * width).sum(axis=-1) / width.sum()
+
+
+_Value = Callable[[PointErrors], SampleMetric]
 
 
 class Metric(NamedTuple):
     """A row of the table of metrics."""
 
     points: str  # the compared points: a key of `target_points`
-    value: Callable[[PointErrors], SampleMetric]
+    value: _Value
     label: str = ""  # row in the tables of an evaluation; "": not shown there
     unit: str = ""  # "mm", "px", "%" (a fraction, shown in %), or "" for a score between 0 and 1
     frame: str = "cam"  # column in the tables: a key of FRAMES
 
 
+def _averages(
+    name: str, points: str, pooled: _Value, each: _Value, label: str, unit: str = "", frame: str = "cam"
+) -> dict[str, Metric]:
+    """A metric of joints as the mean over all points and, as `<name>_joints`, as the mean over joints.
+
+    Args: pooled: a value [B] per sample; each: a value [B, J] per joint.
+    """
+    return {
+        name: Metric(points, pooled, label, unit, frame),
+        name + OVER_JOINTS: Metric(points, each, label, unit, frame),
+    }
+
+
+def _mean_distance(name: str, points: str, *shown: str) -> dict[str, Metric]:
+    return _averages(name, points, PointErrors.mean, PointErrors.each, *shown)
+
+
+def _share(name: str, points: str, threshold: float, *shown: str) -> dict[str, Metric]:
+    pooled, each = (partial(method, threshold=threshold) for method in (PointErrors.share, PointErrors.each_share))
+    return _averages(name, points, pooled, each, *shown)
+
+
+def _auc(name: str, points: str, *shown: str) -> dict[str, Metric]:
+    return _averages(name, points, PointErrors.auc, PointErrors.each_auc, *shown)
+
+
 def _joint_metrics(frame: str) -> dict[str, Metric]:
     points = f"joint_{frame}"
     return {
-        f"mpjpe_{frame}": Metric(points, PointErrors.mean, "MPJPE", "mm", frame),
-        f"pck20_{frame}": Metric(points, lambda e: e.share(PCK_MM), f"PCK at {PCK_MM:.0f} mm", "%", frame),
-        f"auc_{frame}": Metric(points, PointErrors.auc, "AUC 0-50 mm", "", frame),
+        **_mean_distance(f"mpjpe_{frame}", points, "MPJPE", "mm", frame),
+        **_share(f"pck20_{frame}", points, PCK_MM, f"PCK at {PCK_MM:.0f} mm", "%", frame),
+        **_auc(f"auc_{frame}", points, "AUC 0-50 mm", "", frame),
         f"joint_{frame}": Metric(points, PointErrors.each),
         f"curve_{frame}": Metric(points, lambda e: e.curve),
     }
@@ -209,14 +271,15 @@ def _vertex_metrics(frame: str) -> dict[str, Metric]:
 
 METRICS: dict[str, Metric] = {
     **{name: metric for frame in FRAMES for name, metric in _joint_metrics(frame).items()},
-    "mpjpe_st": Metric("joint_st", PointErrors.mean, "MPJPE scale-translation", "mm", "rel"),
+    **_mean_distance("mpjpe_st", "joint_st", "MPJPE scale-translation", "mm", "rel"),
     "root_error": Metric("root", PointErrors.mean, "root error", "mm"),
-    "error_2d": Metric("joint_patch", PointErrors.mean, "2D error of the patch", "px"),
+    **_mean_distance("error_2d", "joint_patch", "2D error of the patch", "px"),
     **{
-        name: Metric("joint_2d", partial(PointErrors.share, threshold=share), f"2D PCK at {share:g} box", "%")
+        key: metric
         for name, share in PCK_2D.items()
+        for key, metric in _share(name, "joint_2d", share, f"2D PCK at {share:g} box", "%").items()
     },
-    "auc_2d": Metric("joint_2d", PointErrors.auc, "2D AUC 0-0.2 box"),
+    **_auc("auc_2d", "joint_2d", "2D AUC 0-0.2 box"),
     "curve_2d": Metric("joint_2d", lambda e: e.curve),
     **{name: metric for frame in FRAMES for name, metric in _vertex_metrics(frame).items()},
 }
@@ -237,47 +300,6 @@ def compare(
     """The metrics `names` of predicted points; metrics whose points are not in `pred` are omitted."""
     errors = {points: PointErrors(pred[points], target[points]) for points in pred}
     return {name: METRICS[name].value(errors[METRICS[name].points]) for name in names if METRICS[name].points in errors}
-
-
-def box_side(point: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Longer side of the tight box around each sample's valid points; 0 where fewer than two are valid.
-
-    Args: point [B, N, 2]; valid [B, N] 0 or 1. Returns: [B], in the unit of point.
-    """
-    mask = (valid > 0)[..., None]
-    extent = np.where(mask, point, -np.inf).max(axis=1) - np.where(mask, point, np.inf).min(axis=1)
-    return np.maximum(extent.max(axis=1), 0.0)  # -inf without a valid point
-
-
-def align_procrustes(pred: np.ndarray, target: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Align `pred` to `target` by the similarity transform (rotation, scale, translation; no reflection) with the least
-    squared error over valid points: Umeyama, "Least-squares estimation of transformation parameters", 1991.
-
-    Args: pred, target [B, N, 3]; valid [B, N]. Returns: [B, N, 3], all points transformed; NaN for a sample with NaN or
-    infinity in a valid point. A prediction collapsed into one point is only translated.
-    """
-    weight = (valid > 0)[..., None].astype(np.float64)
-    pred_valid, target_valid = np.where(weight > 0, pred, 0.0), np.where(weight > 0, target, 0.0)
-    finite = np.isfinite(pred_valid).all(axis=(1, 2)) & np.isfinite(target_valid).all(axis=(1, 2))
-    keep = finite[:, None, None]
-    pred_valid, target_valid = np.where(keep, pred_valid, 0.0), np.where(keep, target_valid, 0.0)
-
-    count = np.maximum(weight.sum(axis=1, keepdims=True), 1.0)
-    pred_mean = pred_valid.sum(axis=1, keepdims=True) / count
-    target_mean = target_valid.sum(axis=1, keepdims=True) / count
-    pred_centred = (pred_valid - pred_mean) * weight
-    target_centred = (target_valid - target_mean) * weight
-
-    covariance = np.swapaxes(target_centred, 1, 2) @ pred_centred
-    left, singular, right = np.linalg.svd(covariance)
-    sign = np.ones_like(singular)
-    sign[:, 2] = np.where(np.linalg.det(left) * np.linalg.det(right) < 0, -1.0, 1.0)
-    rotation = (left * sign[:, None, :]) @ right
-    variance = np.square(pred_centred).sum(axis=(1, 2))
-    scale = np.where(variance > 0, (singular * sign).sum(axis=1) / np.where(variance > 0, variance, 1.0), 1.0)
-    with np.errstate(invalid="ignore"):
-        aligned = scale[:, None, None] * (pred - pred_mean) @ np.swapaxes(rotation, 1, 2) + target_mean
-    return np.where(keep, aligned, np.nan)
 
 
 def align_scale_translation(pred: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -308,25 +330,12 @@ def f_scores(
     usable = sample_valid > 0
     score = np.zeros((len(thresholds), len(pred)))
     for i in np.flatnonzero(usable):
-        to_target, to_pred = _nearest_squared(pred[i], target[i])
+        to_target, to_pred = nearest_squared(pred[i], target[i])
         for k, threshold in enumerate(thresholds):
             precision = (to_target < threshold**2).mean()
             recall = (to_pred < threshold**2).mean()
             score[k, i] = 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
     return [SampleMetric(row, usable.astype(np.float64)) for row in score]
-
-
-def _nearest_squared(pred: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distance of each point to the nearest point of the other set: [V, 3], [W, 3] -> [V], [W].
-
-    |a - b|^2 = |a|^2 + |b|^2 - 2 a b is one matrix product; centred on the target it is exact to 1e-9 mm^2.
-    """
-    centre = target.mean(axis=0)
-    pred, target = pred - centre, target - centre
-    left = np.column_stack((pred, np.square(pred).sum(axis=1), np.ones(len(pred))))
-    right = np.column_stack((-2.0 * target, np.ones(len(target)), np.square(target).sum(axis=1)))
-    pair = left @ right.T
-    return pair.min(axis=1), pair.min(axis=0)
 
 
 def _array(tensor: Any) -> np.ndarray:
@@ -356,8 +365,9 @@ class Samples:
 
         def columns(value: np.ndarray) -> np.ndarray:
             value = value.reshape(len(position), -1)
-            is_curve = value.shape[1] > NUM_JOINT  # integers, and most of the memory
-            return value.astype(np.float32) if is_curve else value
+            with np.errstate(over="ignore"):
+                narrow = value.astype(np.float32)  # numbers of points, most of the memory, lose nothing
+            return narrow if np.array_equal(narrow, value) else value
 
         samples = cls(
             position=position,
@@ -394,11 +404,14 @@ class Samples:
         return replace(self, metric=metric, **columns)
 
     def means(self) -> dict[str, float]:
-        """The mean of each single-column metric, sorted by name; a metric without a valid point is absent."""
+        """The mean of each metric, sorted by name; a metric without a valid point is absent."""
         known = {name: self.metric[name] for name in sorted(self.metric) if self.metric[name].count.any()}
-        return {name: mean(total[:, 0], count[:, 0]) for name, (total, count) in known.items()}
+        return {name: mean(*value) for name, value in known.items()}
 
 
 def mean(total: np.ndarray, count: np.ndarray) -> float:
-    """sum / count of one column [S], exactly rounded sums; the count must not be 0 everywhere."""
-    return math.fsum(total.tolist()) / math.fsum(count.tolist())
+    """sum / count of a column [S, 1]; of several columns [S, J] the mean over those with a count, as in FreiHAND's
+    EvalUtil and InterHand2.6M's evaluate. Sums are exactly rounded; the count must not be 0 everywhere."""
+    known = [column for column in range(count.shape[1]) if count[:, column].any()]
+    means = [math.fsum(total[:, column].tolist()) / math.fsum(count[:, column].tolist()) for column in known]
+    return math.fsum(means) / len(means)

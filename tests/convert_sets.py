@@ -22,7 +22,7 @@ import yaml
 
 from src.hand.mano import ManoLayer
 from src.hand.mano_file import load_hand_arrays
-from src.hand.skeleton import MANO_PARENTS, MANO_TIP_VERTEX_IDS, MANO_TO_OPENPOSE
+from src.hand.skeleton import MANO_PARENTS, MANO_TIP_VERTEX_IDS, MANO_TO_OPENPOSE, TIP_JOINTS
 from src.hand.standin.build import build_standin_hand
 from tests.data_shards import encode, image_of
 
@@ -79,15 +79,24 @@ def layer(path: Path) -> ManoLayer:
     return ManoLayer(load_hand_arrays(path)).eval()
 
 
-def fk(mano: Path, pose: np.ndarray, shape: np.ndarray, is_right: bool, flat: bool) -> np.ndarray:
-    """[21, 3] mm about the wrist; a left hand is the mirror image, its axis-angle y and z negated."""
+def fk(
+    mano: Path, pose: np.ndarray, shape: np.ndarray, is_right: bool, flat: bool, mesh_joints: bool = False
+) -> np.ndarray:
+    """[21, 3] mm about the wrist; a left hand is the mirror image, its axis-angle y and z negated.
+
+    With `mesh_joints` as FreiHAND defines its joints: the regressor applied to the posed vertices.
+    """
     pose = np.array(pose, np.float32)
     if not is_right:
         pose = (pose.reshape(16, 3) * np.float32([1, -1, -1])).reshape(48)
     hand = layer(mano)
     with torch.inference_mode():
         rotmat = hand.pose_to_rotmat(torch.from_numpy(pose)[None], flat)
-        joint = hand(rotmat, torch.from_numpy(np.float32(shape))[None]).joint[0].double().numpy()
+        posed = hand(rotmat, torch.from_numpy(np.float32(shape))[None])
+    joint = posed.joint[0].double().numpy()
+    if mesh_joints:
+        regressed = hand_content()["J_regressor"] @ posed.vert[0].double().numpy()
+        joint = np.concatenate([regressed, joint[list(TIP_JOINTS)]])[list(MANO_TO_OPENPOSE)]
     return joint if is_right else joint * [-1, 1, 1]
 
 
@@ -108,23 +117,27 @@ def put(path: Path, data: bytes) -> bytes:
     return data
 
 
-def write_freihand(root: Path, mano: Path, num: int = 5, flat: bool = False) -> dict[str, Truth]:
-    """The training split: `num` hands with four backgrounds each."""
-    lists: dict[str, list[Any]] = {"K": [], "xyz": [], "mano": []}
+def write_freihand(
+    root: Path, mano: Path, num: int = 5, flat: bool = False, split: str = "training", mesh_joints: bool = False
+) -> dict[str, Truth]:
+    """`num` hands, in the training split with four backgrounds each; the evaluation split as released later."""
+    lists: dict[str, list[Any]] = {"K": [], "xyz": [], "mano": [], "scale": [], "verts": []}
     truth = {}
     for i in range(num):
         pose, shape = draw(i)
         focal, princpt = np.array([480.0 + i, 470.0]), np.array([112.0, 111.0])
-        joint = fk(mano, pose, shape, True, flat) + np.array([10.0 * i - 20, 5.0, 700.0])
+        joint = fk(mano, pose, shape, True, flat, mesh_joints) + np.array([10.0 * i - 20, 5.0, 700.0])
         lists["K"].append([[focal[0], 0, princpt[0]], [0, focal[1], princpt[1]], [0, 0, 1]])
         lists["xyz"].append((joint / 1000).tolist())
         lists["mano"].append([[*pose, *shape, 100.0, 100.0, 0.9]])
-        for version in range(4):
+        lists["scale"].append(0.025)
+        lists["verts"].append([[0.0, 0.0, 0.7]] * 778)
+        for version in range(4 if split == "training" else 1):
             number = version * num + i
-            image = put(root / "training" / "rgb" / f"{number:08d}.jpg", encoded_image(number, (224, 224)))
-            truth[f"freihand_training_{number:08d}"] = Truth(joint, True, focal, princpt, image)
+            image = put(root / split / "rgb" / f"{number:08d}.jpg", encoded_image(number, (224, 224)))
+            truth[f"freihand_{split}_{number:08d}"] = Truth(joint, True, focal, princpt, image)
     for name, values in lists.items():
-        (root / f"training_{name}.json").write_text(json.dumps(values))
+        (root / f"{split}_{name}.json").write_text(json.dumps(values))
     return truth
 
 
@@ -135,7 +148,8 @@ def _camera(number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_interhand(root: Path, mano: Path, split: str = "val") -> dict[str, Truth]:
-    """Two frames from two cameras: both hands, then only a left hand; some joints and one wrist not annotated."""
+    """Two frames from two cameras: both hands, then only a left hand; some joints and one wrist not annotated, some of
+    them in only one of the two files that have a joint_valid."""
     size, capture, sequence, cameras = (512, 334), 0, "0390_dh_touchROM", ("400262", "400263")
     camera: dict[str, dict[str, Any]] = {"campos": {}, "camrot": {}, "focal": {}, "princpt": {}}
     joints, manos, truth = {}, {}, {}
@@ -157,11 +171,13 @@ def write_interhand(root: Path, mano: Path, split: str = "val") -> dict[str, Tru
             world[first + order] = fk(mano, pose, shape, side == "right", False) + trans
             valid[first + order] = 1
             manos[str(frame)][side] = {"pose": pose.tolist(), "shape": shape.tolist(), "trans": (trans / 1e3).tolist()}
-        valid[[3, 21]] = 0  # the right thumb's first joint, the left thumb's tip
+        annotated = valid.copy()  # in joint_3d.json: whether world_coord means anything
+        valid[[3, 21]] = 0  # the right thumb's first joint, the left thumb's tip: annotated, but not in these images
+        annotated[[5, 33]], world[[5, 33]] = 0, 0.0  # the right index finger, the left ring finger
         if kind == "left":
-            valid[41] = 0  # the wrist
+            valid[41] = annotated[41] = 0  # the wrist
             manos[str(frame)]["left"] = None
-        joints[str(frame)] = {"world_coord": world.tolist(), "joint_valid": valid[:, None].tolist(), "hand_type": kind}
+        joints[str(frame)] = {"world_coord": world.tolist(), "joint_valid": annotated[:, None].tolist()}
         for number, name in enumerate(cameras):
             file = f"Capture{capture}/{sequence}/cam{name}/image{frame}.jpg"
             image = put(root / "images" / split / file, encoded_image(frame + number, size))
@@ -173,7 +189,7 @@ def write_interhand(root: Path, mano: Path, split: str = "val") -> dict[str, Tru
             rotation, position = _camera(number)
             for side, first in (("right", 0), ("left", 21)):
                 if kind in (side, "interacting"):
-                    known = valid[first + order]
+                    known = (valid * annotated)[first + order]
                     truth[f"interhand_{split}_{file[:-4].replace('/', '-')}_{side}"] = Truth(
                         (world[first + order] - position) @ rotation.T,
                         side == "right",
@@ -237,9 +253,10 @@ def _yaml(path: Path, content: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(content))
 
 
-def write_ho3d(root: Path, mano: Path, num_frame: int = 4) -> dict[str, Truth]:
-    """A training sequence (its last frame without annotation) and an evaluation sequence (only the wrist)."""
-    truth, names = {}, {"train": [], "evaluation": []}
+def write_ho3d(root: Path, mano: Path, num_frame: int = 4, released: bool = False) -> dict[str, Truth]:
+    """A training sequence (its last frame without annotation) and an evaluation sequence: only the wrist, and with
+    `released` the two files that the authors published after the challenge."""
+    truth, names, xyz = {}, {"train": [], "evaluation": []}, []
     focal, princpt = np.array([617.3, 617.1]), np.array([312.4, 241.4])
     lens = np.array([[focal[0], 0, princpt[0]], [0, focal[1], princpt[1]], [0, 0, 1]])
     for split, sequence in (("train", "ABF10"), ("evaluation", "AP11")):
@@ -255,16 +272,20 @@ def write_ho3d(root: Path, mano: Path, num_frame: int = 4) -> dict[str, Truth]:
                     meta |= dict.fromkeys(("handPose", "handBeta", "handTrans", "handJoints3D"))
             else:
                 meta |= {"handJoints3D": joint[0] / 1000, "handBoundingBox": [200, 150, 400, 320]}
+                xyz.append((joint[TO_MANO] / 1000).tolist())
             folder, name = root / split / sequence, f"{frame:04d}"
             put(folder / "meta" / f"{name}.pkl", pickle.dumps(meta, 2 * (frame % 2)))
             image = put(folder / "rgb" / f"{name}.jpg", encoded_image(frame, (640, 480)))
             names[split].append(f"{sequence}/{name}")
-            known = np.ones(21) if split == "train" else np.eye(21)[0]
+            known = np.ones(21) if split == "train" or released else np.eye(21)[0]
             if split == "evaluation" or frame < num_frame - 1:
                 key = f"ho3d_{split}_{sequence}_{name}"
                 truth[key] = Truth(joint @ FLIP, True, focal, princpt, image, known, known, split == "train")
     for split, lines in names.items():
         (root / f"{split}.txt").write_text("\n".join(reversed(lines)))
+    if released:
+        (root / "evaluation_xyz.json").write_text(json.dumps(xyz[::-1]))
+        (root / "evaluation_verts.json").write_text(json.dumps([[[0.0, 0.0, -0.6]] * 778] * len(xyz)))
     return truth
 
 
@@ -273,8 +294,9 @@ def hamer_hand(mano: Path, number: int, is_right: bool) -> tuple[dict[str, Any],
     pose, shape = draw(900 + number)
     joint = fk(mano, pose, shape, is_right, True) + np.array([0.0, 0.0, 700.0])
     pixel = joint[:, :2] / joint[:, 2:] * 300 + 100
-    confidence = np.ones((21, 1))
+    confidence = np.full((21, 1), 0.9)
     confidence[number % 21] = 0
+    confidence[(number + 5) % 21] = 0.2  # HaMeR suppresses keypoints below 0.3
     hand = {
         "keypoints_2d": np.float32(np.hstack([pixel, confidence])),
         "keypoints_3d": np.float32(np.hstack([joint / 1000, confidence])),
@@ -288,7 +310,8 @@ def hamer_hand(mano: Path, number: int, is_right: bool) -> tuple[dict[str, Any],
         "personid": 0,
         "extra_info": {"fitting_loss": np.array({"reprojection_loss": 3.5}), "detection_npz_idx": 0},
     }
-    return hand, Truth(joint, is_right, valid_3d=confidence[:, 0], annotated=confidence[:, 0])
+    known = np.float64(confidence[:, 0] > 0.3)
+    return hand, Truth(joint, is_right, valid_3d=known, annotated=known)
 
 
 def write_hamer(

@@ -57,6 +57,13 @@ def test_missed_hand_is_wrong_in_2d_and_excluded_in_3d() -> None:
         assert [values[name].count.sum() for name in ("found", "pck10_2d", "auc_2d", "mpjpe_pa")] == [1, 21, 21, 0]
 
 
+def test_a_hand_with_one_known_joint_is_neither_found_nor_missed() -> None:
+    """It has no box, which the matching distance and 2D PCK are relative to."""
+    hand = replace(sample(), joint_2d_valid=np.eye(21, dtype=np.float32)[0])
+    values = measure_hand(hand, [at(hand, 1.0)])
+    assert [values[name].count.sum() for name in mediapipe_hands.SHOWN] == [0.0] * 7
+
+
 def test_matching_uses_valid_joints_only() -> None:
     hand = sample()
     valid = np.ones(21, np.float32)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,12 @@ from src.evaluate.bootstrap import Bootstrap, Estimate, Group, summarise
 from src.evaluate.run import to_source_camera
 from src.evaluate.submission import write_submission
 from src.evaluate.tables import joint_grids, metric_grid, summary_grids
+from src.evaluate.write import legend
 from src.hand.skeleton import JOINT_NAMES
 from src.hand.standin.build import build_standin_hand
 from src.metric import SampleMetric, Samples
 from src.model.net import PoseNet
-from src.train.validation import describe, evaluate
+from src.train.validation import describe, evaluate, key_metric
 from tests.data_shards import lab_sample, write_shard
 from tests.helpers import ROOT, random_batch, small_config
 from tests.test_predict import make_run
@@ -215,6 +216,51 @@ def test_data_sets_of_older_lab_shards(place: Path, tmp_path: Path) -> None:
     assert every["metric"]["mpjpe_pa"]["num_sample"] == 10
 
 
+def test_hands_with_only_the_wrist_in_3d(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As HO-3D's evaluation set: there is a root error and nothing root-relative; beside other hands they change none
+    of those hands' numbers."""
+    wrist = np.zeros((2, 21), np.float32)
+    wrist[:, 0] = 1
+    labs = {"whole": [lab_sample(n, 2, generation=2) for n in (1, 2)], "wrist": [lab_sample(3, 2, generation=2)]}
+    for sample in labs["whole"]:
+        sample["joint_3d_valid.npy"][:, 0] = 1
+    labs["wrist"][0]["joint_3d_valid.npy"] = wrist
+    result = {}
+    for name, samples in labs.items():
+        write_shard(tmp_path / name / "0.tar", samples)
+    for name, source in {"whole": "[whole]", "wrist": "[wrist]", "both": "{whole: [whole], wrist: [wrist]}"}.items():
+        options = [f"--output={tmp_path}/out-{name}", "--num_bootstrap=100", "--num_overlay=2"]
+        folders = [f"DATA.root={tmp_path}", f"DATA.val.source={source}", "GENERAL.num_worker=0"]
+        assert main([str(place / "run"), "data=labs", *folders, *options]) == 0
+        result[name] = json.loads((tmp_path / f"out-{name}/result.json").read_text())["groups"][0]
+    aligned = [name for name in result["whole"]["metric"] if "_rel" in name or "_pa" in name or "_st" in name]
+    assert len(aligned) >= 13
+    assert not set(aligned) & set(result["wrist"]["metric"])
+    assert {"mpjpe_cam", "root_error"} <= set(result["wrist"]["metric"])
+    assert list(result["wrist"]["joint"]) == ["cam"]
+    assert not {"joint_rel", "joint_pa"} & set(result["wrist"]["pck_curve"])
+    for name in aligned:
+        value = result["whole"]["metric"][name]["value"]
+        assert result["both"]["metric"][name]["value"] == pytest.approx(value, rel=1e-5), name
+        assert result["both"]["metric"][name]["num_sample"] == 4
+    assert result["both"]["pck_curve"]["joint_rel"] == result["whole"]["pck_curve"]["joint_rel"]
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_validation_of_hands_with_only_the_wrist_in_3d() -> None:
+    """The best checkpoint is chosen by an error that can change."""
+    cfg, batch = small_config(), random_batch(4, 56)
+    net = PoseNet(cfg.MODEL, build_standin_hand())
+    whole = evaluate(net, [batch], Accelerator(cpu=True), cfg.LOSS)[0]
+    batch.joint_3d_valid[:, 1:] = 0
+    metrics = evaluate(net, [batch], Accelerator(cpu=True), cfg.LOSS)[0]
+    assert not {"mpjpe_rel", "mpjpe_pa", "loss_joint_rel"} & metrics.keys()
+    assert key_metric(metrics) == metrics["mpjpe_cam"] == metrics["root_error"] == whole["root_error"]
+    batch.has_intr[:] = 0
+    metrics = evaluate(net, [batch], Accelerator(cpu=True), cfg.LOSS)[0]
+    assert key_metric(metrics) == metrics["loss_total"] > 0
+
+
 def test_validation_reports_each_data_set() -> None:
     cfg, batch = small_config(), random_batch(4, 56)
     net = PoseNet(cfg.MODEL, build_standin_hand())
@@ -261,6 +307,59 @@ def test_interval_has_the_theoretical_width() -> None:
     single = summarise(clips, Bootstrap(4000, "sample"))[0].metric["mpjpe_rel"]
     assert whole.high - whole.low == pytest.approx(once.high - once.low, rel=0.1)
     assert single.high - single.low == pytest.approx((once.high - once.low) / 2, rel=0.1)
+
+
+def with_joints(distance: np.ndarray, valid: np.ndarray) -> Samples:
+    """Samples with the root-relative MPJPE over points and over joints: distance, valid [S, 21]."""
+    each = SampleMetric(np.where(valid, distance, 0.0), valid.astype(float))
+    pooled = SampleMetric(*(part.sum(axis=1, keepdims=True) for part in each))
+    metric = {"mpjpe_rel": pooled, "mpjpe_rel_joints": each, "joint_rel": each}
+    return replace(samples_of(np.zeros(len(distance))), metric=metric)
+
+
+def test_intervals_of_the_mean_over_joints() -> None:
+    """As if each draw were evaluated by itself; joints that a draw has not got do not count in it."""
+    rng = np.random.default_rng(2)
+    distance, valid = rng.gamma(2, 10, (9, 21)) + np.arange(21), rng.random((9, 21)) < 0.8
+    valid[1:, 7] = False  # a joint that many draws have not got
+    estimate = summarise(with_joints(distance, valid), Bootstrap(300))[0].metric["mpjpe_rel_joints"]
+
+    def official(rows: np.ndarray) -> float:
+        columns = zip(distance[rows].T, valid[rows].T)
+        return float(np.mean([column[known].mean() for column, known in columns if known.any()]))
+
+    draws = [official(rows) for rows in np.random.default_rng(0).integers(0, 9, (300, 9))]
+    assert estimate.value == pytest.approx(official(np.arange(9)), rel=1e-12)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), rel=1e-9)
+    assert estimate.num_sample == 9
+
+
+def test_tables_name_the_average_where_joints_are_missing() -> None:
+    rng = np.random.default_rng(2)
+    distance, valid = rng.gamma(2, 10, (9, 21)) + np.arange(21), rng.random((9, 21)) < 0.8
+    complete = np.ones((9, 21), bool)
+    complete[:, 20] = False  # never annotated: no difference
+    (group,) = groups = summarise(with_joints(distance, complete), Bootstrap(200))
+    assert group.metric["mpjpe_rel_joints"] == group.metric["mpjpe_rel"]
+    assert [row[0] for row in metric_grid(group).rows] == ["MPJPE, mm"]
+    assert "over joints" not in legend(groups, Bootstrap())
+    (group,) = groups = summarise(with_joints(distance, valid), Bootstrap(200))
+    values = [group.metric[name].value for name in ("mpjpe_rel", "mpjpe_rel_joints")]
+    assert [row[0] for row in metric_grid(group).rows] == ["MPJPE, over points, mm", "MPJPE, over joints, mm"]
+    assert [row[2].split()[0] for row in metric_grid(group).rows] == [f"{value:.1f}" for value in values]
+    assert "official evaluations of InterHand2.6M" in legend(groups, Bootstrap())
+    wrist, thumb, *_ = joint_grids(group)[0].rows
+    assert (wrist[2], thumb[2][:1].isdigit()) == ("–", True), "the wrist relative to itself is not measured"
+
+
+def test_a_mean_that_is_not_finite_has_no_interval() -> None:
+    for wrong in (np.nan, np.inf):
+        distance = np.full((5, 21), 3.0)
+        distance[1, 4] = wrong
+        metric = summarise(with_joints(distance, np.ones((5, 21), bool)), Bootstrap(100))[0].metric
+        for estimate in metric.values():
+            assert not np.isfinite(estimate.value)
+            assert (estimate.low, estimate.high) == (None, None)
 
 
 def test_means_are_over_points_and_absent_without_labels() -> None:

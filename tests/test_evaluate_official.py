@@ -1,9 +1,12 @@
-"""The metrics against FreiHAND's and HO-3D's published evaluation procedures, worked out here point by point.
+"""The metrics against published evaluation procedures, worked out here point by point.
 
-Sources: eval.py of github.com/lmb-freiburg/freihand and github.com/shreyashampali/ho3d. They work in metres, keypoint
-by keypoint, with every point visible: errors and PCK of each keypoint over all images, their means over keypoints; 100
-thresholds from 0 to 50 mm, the area by the trapezoidal rule over that of a perfect curve; `align_w_scale` from scipy's
-orthogonal Procrustes problem; F-scores from the nearest neighbours both ways.
+* FreiHAND, HO-3D: eval.py and utils/eval_util.py (EvalUtil) of github.com/lmb-freiburg/freihand and
+  github.com/shreyashampali/ho3d, in metres. Errors and PCK of each keypoint over the images that show it, then their
+  means over keypoints; 100 thresholds from 0 to 50 mm, the area by the trapezoidal rule over that of a perfect
+  curve; `align_w_scale` from scipy's orthogonal Procrustes problem; F-scores from the nearest neighbours both ways.
+* DexYCB: dex_ycb_toolkit/hpe_eval.py of github.com/NVlabs/dex-ycb-toolkit, EvalUtil again.
+* InterHand2.6M: `evaluate` in data/InterHand2.6M/dataset.py of github.com/facebookresearch/InterHand2.6M.
+* mmpose: `keypoint_epe` in mmpose/evaluation/functional/keypoint_eval.py of github.com/open-mmlab/mmpose.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from src.batch import Batch, Prediction
-from src.metric import SampleMetric, align_procrustes, align_scale_translation, measure
+from src.metric import PCK_2D, SampleMetric, Samples, align_procrustes, align_scale_translation, measure
 from tests.helpers import random_batch
 
 NUM, NUM_VERTEX = 7, 90
@@ -37,16 +40,19 @@ def align_sc_tr(target: np.ndarray, pred: np.ndarray) -> np.ndarray:
     return (pred - pred[0]) * length + target[0]
 
 
-def measures(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
-    """(mean error in mm, AUC) of (target, prediction) in metres, keypoint by keypoint."""
+def measures(pairs: list[tuple[np.ndarray, np.ndarray]], visible: np.ndarray | None = None) -> tuple[float, float]:
+    """EvalUtil: (mean error in mm, AUC) of (target, prediction) in metres, keypoint by keypoint, without keypoints that
+    are never visible. `visible` [S, N]; None: all."""
     error = np.array([np.linalg.norm(target - pred, axis=1) for target, pred in pairs])
+    visible = np.ones(error.shape, bool) if visible is None else visible
     thresholds = np.linspace(0.0, 0.05, 100)
     area = np.trapezoid if hasattr(np, "trapezoid") else np.trapz
-    aucs = []
-    for keypoint in error.T:
+    aucs, means = [], []
+    for keypoint in [column[seen] for column, seen in zip(error.T, visible.T) if seen.any()]:
         curve = np.array([np.mean(keypoint <= t) for t in thresholds])
         aucs.append(area(curve, thresholds) / area(np.ones_like(thresholds), thresholds))
-    return 1000 * float(np.mean([keypoint.mean() for keypoint in error.T])), float(np.mean(aucs))
+        means.append(keypoint.mean())
+    return 1000 * float(np.mean(means)), float(np.mean(aucs))
 
 
 def f_score(target: np.ndarray, pred: np.ndarray, threshold: float) -> float:
@@ -165,11 +171,114 @@ def test_each_metric_needs_its_labels(hands):
     assert not {name for name in no_vertices if "vert" in name or name.startswith(("mpvpe", "f5", "f15"))}
     assert {"mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpjpe_st", "root_error", "error_2d"} <= no_vertices
     no_camera = known(has_mano=none, has_intr=none)
-    assert not {name for name in no_camera if name.endswith("_cam")} | ({"root_error"} & no_camera)
+    assert not {name for name in no_camera if "_cam" in name} | ({"root_error"} & no_camera)
     only_2d = known(has_mano=none, joint_3d_valid=torch.zeros(NUM, 21))
-    assert only_2d == {"error_2d", "curve_2d", "auc_2d", "pck05_2d", "pck10_2d", "pck15_2d", "pck20_2d"}
+    in_2d = {"error_2d", "auc_2d", "pck05_2d", "pck10_2d", "pck15_2d", "pck20_2d"}
+    assert only_2d == {"curve_2d", *in_2d, *(f"{name}_joints" for name in in_2d)}
     no_wrist = torch.ones(NUM, 21)
     no_wrist[:, 0] = 0
     left = known(has_mano=none, joint_3d_valid=no_wrist)
     assert {"mpjpe_cam", "mpjpe_pa"} <= left
     assert not {"mpjpe_rel", "mpjpe_st", "root_error", "auc_rel"} & left
+
+
+# ---- missing joints --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def incomplete(hands: tuple[Batch, Prediction, torch.Tensor]) -> tuple[Batch, Prediction, torch.Tensor]:
+    """15 % of the joints are missing, unevenly; one hand has only its wrist, one lacks it; joint 20 is never known."""
+    batch, prediction, vert = hands
+    rng = np.random.default_rng(5)
+    valid = torch.tensor(rng.random((NUM, 21)) > 0.15).float()
+    valid[:, 0], valid[:, 20] = 1, 0
+    valid[2, 1:], valid[4, 0] = 0, 0
+    shift = torch.tensor(rng.normal(0, 2, (NUM, 21, 2)), dtype=torch.float32)
+    prediction = Prediction(**{**vars(prediction), "joint_patch": batch.joint_patch + shift})
+    flags = {"joint_3d_valid": valid, "joint_2d_valid": valid}
+    return Batch(**{**vars(batch), **flags, "position": torch.arange(NUM)}), prediction, vert
+
+
+@pytest.fixture(scope="module")
+def incomplete_means(incomplete: tuple[Batch, Prediction, torch.Tensor]) -> dict[str, float]:
+    batch, prediction, vert = incomplete
+    return Samples.of_batch(batch, measure(prediction, batch, vert)).means()
+
+
+def aligned_pairs(batch: Batch, prediction: Prediction, frame: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The pairs in metres after the official alignment, from the valid joints where it depends on them."""
+    found = []
+    for (target, pred), valid in zip(pairs(prediction.joint_cam, batch.joint_cam), batch.joint_3d_valid.numpy() > 0):
+        if frame == "rel":
+            target, pred = target - target[0], pred - pred[0]
+        elif frame == "pa" and valid.sum() >= 3:
+            pred = pred.copy()
+            pred[valid] = align_w_scale(target[valid], pred[valid])
+        elif frame == "st":
+            pred = align_sc_tr(target[HO3D_ORDER], pred[HO3D_ORDER])[np.argsort(HO3D_ORDER)]
+        found.append((target, pred))
+    return found
+
+
+@pytest.mark.parametrize("frame", ["cam", "rel", "pa", "st"])
+def test_missing_joints_as_in_evalutil(incomplete, incomplete_means, frame):
+    """EvalUtil skips invisible keypoints; a hand that the alignment cannot measure is not fed to it."""
+    batch, prediction, _ = incomplete
+    valid = batch.joint_3d_valid.numpy() > 0
+    needed = {"cam": [], "rel": [0], "pa": [], "st": [0, 9]}[frame]
+    usable = valid[:, needed].all(axis=1) & (valid.sum(axis=1) >= {"cam": 1, "rel": 2, "pa": 3, "st": 3}[frame])
+    assert 0 < usable.sum() <= NUM
+    error, auc = measures(aligned_pairs(batch, prediction, frame), valid & usable[:, None])
+    assert incomplete_means[f"mpjpe_{frame}_joints"] == pytest.approx(error, rel=1e-6)
+    assert abs(incomplete_means[f"mpjpe_{frame}"] - error) > 0.01, "the mean over points is another number"
+    if frame != "st":
+        assert incomplete_means[f"auc_{frame}_joints"] == pytest.approx(auc, rel=1e-6)
+
+
+def test_missing_joints_as_in_interhand(incomplete, incomplete_means):
+    """`evaluate` of InterHand2.6M: a hand without root has no valid joint; a lone root is measured, which leaves the
+    root's mean 0. Joint by joint, then the mean over joints."""
+    batch, prediction, _ = incomplete
+    valid = batch.joint_3d_valid.numpy().copy()
+    valid *= valid[:, :1]
+    mpjpe = [[] for _ in range(21)]
+    for (target, pred), joint_valid in zip(pairs(prediction.joint_cam, batch.joint_cam), valid):
+        target, pred = target - target[0], pred - pred[0]
+        for j in range(21):
+            if joint_valid[j]:
+                mpjpe[j].append(np.sqrt(np.sum((pred[j] - target[j]) ** 2)))
+    assert (len(mpjpe[0]), len(mpjpe[20])) == (NUM - 1, 0)
+    official = 1000 * np.mean([np.mean(np.stack(errors)) for errors in mpjpe if errors])
+    assert incomplete_means["mpjpe_rel_joints"] == pytest.approx(official, rel=1e-6)
+
+
+def test_missing_joints_as_in_mmpose(incomplete, incomplete_means):
+    """`keypoint_epe` pools all valid points of all hands: our mean over points."""
+    batch, prediction, _ = incomplete
+    valid = batch.joint_3d_valid.numpy() > 0
+    distance = (prediction.joint_cam - batch.joint_cam).double().norm(dim=2).numpy()
+    assert incomplete_means["mpjpe_cam"] == pytest.approx(distance[valid].mean(), rel=1e-6)
+
+
+def test_missing_joints_as_in_hamers_pck(incomplete, incomplete_means):
+    """`keypoint_pck_accuracy` of HaMeR's EvaluatorPCK: the mean of each keypoint's fraction; here only of keypoints
+    with a label, as its division by zero gives NaN."""
+    batch, prediction, _ = incomplete
+    target, pred = batch.joint_patch.double().numpy(), prediction.joint_patch.double().numpy()
+    valid = batch.joint_2d_valid.numpy() > 0
+    valid[2] = False  # a single joint has no box
+    side = np.array([np.ptp(t[v], axis=0).max() if v.any() else 1.0 for t, v in zip(target, valid)])
+    for name, threshold in PCK_2D.items():
+        correct = (np.linalg.norm(pred - target, axis=2) <= side[:, None] * threshold) & valid
+        pck = correct.sum(axis=0)[:20] / valid.sum(axis=0)[:20]
+        assert incomplete_means[f"{name}_joints"] == pytest.approx(pck.mean(), rel=1e-6)
+        assert incomplete_means[name] == pytest.approx(correct.sum() / valid.sum(), rel=1e-6)
+
+
+def test_complete_hands_have_one_mean(hands):
+    batch, prediction, vert = hands
+    means = Samples.of_batch(batch, measure(prediction, batch, vert)).means()
+    names = [name for name in means if name.endswith("_joints")]
+    assert len(names) == 16
+    for name in names:
+        assert means[name] == pytest.approx(means[name.removesuffix("_joints")], rel=1e-12), name

@@ -103,6 +103,19 @@ def test_each_label_has_its_own_mask(field: str, terms: set[int]) -> None:
         assert torch.isclose(mean, (expected.sum(0) / expected_count.sum(0))[term])
 
 
+def test_a_lone_root_does_not_count_as_a_root_relative_joint() -> None:
+    """Its error relative to itself is 0: it would dilute the mean of the hands with other joints."""
+    batch, truth = consistent_batch()
+    guess = predict(batch, 0.5 * batch.mano_pose, batch.mano_shape, truth.root_cam + 20)
+    valid = batch.joint_3d_valid.clone()
+    valid[2:, 1:] = 0.0
+    masked = replace(batch, joint_3d_valid=valid)
+    sums, counts = loss_sums(guess, masked, HAND), loss_counts(masked)
+    assert counts[:, REL].tolist() == [21.0, 21.0, 0.0, 0.0]
+    assert counts[:, TRANS].tolist() == [1.0] * 4, "the root's position is a target of its own"
+    assert torch.equal(sums[:2, REL], loss_sums(guess, batch, HAND)[:2, REL])
+
+
 def test_without_valid_items_the_loss_is_zero() -> None:
     batch, truth = consistent_batch()
     nothing = {

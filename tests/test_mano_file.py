@@ -14,8 +14,9 @@ import pytest
 import torch
 from scipy.sparse import csc_matrix, csr_matrix
 
+from src.hand.load import hand_model_problem, load_hand
 from src.hand.mano import ManoLayer
-from src.hand.mano_file import load_hand_arrays
+from src.hand.mano_file import load_hand_arrays, load_pose_components
 from src.hand.skeleton import MANO_JOINT_NAMES, MANO_PARENTS, MANO_TIP_VERTEX_IDS, HandArrays
 from tests.test_mano import random_hand, reference_hand
 
@@ -158,6 +159,27 @@ def test_npz_round_trip(tmp_path):
     np.savez(tmp_path / "object.npz", **{**content, "f": np.array([Ch()], dtype=object)})
     with pytest.raises(ValueError, match="allow_pickle=False"):
         load_hand_arrays(tmp_path / "object.npz")
+
+
+@pytest.mark.parametrize("subfolder", [".", "mano", "mano_v1_2/models"])
+def test_a_folder_means_the_file_in_it(tmp_path, subfolder):
+    folder = tmp_path / subfolder
+    folder.mkdir(parents=True, exist_ok=True)
+    content = official_content()
+    np.savez(folder / "MANO_LEFT.npz", **content)
+    assert "this folder does not contain MANO_RIGHT.pkl" in hand_model_problem(str(tmp_path))
+    with pytest.raises(ValueError, match=r"is a folder without MANO_RIGHT\.pkl"):
+        load_hand(str(tmp_path))
+    np.savez(folder / "MANO_RIGHT.npz", **content)
+    assert hand_model_problem(str(tmp_path)) is None
+    assert_is_content(load_hand(str(tmp_path)), content)
+    assert (load_pose_components(tmp_path) == content["hands_components"]).all()
+
+
+def test_other_files_are_refused_by_name(tmp_path):
+    (tmp_path / "MANO.txt").touch()
+    assert "must be a .pkl or .npz file" in hand_model_problem(str(tmp_path / "MANO.txt"))
+    assert "there is no such file" in hand_model_problem(str(tmp_path / "MANO_RIGHT.pkl"))
 
 
 class Call:

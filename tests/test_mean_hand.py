@@ -130,6 +130,16 @@ def test_metrics_without_training_labels_are_absent(hand: HandArrays, missing: t
     assert found.keys() == {f"{name}_mean_hand" for name in {*VALIDATED} - absent}
 
 
+def test_no_baseline_from_wrists_alone(hand: HandArrays) -> None:
+    """A joint that is never known has no mean; it must not be taken for the wrist."""
+    train, val = random_batch(5, SIDE), random_batch(5, SIDE, seed=1)
+    train.joint_3d_valid[:, 1:] = 0
+    mean = mean_of(labels_of(train), hand, SIDE)
+    assert mean.joint_rel is None
+    found = baseline_metrics(mean, val, target_points(val, vertices(hand, val)))
+    assert found.keys() == {f"{name}_mean_hand" for name in ("mpjpe_pa", "mpvpe_rel", "root_error")}
+
+
 def test_from_shards_as_from_crops(tmp_path: Path, hand: HandArrays) -> None:
     """Labels alone give the same as cropped samples of the same frames, including left hands; also with other threads
     and with a resumed run's dataset."""

@@ -11,7 +11,9 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from src.batch import Batch, Prediction
+from src.hand.skeleton import MIDDLE_KNUCKLE
 from src.metric import (
+    METRICS,
     PCK_THRESHOLDS_MM,
     SampleMetric,
     Samples,
@@ -168,12 +170,12 @@ def _batch_and_prediction(size: int, num_vertex: int = 30) -> tuple[Batch, Predi
     return batch, prediction, normal(num_vertex, 3)
 
 
-def _samples(batch, prediction, vert):
-    return Samples.of_batch(batch, measure(prediction, batch, vert, VALIDATED))
+def _samples(batch, prediction, vert, names=tuple(METRICS)):
+    return Samples.of_batch(batch, measure(prediction, batch, vert, names))
 
 
-def _means(batch, prediction, vert):
-    return _samples(batch, prediction, vert).means()
+def _means(batch, prediction, vert, names=tuple(METRICS)):
+    return _samples(batch, prediction, vert, names).means()
 
 
 def test_a_translated_hand_has_only_a_root_error():
@@ -191,22 +193,113 @@ def test_a_translated_hand_has_only_a_root_error():
 def test_each_metric_needs_its_own_labels():
     batch, prediction, vert = _batch_and_prediction(1)
     everything = {"mpjpe_cam", "mpjpe_rel", "mpjpe_pa", "mpvpe_rel", "root_error"}
-    assert set(_means(batch, prediction, vert)) == everything
+    assert set(_means(batch, prediction, vert, VALIDATED)) == everything
     batch.has_intr = torch.zeros(1)
-    assert set(_means(batch, prediction, vert)) == everything - {"mpjpe_cam", "root_error"}
+    assert set(_means(batch, prediction, vert, VALIDATED)) == everything - {"mpjpe_cam", "root_error"}
     batch.has_mano = torch.zeros(1)
-    assert set(_means(batch, prediction, torch.full_like(vert, torch.nan))) == {"mpjpe_rel", "mpjpe_pa"}
+    assert set(_means(batch, prediction, torch.full_like(vert, torch.nan), VALIDATED)) == {"mpjpe_rel", "mpjpe_pa"}
     batch.has_intr = torch.ones(1)
     batch.joint_3d_valid[:, 0] = 0  # no wrist: no root-relative metric
-    assert set(_means(batch, prediction, vert)) == {"mpjpe_cam", "mpjpe_pa"}
+    assert set(_means(batch, prediction, vert, VALIDATED)) == {"mpjpe_cam", "mpjpe_pa"}
     batch.joint_3d_valid[:] = 0
-    assert _means(batch, prediction, vert) == {}
+    assert _means(batch, prediction, vert, VALIDATED) == {}
+
+
+def _known_frames(batch, prediction, vert):
+    """The alignments in which some hand counts; all metrics of an alignment agree."""
+    values = measure(prediction, batch, vert)
+    known = {}
+    for name, metric in METRICS.items():
+        known.setdefault(metric.points, set()).add(bool(values[name].count.any()))
+    assert all(len(answers) == 1 for answers in known.values()), known
+    return {points.removeprefix("joint_") for points, answers in known.items() if True in answers}
+
+
+@pytest.mark.parametrize(
+    ("joints", "frames"),
+    [
+        ([], set()),
+        ([0], {"cam", "root"}),  # HO-3D's evaluation set
+        ([4], {"cam"}),
+        ([0, 4], {"cam", "rel", "root"}),
+        ([0, MIDDLE_KNUCKLE], {"cam", "rel", "root"}),  # scaling and translation leave the direction of this bone alone
+        ([0, 4, MIDDLE_KNUCKLE], {"cam", "rel", "pa", "st", "root"}),
+        ([0, 4, 8], {"cam", "rel", "pa", "root"}),
+        ([4, 8], {"cam"}),
+        ([4, 8, MIDDLE_KNUCKLE], {"cam", "pa"}),
+    ],
+)
+def test_an_alignment_needs_joints_beside_those_that_it_fixes(joints, frames):
+    batch, prediction, vert = _batch_and_prediction(2)
+    batch.has_mano[:] = 0
+    batch.joint_2d_valid[:] = 0
+    batch.joint_3d_valid[:] = 0
+    batch.joint_3d_valid[0, joints] = 1
+    assert _known_frames(batch, prediction, vert) == frames
+
+
+def test_a_hand_of_the_wrist_alone_changes_no_other_hands_numbers():
+    batch, prediction, vert = _batch_and_prediction(6)
+    batch.joint_3d_valid[3:, 1:] = 0
+    whole = Samples.of_batch(batch, measure(prediction, batch, vert))
+    values, full = whole.means(), whole.select(np.arange(6) < 3).means()
+    names = [name for name, metric in METRICS.items() if metric.points in ("joint_rel", "joint_pa", "joint_st")]
+    assert len(names) > 15
+    assert {name: values[name] for name in names} == {name: full[name] for name in names}
+    assert whole.metric["mpjpe_rel"].count.sum() == 3 * 21, "the wrist counts beside other joints, as everywhere"
+
+
+@pytest.mark.parametrize("size", [0.0, 0.9])
+def test_joints_in_one_place_have_no_shape_to_align(size, rng):
+    """The best scale is 0 or nearly so, and any prediction would be right."""
+    batch, prediction, vert = _batch_and_prediction(1)
+    batch.joint_cam = (500 + size * torch.tensor(rng.uniform(0, 0.5, (1, 21, 3)))).float()
+    assert {"pa", "st"}.isdisjoint(_known_frames(batch, prediction, vert))
+    batch.joint_cam[0, :, 0] += 10 * torch.arange(21)  # on a line: its error does not depend on the turn around it
+    assert {"pa", "st"} <= _known_frames(batch, prediction, vert)
+
+
+def test_collinear_joints_have_one_best_alignment(rng):
+    target = (np.arange(5.0) ** 2)[None, :, None] * np.array([3.0, 4.0, 12.0])
+    pred = rng.normal(0, 20, (1, 5, 3))
+    total, count = procrustes_error(pred, target, np.ones((1, 5)))
+    found = _best_similarity_by_search(pred[0], target[0])
+    assert total[0] == pytest.approx(np.linalg.norm(found - target[0], axis=1).sum(), rel=1e-3)
+    assert count.tolist() == [5.0]
+
+
+def test_a_2d_box_needs_two_joints_apart():
+    batch, prediction, vert = _batch_and_prediction(2)
+    for name in ("has_mano", "joint_2d_valid", "joint_3d_valid"):
+        getattr(batch, name)[:] = 0
+    batch.joint_2d_valid[0, 4] = 1
+    assert _known_frames(batch, prediction, vert) == {"patch"}
+    batch.joint_2d_valid[0, 5] = 1
+    assert _known_frames(batch, prediction, vert) == {"patch"}, "both at one pixel"
+    batch.joint_patch[0, 5] = 7.0
+    assert _known_frames(batch, prediction, vert) == {"patch", "2d"}
+
+
+def test_means_over_points_and_over_joints_by_hand():
+    """Joint 0 is off by 3 and 5 mm, joint 1 by 16 mm in the one hand that has it, joint 2 is never known."""
+    distance = np.array([[3.0, 16.0, np.nan], [5.0, np.nan, np.nan]])
+    target = Target(np.zeros((2, 3, 3)), np.array([[1, 1, 0], [1, 0, 0]]) > 0)
+    values = compare({"joint_cam": distance[..., None] * [1.0, 0, 0]}, {"joint_cam": target})
+    batch, *_ = _batch_and_prediction(2)
+    means = Samples.of_batch(batch, values).means()
+    assert means["mpjpe_cam"] == 24 / 3
+    assert means["mpjpe_cam_joints"] == (4 + 16) / 2
+    assert means["pck20_cam"] == means["pck20_cam_joints"] == 1.0
+    area = {d: sum((a + b) / 2 for a, b in pairwise(1.0 * (d <= PCK_THRESHOLDS_MM))) / 99 for d in (3.0, 5.0, 16.0)}
+    assert means["auc_cam"] == pytest.approx(sum(area.values()) / 3)
+    assert means["auc_cam_joints"] == pytest.approx(((area[3.0] + area[5.0]) / 2 + area[16.0]) / 2)
 
 
 def test_means_do_not_depend_on_split_order_padding_or_duplicates(rng):
     batch, prediction, vert = _batch_and_prediction(23)
     batch.joint_3d_valid = torch.tensor(rng.random((23, 21)) < 0.8).float()
     expected = _means(batch, prediction, vert)
+    assert expected["mpjpe_rel_joints"] != expected["mpjpe_rel"]
 
     def part(obj, rows):
         return type(obj)(**{k: _rows(v, rows) for k, v in vars(obj).items()})
@@ -225,7 +318,10 @@ def test_means_do_not_depend_on_split_order_padding_or_duplicates(rng):
             parts.append(_samples(piece, part(prediction, rows), vert[rows]))
             padding = part(batch, [0])
             padding.position = torch.tensor([-1])
-            garbage = {name: SampleMetric(np.array([np.nan]), np.array([21.0])) for name in VALIDATED}
+            garbage = {
+                name: SampleMetric(np.full_like(total[:1], np.nan), np.full_like(count[:1], 21.0))
+                for name, (total, count) in parts[-1].metric.items()
+            }
             parts.append(Samples.of_batch(padding, garbage))
         joined = Samples.join([Samples.join(parts[1::2]), Samples.join(parts[::2])])
         assert joined.position.tolist() == list(range(23))

@@ -125,11 +125,12 @@ def measure_hand(sample: Sample, detections: Iterable[Detection]) -> dict[str, S
     joint_img = np.full((NUM_JOINT, 2), np.inf) if found is None else found.joint_img
     joint_world = np.zeros((NUM_JOINT, 3)) if found is None else found.joint_world
     valid_2d, valid_3d = sample.joint_2d_valid[None] > 0, sample.joint_3d_valid[None] > 0
+    image = box_target(sample.joint_img[None].astype(np.float64), valid_2d)
     world = alignment_target(sample.joint_cam[None].astype(np.float64), valid_3d & (found is not None))
-    target = {"joint_2d": box_target(sample.joint_img[None].astype(np.float64), valid_2d), "joint_pa": world}
+    target = {"joint_2d": image, "joint_pa": world}
     pred = {"joint_2d": joint_img[None], "joint_pa": align_procrustes(joint_world[None], world.point, world.valid)}
     values = {
-        "found": SampleMetric(np.array([float(found is not None)]), np.array([float(valid_2d.any())])),
+        "found": SampleMetric(np.array([float(found is not None)]), np.array([float(image.valid.any())])),
         **compare(pred, target, (*PCK_2D, "auc_2d", "curve_2d", "mpjpe_pa")),
     }
     return {name: SampleMetric(*(part.reshape(1, -1) for part in value)) for name, value in values.items()}

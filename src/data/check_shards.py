@@ -1,7 +1,8 @@
 """Reads shards from end to end and reports corrupt samples by reason, with shard and key.
 
 The result depends on the bytes alone, so a stored index cannot hide corruption. Where an up-to-date index is stored,
-frames whose bytes no longer match its crc32 are reported as well: they have changed since it was built.
+frames whose bytes no longer match its crc32 are reported as well: they have changed since it was built. A sample of
+the healthy hands is checked for plausibility (src/data/plausibility).
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from src.data.image import decode_image
+from src.data.plausibility.report import check_hands_of_shard
+from src.data.plausibility.tally import Tallies
 from src.data.sample import make_sample
 from src.data.shards.build_index import build_index, find_index, index_places
-from src.data.shards.errors import reason_of
+from src.data.shards.errors import detail_of, reason_of
 from src.data.shards.index import MAX_NAMED, Bad, ShardIndex
 from src.data.shards.losses import count_lost
 from src.data.shards.processes import map_processes, worker_context
@@ -35,6 +38,8 @@ class ShardReport:
     bad: list[Bad] = field(default_factory=list)  # the first MAX_NAMED of them
     is_lost: bool = False  # nothing in it can be read
     has_stale_index: bool = False  # a stored index is out of date; the next run rebuilds it
+    tallies: Tallies = field(default_factory=dict)  # implausible hands
+    not_compared: list[str] = field(default_factory=list)  # hand models whose MANO parameters were not compared
 
     def add(self, bad: Bad) -> None:
         """Count a frame that was healthy so far as bad."""
@@ -50,6 +55,7 @@ def check_shards(
     index_dir: str | Path | None = None,
     num_process: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    mano: Path | None = None,
 ) -> list[ShardReport]:
     """Check every shard; returns the reports in the order of `shards`.
 
@@ -58,10 +64,14 @@ def check_shards(
         index_dir: as DATA.index_dir, to find the stored indexes.
         num_process: how many shards are read at once.
         progress: called with (bytes done, bytes in total) after each shard.
+        mano: MANO file that the joints are compared with.
+
+    Raises:
+        ValueError: the MANO file cannot be used.
     """
     sizes = {shard: shard.stat().st_size if shard.is_file() else 0 for shard in shards}
     reports: dict[Path, ShardReport] = {}
-    work = [(shard, decode, index_dir) for shard in shards]
+    work = [(shard, decode, index_dir, mano) for shard in shards]
     for report in map_processes(check_shard, work, num_process, worker_context()):
         reports[report.shard] = report
         if progress:
@@ -69,7 +79,9 @@ def check_shards(
     return [reports[shard] for shard in shards]
 
 
-def check_shard(shard: Path, decode: bool = False, index_dir: str | Path | None = None) -> ShardReport:
+def check_shard(
+    shard: Path, decode: bool = False, index_dir: str | Path | None = None, mano: Path | None = None
+) -> ShardReport:
     """Read one shard from end to end. A file that cannot be read is reported as `unreadable`."""
     try:
         index = build_index(shard)
@@ -85,6 +97,7 @@ def check_shard(shard: Path, decode: bool = False, index_dir: str | Path | None 
         _compare(report, index, index_dir)
         if decode:
             _decode(report, index)
+        report.tallies, report.not_compared = check_hands_of_shard(index, mano)
     except OSError as error:
         bad = Bad(str(error.strerror), "unreadable")
         report = ShardReport(shard, bad_count=Counter(unreadable=1), bad=[bad], is_lost=True)
@@ -123,7 +136,7 @@ def _decode(report: ShardReport, index: ShardIndex) -> None:
         except OSError:
             raise
         except Exception as error:
-            report.add(Bad(reader.describe(row), reason_of(error), detail=getattr(error, "detail", "")))
+            report.add(Bad(reader.describe(row), reason_of(error), detail=detail_of(error)))
     reader.close()
 
 
@@ -132,11 +145,17 @@ def merge(reports: Sequence[ShardReport]) -> tuple[Counter[str], int]:
     return count_lost((report.num_frame, report.bad_count, report.is_lost) for report in reports)
 
 
+def details(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[str]:
+    """The most frequent details of a reason, such as the value that was found and those that are read."""
+    found = Counter(bad.detail for report in reports for bad in report.bad if bad.reason == reason and bad.detail)
+    return [detail for detail, _ in found.most_common(num)]
+
+
 def examples(reports: Sequence[ShardReport], reason: str, num: int = 3) -> list[str]:
-    """The first `num` examples of a reason as "<key> in <shard>: <detail>", taken from the shards in turn."""
+    """The first `num` examples of a reason as "<key> in <shard>", taken from the shards in turn."""
     by_shard = [[bad for bad in report.bad if bad.reason == reason] for report in reports]
     found = [
-        (turn, bad.describe(report.shard))
+        (turn, f"{bad} in {report.shard}")
         for report, of_shard in zip(reports, by_shard)
         for turn, bad in enumerate(of_shard[:num])
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from src.data.dataset import MAX_ATTEMPT, BadFrame
 from src.data.shards.errors import REASONS
-from src.data.shards.index import ShardIndex
+from src.data.shards.index import Bad, ShardIndex
 from src.data.shards.losses import count_lost
 
 logger = logging.getLogger("stage1.data")  # below the logger of src/utils/console.py
@@ -40,7 +40,7 @@ class DataHealth:
             self.num_frame += sum(shard.num_frame() for shard in source)
             for shard in source:
                 room = _MAX_EXAMPLE - len(self.example)
-                self.example += [f"{bad.reason}: {bad.describe(shard.shard)}" for bad in shard.bad[: max(0, room)]]
+                self.example += [_example(bad, shard) for bad in shard.bad[: max(0, room)]]
 
     def add(self, num_read: int, bad: Sequence[BadFrame]) -> None:
         """Count a batch of `num_read` rows. Raises BadDataError if too many frames, or all of a position, were bad."""
@@ -111,6 +111,10 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     example = sorted((text for state in states for text in state.get("example", [])), key=_position)[:_MAX_EXAMPLE]
     num_read = sum(state["num_read"] for state in states)
     return {"num_read": num_read, "read": dict(sorted(read.items())), "example": example}
+
+
+def _example(bad: Bad, shard: ShardIndex) -> str:
+    return f"{bad.reason}: {bad} in {shard.shard}" + (f": {bad.detail}" if bad.detail else "")
 
 
 def _line(example: str) -> str:

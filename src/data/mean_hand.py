@@ -84,11 +84,11 @@ def mean_of(labels: Batch, hand: HandArrays, img_size: int) -> MeanHand:
 
 
 def _mean_joints(labels: Batch) -> np.ndarray | None:
-    """Mean wrist-relative joints [J, 3]; None if no hand has a valid wrist."""
+    """Mean wrist-relative joints [J, 3]; None if a joint is not known, together with the wrist, in any hand."""
     valid = (labels.joint_3d_valid * labels.joint_3d_valid[:, :1]).astype(np.float64)[..., None]
     relative = (labels.joint_cam - labels.joint_cam[:, :1]).astype(np.float64)
     count = valid.sum(axis=0)
-    return (relative * valid).sum(axis=0) / np.maximum(count, 1) if count[0] > 0 else None
+    return (relative * valid).sum(axis=0) / count if count.all() else None
 
 
 @torch.no_grad()

@@ -1,17 +1,21 @@
 """The mean of each metric with a bootstrap interval, for all samples and for groups of them.
 
 Percentile bootstrap (Efron, "Bootstrap methods: another look at the jackknife", 1979): each draw resamples the samples,
-or whole clips, with replacement and recomputes the metric as sum / count over its points. The interval contains the
-middle 95 % of the draws.
+or whole clips, with replacement and recomputes the metric as sum / count over its points, or as the mean over joints of
+each joint's sum / count. The interval contains the middle 95 % of the draws.
+
+Shape legend: S samples, U resampling units, D draws, M columns of metrics, J = 21 joints.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from src.metric import SampleMetric, Samples, mean
+from src.metric import OVER_JOINTS, SampleMetric, Samples, mean
 
 _TAIL = 0.025
 _CHUNK = 4_000_000  # weights in memory at once
@@ -28,7 +32,7 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % interval, which is None for a single sample (or clip)."""
+    """A mean and its 95 % interval, which is None for a single sample (or clip) and for a mean that is not finite."""
 
     value: float
     low: float | None
@@ -61,12 +65,11 @@ def summarise(samples: Samples, bootstrap: Bootstrap) -> list[Group]:
 def _group(samples: Samples, kind: str, name: str, bootstrap: Bootstrap) -> Group:
     chosen, curve = samples.metric, {}
     for key in [n for n in chosen if n.startswith("curve_")]:
-        total, count = chosen.pop(key)
+        total, count = (part.astype(np.float64) for part in chosen.pop(key))
         frame = key.removeprefix("curve_")
         if count.sum() > 0:
             curve[frame if frame.startswith("vert") else f"joint_{frame}"] = (total.sum(axis=0) / count.sum()).tolist()
-    unit = _units(samples, bootstrap.over)
-    estimates = dict(zip(chosen, _estimates(list(chosen.values()), unit, bootstrap), strict=True))
+    estimates = _estimates(chosen, _units(samples, bootstrap.over), bootstrap)
     per_joint = [n for n in estimates if n.startswith("joint_")]
     joint = {n.removeprefix("joint_"): estimates.pop(n) for n in per_joint}
     return Group(
@@ -87,43 +90,84 @@ def _units(samples: Samples, over: str) -> np.ndarray:
     return np.unique(names, return_inverse=True)[1]
 
 
-def _estimates(metrics: list[SampleMetric], unit: np.ndarray, bootstrap: Bootstrap) -> list[list[Estimate | None]]:
-    """The estimate of each column of each metric; None without a valid point."""
-    total = np.concatenate([m.total for m in metrics], axis=1)
-    count = np.concatenate([np.broadcast_to(m.count, m.total.shape) for m in metrics], axis=1)
+def _estimates(
+    metrics: Mapping[str, SampleMetric], unit: np.ndarray, bootstrap: Bootstrap
+) -> dict[str, list[Estimate | None]]:
+    """An estimate of each column of each metric, but a single one of a mean over joints; None without a valid point."""
+    over_joints = {name: value for name, value in metrics.items() if name.endswith(OVER_JOINTS)}
+    uneven = {name: value for name, value in over_joints.items() if _is_uneven(value.count)}
+    single = {name: _columns(value) for name, value in metrics.items() if name not in over_joints}
+
+    columns = [column for part in single.values() for column in part]
+    together = SampleMetric(*(np.concatenate(parts, axis=1) for parts in zip(*columns)))
     num_unit = int(unit.max()) + 1
-    low, high = _interval(_sum_units(total, unit, num_unit), _sum_units(count, unit, num_unit), bootstrap)
-    flat = []
-    for column in range(total.shape[1]):
-        num_sample = int((count[:, column] > 0).sum())
-        if num_sample == 0:
-            flat.append(None)
-            continue
-        known = num_unit > 1 and num_sample > 1
-        bounds = (float(low[column]), float(high[column])) if known else (None, None)
-        flat.append(Estimate(mean(total[:, column], count[:, column]), *bounds, num_sample))
-    ends = np.cumsum([m.total.shape[1] for m in metrics]).tolist()
-    return [flat[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    summed = [_sum_units(value, unit, num_unit) for value in (together, *uneven.values())]
+    bounds = zip(*_intervals(summed[0], summed[1:], bootstrap))
+    found = {name: [_estimate(c, *next(bounds), num_unit) for c in part] for name, part in single.items()}
+    found |= {name: [_estimate(value, *next(bounds), num_unit)] for name, value in uneven.items()}
+    for name in over_joints.keys() - uneven.keys():  # it is the mean over points
+        found[name] = found[name.removesuffix(OVER_JOINTS)]
+    return {name: found[name] for name in metrics}
 
 
-def _sum_units(value: np.ndarray, unit: np.ndarray, num_unit: int) -> np.ndarray:
-    """Sum the rows [S, M] of each unit: [U, M]."""
-    out = np.zeros((num_unit, value.shape[1]))
-    np.add.at(out, unit, value)
-    return out
+def _is_uneven(count: np.ndarray) -> bool:
+    """Whether some samples lack joints that others have: [S, J]. Otherwise means over points and joints are equal."""
+    known = count[:, count.any(axis=0)]
+    return bool((known != known[:, :1]).any())
 
 
-def _interval(total: np.ndarray, count: np.ndarray, bootstrap: Bootstrap) -> tuple[np.ndarray, np.ndarray]:
-    """The 2.5 % and 97.5 % quantiles [M] of sum(total) / sum(count) over draws of the rows of total, count [U, M]."""
-    rng, num_unit = np.random.default_rng(bootstrap.seed), len(total)
+def _columns(value: SampleMetric) -> list[SampleMetric]:
+    """The columns [S, 1] of a metric."""
+    count = np.broadcast_to(value.count, value.total.shape)
+    return [SampleMetric(value.total[:, [k]], count[:, [k]]) for k in range(value.total.shape[1])]
+
+
+def _estimate(value: SampleMetric, low: float, high: float, num_unit: int) -> Estimate | None:
+    """The estimate of the mean of a metric [S, K]; `low` and `high`: its interval."""
+    num_sample = int((value.count > 0).any(axis=1).sum())
+    if num_sample == 0:
+        return None
+    centre = mean(*value)
+    known = num_unit > 1 and num_sample > 1 and math.isfinite(centre)
+    return Estimate(centre, *((float(low), float(high)) if known else (None, None)), num_sample)
+
+
+def _sum_units(value: SampleMetric, unit: np.ndarray, num_unit: int) -> SampleMetric:
+    """Sum the rows [S, K] of each unit: [U, K]."""
+    if np.array_equal(unit, np.arange(len(unit))):  # every sample is a unit: no copy
+        return value
+    summed = SampleMetric(*(np.zeros((num_unit, part.shape[1])) for part in value))
+    for out, part in zip(summed, value):
+        np.add.at(out, unit, part)
+    return summed
+
+
+def _intervals(
+    columns: SampleMetric, over_joints: Sequence[SampleMetric], bootstrap: Bootstrap
+) -> tuple[np.ndarray, np.ndarray]:
+    """The 2.5 % and 97.5 % quantiles over draws of the units: of the mean of each column [U, M], then of the mean over
+    joints of each metric [U, J]."""
     draws = []
+    for weight in _draws(len(columns.total), bootstrap):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = [(weight @ columns.total) / (weight @ columns.count)]
+            means += [_mean_over_joints(weight @ total, weight @ count) for total, count in over_joints]
+        draws.append(np.concatenate(means, axis=1))
+    ratio = np.concatenate(draws)
+    ratio[:, ~np.isfinite(ratio).any(axis=0)] = 0.0  # no valid point, or an infinite or NaN prediction
+    return tuple(np.nanquantile(ratio, [_TAIL, 1 - _TAIL], axis=0))
+
+
+def _mean_over_joints(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The mean [D, 1] of the joints' means total / count [D, J], over joints with a count; NaN without any."""
+    known = count > 0
+    return np.where(known, total / count, 0.0).sum(axis=1, keepdims=True) / known.sum(axis=1, keepdims=True)
+
+
+def _draws(num_unit: int, bootstrap: Bootstrap) -> Iterator[np.ndarray]:
+    """How often each unit is drawn, for some draws at a time: [D, U]."""
+    rng = np.random.default_rng(bootstrap.seed)
     step = max(1, _CHUNK // num_unit)
     for begin in range(0, bootstrap.num_draw, step):
-        num = min(step, bootstrap.num_draw - begin)
-        drawn = rng.integers(0, num_unit, (num, num_unit))
-        weight = np.stack([np.bincount(row, minlength=num_unit) for row in drawn]).astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            draws.append((weight @ total) / (weight @ count))
-    ratio = np.concatenate(draws)
-    ratio[:, np.isnan(ratio).all(axis=0)] = 0.0  # no draw with a valid point
-    return tuple(np.nanquantile(ratio, [_TAIL, 1 - _TAIL], axis=0))
+        drawn = rng.integers(0, num_unit, (min(step, bootstrap.num_draw - begin), num_unit))
+        yield np.stack([np.bincount(row, minlength=num_unit) for row in drawn]).astype(np.float64)

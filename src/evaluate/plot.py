@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from src.evaluate.bootstrap import Estimate, Group
 from src.hand.skeleton import FINGER_NAMES, JOINT_NAMES
-from src.metric import FRAMES, PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM
+from src.metric import ALIGNED_JOINTS, FRAMES, PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM
 
 COLOURS = {"cam": "#7a8794", "rel": "#1f77b4", "pa": "#d1495b", "2d": "#3a7d44"}
 _DPI = 130
@@ -34,7 +34,9 @@ def plot_joint_error(group: Group, path: Path) -> None:
         return
     figure = Figure(figsize=(10, 1.0 + 2.3 * len(frames)), layout="constrained")
     for axis, frame in zip(np.atleast_1d(figure.subplots(len(frames), 1, sharex=True)), frames):
-        _draw_bars(axis, group.joint[frame], COLOURS[frame])
+        aligned = ALIGNED_JOINTS.get(frame, ())
+        bars = [None if joint in aligned else estimate for joint, estimate in enumerate(group.joint[frame])]
+        _draw_bars(axis, bars, COLOURS[frame])
         axis.set_ylabel("mm")
         axis.set_title(FRAMES[frame], loc="left", fontsize=10)
     axis.set_xticks(range(len(JOINT_NAMES)), [name[-1] if i else "wrist" for i, name in enumerate(JOINT_NAMES)])
@@ -75,6 +77,6 @@ def plot_pck(group: Group, path: Path) -> None:
         axis.grid(color="0.9")
         axis.legend(loc="best", fontsize=8, frameon=True)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("share of points within the threshold")
+    figure.axes[0].set_ylabel("fraction of all points within the threshold")
     figure.suptitle(f"PCK, {group.num_sample} hands", fontsize=11)
     figure.savefig(path, dpi=_DPI)

@@ -19,12 +19,14 @@ from src.checkpoint.network import load_network
 from src.config import Config
 from src.data.demo.make import make_demo_data
 from src.data.loader import HandLoader, build_val_loader
+from src.data.plausibility.report import warn_if_implausible
 from src.distributed.processes import build_accelerator
 from src.evaluate import hand_sheets, write
 from src.evaluate.bootstrap import Bootstrap, Group, summarise
 from src.evaluate.plot import plot_joint_error, plot_pck
 from src.evaluate.settings import source_labels
 from src.evaluate.submission import write_submission
+from src.hand.load import load_hand
 from src.metric import Samples, measure
 from src.model.net import PoseNet
 from src.utils.console import logger, task_bar, track
@@ -66,6 +68,7 @@ def run_evaluation(
         pin_memory = accelerator.device.type == "cuda"
         loader = build_val_loader(cfg, net.hand.name, half=half, progress=advance, pin_memory=pin_memory)
     logger.info(f"{loaded.folder}, step {loaded.step}; hand model {net.hand.name}; {accelerator.device.type}")
+    warn_if_implausible("evaluation", loader.dataset, {net.hand.name: load_hand(cfg.MODEL.hand_model)})
     default = write.default_output(loaded.folder, loaded.step, half, Path(cfg.GENERAL.output_root))
     write.check_output(output, default)
     batches = track(progress, loader, len(loader), "predicting")

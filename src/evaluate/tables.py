@@ -9,18 +9,18 @@ from collections.abc import Sequence
 
 from src.evaluate.bootstrap import Estimate, Group
 from src.hand.skeleton import JOINT_NAMES
-from src.metric import FRAMES, METRICS, UNITS
+from src.metric import ALIGNED_JOINTS, FRAMES, METRICS, OVER_JOINTS, UNITS
 from src.utils.table import Grid
 
 # title and columns of the tables of groups; 2D PCK at 0.15 does not fit within 120 columns
 GROUP_TABLES = {
-    "by data set and side, mm": {
+    "by data set and side, mean over points, mm": {
         "MPJPE camera": "mpjpe_cam",
         "MPJPE root-relative": "mpjpe_rel",
         "PA-MPJPE": "mpjpe_pa",
         "PA-MPVPE": "mpvpe_pa",
     },
-    "by data set and side, 2D in shares of the hand's box": {
+    "by data set and side, 2D in shares of the hand's box, mean over points": {
         "PCK at 0.05, %": "pck05_2d",
         "PCK at 0.1, %": "pck10_2d",
         "PCK at 0.2, %": "pck20_2d",
@@ -48,19 +48,34 @@ def _number(value: float, unit: str) -> str:
 
 
 def metric_grid(group: Group) -> Grid:
-    """Every metric of one group, one column per frame of reference."""
+    """Every metric of one group, one column per frame of reference. Means over points and over joints are rows of their
+    own where they differ."""
     names: dict[str, dict[str, str]] = {}  # label -> frame -> metric
     for name, metric in METRICS.items():
-        if metric.label:
+        if metric.label and not name.endswith(OVER_JOINTS):
             names.setdefault(metric.label, {})[metric.frame] = name
     rows = []
     for label, by_frame in sorted(names.items(), key=lambda item: len(item[1]) == 1):  # those of every frame first
         unit = UNITS[next(iter(by_frame.values()))]
-        estimates = [group.metric.get(by_frame.get(frame, "")) for frame in FRAMES]
-        cells = [show(estimate, unit) for estimate in estimates]
-        rows.append((f"{label}, {unit}" if unit else label, *cells, _counts(estimates)))
+        averages = {"": [by_frame.get(frame, "") for frame in FRAMES]}
+        if any(_averages_differ(group, name) for name in averages[""]):
+            averages = {", over points": averages[""], ", over joints": [n + OVER_JOINTS for n in averages[""]]}
+        for which, columns in averages.items():
+            estimates = [group.metric.get(name) for name in columns]
+            cells = [show(estimate, unit) for estimate in estimates]
+            rows.append((f"{label}{which}, {unit}" if unit else label + which, *cells, _counts(estimates)))
     title = f"{_title(group)}, {group.num_sample} hands"
     return Grid(title, ("", *FRAMES.values(), "of hands"), [row for row in rows if any(row[1:])])
+
+
+def _averages_differ(group: Group, name: str) -> bool:
+    over_joints = group.metric.get(name + OVER_JOINTS)
+    return over_joints is not None and over_joints != group.metric.get(name)
+
+
+def misses_joints(group: Group) -> bool:
+    """Whether means over points and over joints differ: some hands lack some joints."""
+    return any(_averages_differ(group, name) for name in METRICS)
 
 
 def _counts(estimates: Sequence[Estimate | None]) -> str:
@@ -85,10 +100,13 @@ def group_grids(groups: Sequence[Group]) -> list[Grid]:
 
 def joint_grids(group: Group) -> list[Grid]:
     """One row per joint, mm; no table without 3D."""
-    rows = []
-    for index, name in enumerate(JOINT_NAMES):
-        cells = [show(group.joint[frame][index], "mm") if frame in group.joint else "" for frame in FRAMES]
-        rows.append((name, *cells))
+
+    def cell(frame: str, joint: int) -> str:
+        if frame not in group.joint:
+            return ""
+        return "–" if joint in ALIGNED_JOINTS.get(frame, ()) else show(group.joint[frame][joint], "mm")
+
+    rows = [(name, *(cell(frame, joint) for frame in FRAMES)) for joint, name in enumerate(JOINT_NAMES)]
     title = f"{_title(group)}, mean error of each joint, mm"
     return [Grid(title, ("", *FRAMES.values()), rows)] if group.joint else []
 

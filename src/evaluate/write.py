@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from src.evaluate.bootstrap import Bootstrap, Group
-from src.evaluate.tables import joint_grids, metric_grid, summary_grids
+from src.evaluate.tables import joint_grids, metric_grid, misses_joints, summary_grids
 from src.hand.skeleton import JOINT_NAMES
 from src.metric import PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM, UNITS, Samples
 from src.utils.files import write_atomic
@@ -95,7 +95,7 @@ def _write_samples(path: Path, samples: Samples) -> None:
         for row in range(len(samples)):
             side = "right" if samples.is_right[row] else "left"
             metrics = [(samples.metric[name].total[row, 0], samples.metric[name].count[row, 0]) for name in names]
-            values = [f"{total / count:.6g}" if count > 0 else "" for total, count in metrics]
+            values = [f"{float(total) / float(count):.6g}" if count > 0 else "" for total, count in metrics]
             writer.writerow([int(samples.position[row]), samples.source[row], side, samples.key[row], *values])
 
 
@@ -105,7 +105,7 @@ def _write_report(path: Path, subject: Mapping[str, Any], groups: Sequence[Group
         "",
         f"{groups[0].num_sample} hands of {subject['data_source']} below {subject['data_root']}"
         + (f", half {subject['half']} of the samples. " if subject["half"] else ". ")
-        + describe_intervals(bootstrap),
+        + legend(groups, bootstrap),
         "",
         *(grid.as_markdown() for grid in summary_grids(groups)),
     ]
@@ -114,9 +114,18 @@ def _write_report(path: Path, subject: Mapping[str, Any], groups: Sequence[Group
     write_atomic(path, "\n".join(lines))
 
 
-def describe_intervals(bootstrap: Bootstrap) -> str:
-    """The legend of the tables."""
-    return (
-        f"In brackets: 95 % bootstrap interval, {bootstrap.num_draw} draws over {bootstrap.over}s. "
-        "Metrics that the data has no labels for are absent."
-    )
+def legend(groups: Sequence[Group], bootstrap: Bootstrap) -> str:
+    """The legend of the tables of `groups`."""
+    lines = [
+        f"In brackets: 95 % bootstrap interval, {bootstrap.num_draw} draws over {bootstrap.over}s.",
+        "Metrics that the data has no labels for are absent.",
+    ]
+    if any("rel" in group.joint for group in groups):
+        lines.append("–: the error of the wrist relative to itself.")
+    if any(misses_joints(group) for group in groups):
+        lines.append(
+            "Some hands lack some joints: `over points` is the mean over all valid joints of all hands, `over joints` "
+            "the mean over joints of each joint's mean, as the official evaluations of InterHand2.6M, DexYCB, FreiHAND "
+            "and HO-3D compute it."
+        )
+    return " ".join(lines)

@@ -9,18 +9,34 @@ if TYPE_CHECKING:
     from src.hand.skeleton import HandArrays
 
 STANDIN = "standin"
+_SUFFIXES = (".pkl", ".npz")
+_SUBFOLDERS = (".", "mano", "models", "mano_v1_2/models")  # smplx's layout, and that of the archive
+
+
+def mano_path(path: str | Path, name: str = "MANO_RIGHT") -> Path:
+    """The MANO file that `path` names: the path itself, or if it is a folder, the file called `name` in it."""
+    path = Path(path)
+    candidates = (path / folder / f"{name}{suffix}" for folder in _SUBFOLDERS for suffix in _SUFFIXES)
+    return next((file for file in candidates if file.is_file()), path)
 
 
 def hand_model_problem(hand_model: str) -> str | None:
-    """Why `MODEL.hand_model` cannot be loaded; None if it is `standin` or an existing file. Imports nothing heavy."""
-    if hand_model == STANDIN or Path(hand_model).is_file():
+    """Why `MODEL.hand_model` cannot be loaded; None if it is `standin`, a file, or a folder with MANO_RIGHT.pkl.
+
+    Imports nothing heavy.
+    """
+    path = mano_path(hand_model)
+    if hand_model == STANDIN or (path.is_file() and path.suffix in _SUFFIXES):
         return None
-    return f"{hand_model}: there is no such file. MANO_RIGHT.pkl is available from https://mano.is.tue.mpg.de"
+    if path.is_file():
+        return f"{hand_model}: must be a .pkl or .npz file with MANO's arrays, or `{STANDIN}`"
+    what = "this folder does not contain MANO_RIGHT.pkl" if path.is_dir() else "there is no such file"
+    return f"{hand_model}: {what}. MANO_RIGHT.pkl is available from https://mano.is.tue.mpg.de"
 
 
 def load_hand(hand_model: str) -> HandArrays:
-    """The hand model for `MODEL.hand_model`: the path of a MANO file, or `standin`."""
+    """The hand model for `MODEL.hand_model`: the path of a MANO file or of its folder, or `standin`."""
     from src.hand.mano_file import load_hand_arrays
     from src.hand.standin.build import build_standin_hand
 
-    return build_standin_hand() if hand_model == STANDIN else load_hand_arrays(Path(hand_model))
+    return build_standin_hand() if hand_model == STANDIN else load_hand_arrays(hand_model)

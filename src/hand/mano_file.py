@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from src.hand.load import mano_path
 from src.hand.skeleton import (
     MANO_JOINT_NAMES,
     MANO_PARENTS,
@@ -113,15 +114,23 @@ def _read_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def _existing(path: str | Path, name: str) -> Path:
+    """The file that `path` names, or the file `name` in that folder. Raises ValueError if there is none."""
+    file = mano_path(path, name)
+    if file.is_dir():
+        raise ValueError(f"{path} is a folder without {name}.pkl. {_DOWNLOAD_HINT}")
+    if not file.is_file():
+        raise ValueError(f"{path} does not exist. {_DOWNLOAD_HINT}")
+    return file
+
+
 def load_hand_arrays(path: str | Path) -> HandArrays:
     """The right MANO hand from the official .pkl, or from an .npz with the same keys (`v_template`, `shapedirs`,
-    `posedirs`, `J_regressor`, `weights`, `f`, `hands_mean`; `kintree_table` optional).
+    `posedirs`, `J_regressor`, `weights`, `f`, `hands_mean`; `kintree_table` optional). `path`: the file or its folder.
 
     Raises ValueError if the file is missing, holds anything but MANO's arrays, or is the left hand.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"MODEL.hand_model: {path} does not exist. {_DOWNLOAD_HINT}")
+    path = _existing(path, "MANO_RIGHT")
     if "LEFT" in path.name.upper():
         _refuse_left(path)
     try:
@@ -145,9 +154,7 @@ def load_pose_components(path: str | Path) -> np.ndarray:
 
     Raises ValueError if the file is missing or has no such basis.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist. {_DOWNLOAD_HINT}")
+    path = _existing(path, "MANO_RIGHT")
     try:
         components = np.asarray(_to_array(_read_file(path)["hands_components"]), np.float64)
     except Exception as error:  # a corrupt file can raise anything

@@ -47,10 +47,7 @@ def _backbone_problems(cfg: Config) -> Iterator[str]:
 
 
 def _hand_model_problems(cfg: Config) -> Iterator[str]:
-    name = cfg.MODEL.hand_model
-    if name != STANDIN and Path(name).suffix not in (".pkl", ".npz"):
-        yield f"MODEL.hand_model={name}: must be a .pkl or .npz file with MANO's arrays, or `{STANDIN}`"
-    elif problem := hand_model_problem(name):
+    if problem := hand_model_problem(cfg.MODEL.hand_model):
         yield f"MODEL.hand_model={problem}, or use the hand that ships with MODEL.hand_model={STANDIN}"
 
 

@@ -30,6 +30,7 @@ from src.data.demo.make import make_demo_data
 from src.data.health import merge_states
 from src.data.loader import HandLoader, build_train_loader, build_val_loader, to_device, train_eval_config
 from src.data.mean_hand import mean_hand
+from src.data.plausibility.report import warn_if_implausible
 from src.distributed.processes import build_accelerator, main_process_first, shut_down
 from src.distributed.signals import StopRequested, StopSignals
 from src.hand.load import load_hand
@@ -95,6 +96,9 @@ class Run:
         logger.info(describe_network(self.net, hand, self.accelerator))
         if note := describe_dropout(cfg):
             logger.info(note)
+        if self.is_main:
+            for name, loader in (("training", self.train_loader), ("validation", self.val_loader)):
+                warn_if_implausible(name, loader.dataset, {hand.name: hand})
         if self.is_main and (saved := self.state.extra.get("health")):  # the sum over all processes
             self.train_loader.health.load_state_dict(saved)
         for name, health in (("training", self.train_loader.health), ("validation", self.val_loader.health)):

@@ -5,6 +5,7 @@ Numpy and OpenCV only. Shape legend: J = 21 joints (OpenPose order). Pixel centr
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,21 @@ def read_image(path: Path) -> tuple[bytes, str, tuple[int, int]]:
         raise SampleError("missing_image", str(path)) from None
     kind, size = image_info(data)
     return data, kind, size
+
+
+def load_list(path: Path) -> list[Any]:
+    """The list in a json file.
+
+    Raises:
+        ValueError: it does not parse, or is not a list.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: does not parse ({error}); unpack or download it again") from None
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: is not a list; pass the folder of the data set itself")
+    return values
 
 
 def project_mm(joint_cam: np.ndarray, focal: np.ndarray, princpt: np.ndarray) -> np.ndarray:
@@ -76,12 +92,19 @@ def fields_2d(joint_img: np.ndarray, valid: np.ndarray) -> dict[str, Any]:
     return {"hand_bbox": box, "joint_img": known_only(joint_img, valid), "joint_2d_valid": valid}
 
 
-def fields_seen(joint_cam: np.ndarray, focal: np.ndarray, princpt: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
-    """The joint and camera fields of a HandRecord with all 21 joints known in 3D; joints in the image (width, height)
-    are known in 2D. Raises as `tight_box`."""
+def fields_seen(
+    joint_cam: np.ndarray,
+    focal: np.ndarray,
+    princpt: np.ndarray,
+    size: tuple[int, int],
+    known: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """The joint and camera fields of a HandRecord. Joints `known` [J] (None: all) are known in 3D, and in 2D where they
+    project into the image (width, height). Raises as `tight_box`."""
     joint_img = project_mm(joint_cam, focal, princpt)
-    known = {"joint_cam": joint_cam, "joint_3d_valid": np.ones(21, np.float32), "focal": focal, "princpt": princpt}
-    return {**fields_2d(joint_img, visible_joints(joint_img, size)), **known}
+    known = np.ones(21, np.float32) if known is None else np.asarray(known, np.float32)
+    fields = {"joint_cam": known_only(joint_cam, known), "joint_3d_valid": known, "focal": focal, "princpt": princpt}
+    return {**fields_2d(joint_img, visible_joints(joint_img, size, known)), **fields}
 
 
 def fields_mano(pose: np.ndarray | None, shape: np.ndarray | None, flat_hand_mean: bool) -> dict[str, Any]:
@@ -94,6 +117,11 @@ def fields_mano(pose: np.ndarray | None, shape: np.ndarray | None, flat_hand_mea
 def turn_root(pose: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     """MANO pose [48] axis-angle with its root rotated into another frame by `rotation` [3, 3]: R_root' = R R_root."""
     return turn_roots(pose[None], rotation)[0]
+
+
+def is_hidden(path: str | Path) -> bool:
+    """Whether a file's name begins with a dot, as do the `._name` copies that macOS adds to folders and archives."""
+    return Path(path).name.startswith(".")
 
 
 def plain_key(*parts: object) -> str:

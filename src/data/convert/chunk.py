@@ -64,6 +64,15 @@ class Job:
     sides: tuple[str, ...] = ("left", "right")
     left_file_shape: bool = False  # whether left betas may be defined for MANO_LEFT.pkl as published
     without_mano: str = "MANO conventions are those of the official code; pass --mano to check them on the data"
+    note: tuple[str, ...] = ()  # lines to print, e.g. files of the set that are not used
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number that one converter takes as `--name`; 0 switches the filter off."""
+
+    default: float  # int if the option is one
+    help: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Request:
     num_per_shard: int = 2000
     mano: Path | None = None
     mano_left: Path | None = None
+    options: dict[str, float] = field(default_factory=dict)  # the converter's own, by name
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,7 @@ class ConvertSummary:
     num_hand: int
     num_shard: int
     skipped: dict[str, int] = field(default_factory=dict)
+    withheld: dict[str, int] = field(default_factory=dict)  # labels set to unknown in the hands written, by reason
     note: tuple[str, ...] = ()  # lines to print: results of the MANO check, an example of each reason
 
 

@@ -9,9 +9,10 @@ Official files:
 
 Read from the official toolkit (github.com/NVlabs/dex-ycb-toolkit: README.md, dex_ycb_toolkit/dex_ycb.py, layers/
 mano_layer.py, issue 28): joints are in OpenPose order and the camera frame, all -1 if no hand is visible (pose_m is
-then 0); pose_m is 3 axis-angle, 45 coefficients of MANO's full pose basis, 3 translation, with MANO's mean pose added
-(flat_hand_mean=False); the setups s0-s3 select by subject, camera and sequence number. Left hands were fitted with
-MANO_LEFT as published, before its unmirrored shape directions were known; mano_check.py converts those betas.
+then 0); a single joint of -1 is unknown. pose_m is 3 axis-angle, 45 coefficients of MANO's full pose basis, 3
+translation, with MANO's mean pose added (flat_hand_mean=False); the setups s0-s3 select by subject, camera and sequence
+number. Left hands were fitted with MANO_LEFT as published, before its unmirrored shape directions were known;
+mano_check.py converts those betas.
 
 Angles = coefficients @ hands_components, which only the user's MANO file has: without --mano no MANO is written.
 For left hands the components are those of --mano_left if given, else the right ones mirrored (axis-angle y, z negated);
@@ -128,7 +129,8 @@ def _read_hand(
 ) -> HandRecord:
     label = read_labels(root / folder / f"labels_{frame:06d}.npz")
     joint = finite("joint_3d", label["joint_3d"], (21, 3))
-    if (joint == -1).all():
+    known = (joint != -1).any(axis=1)
+    if not known.any():
         raise SampleError("no_hand")
     image, image_type, size = read_image(root / folder / f"color_{frame:06d}.jpg")
     coefficient = finite("pose_m", label["pose_m"], (51,))
@@ -141,7 +143,7 @@ def _read_hand(
         image_type=image_type,
         handedness=side,
         data_source="dexycb",
-        **fields_seen(joint * MM_PER_M, *lens, size),
+        **fields_seen(joint * MM_PER_M, *lens, size, known),
         **fields_mano(pose, shape, flat_hand_mean=False),
         extra={"image_path": str(folder / f"color_{frame:06d}.jpg")},
     )

@@ -3,17 +3,20 @@
 Official files; `{split}` is train, val or test:
 
     annotations/{split}/InterHand2.6M_{split}_data.json           images and annotations, COCO format; older releases
-                                                                  have it in annotations/all/
+                                                                  have it in annotations/all/; joint_valid [42]
     annotations/{split}/InterHand2.6M_{split}_camera.json         [capture] campos mm, camrot, focal, princpt [camera]
     annotations/{split}/InterHand2.6M_{split}_joint_3d.json       [capture][frame] world_coord [42][3] mm, joint_valid
     annotations/{split}/InterHand2.6M_{split}_MANO_NeuralAnnot.json   [capture][frame][side] pose 48, shape 10, trans m
     images/{split}/Capture*/{sequence}/cam*/image*.jpg            512 px, undistorted
 
 Read from the official repository (facebookresearch/InterHand2.6M: data/InterHand2.6M/dataset.py,
-tool/MANO_world_to_camera/convert.py) and mmpose's list of its keypoints: 21 right joints, then 21 left ones, each
-finger from its tip to the palm (thumb, index, middle, ring, pinky), the wrist last; x_cam = camrot (x_world - campos);
-if the wrist is unknown, so are all 3D joints of that hand; MANO is in the world frame, flat_hand_mean=False, left hands
-with the x of the shape directions mirrored (so betas are those of the mirrored right hand).
+tool/MANO_world_to_camera/convert.py), the set's home page and mmpose's list of its keypoints: 21 right joints, then 21
+left ones, each finger from its tip to the palm (thumb, index, middle, ring, pinky), the wrist last;
+x_cam = camrot (x_world - campos); MANO is in the world frame, flat_hand_mean=False, left hands with the x of the shape
+directions mirrored (so betas are those of the mirrored right hand).
+Validity: joint_3d.json says whether a joint was annotated at all (otherwise its world_coord means nothing), data.json
+whether it is also inside this image. 2D is the projection of world_coord, so a joint is known, in 2D and 3D, only where
+both files say so; and if the wrist is unknown, so are all 3D joints of that hand.
 The set's joints were annotated, not taken from MANO: its authors report about 5 mm between the two, hence the tolerance
 of the check. `joint_cam` are the set's joints. The root of `mano_pose` is rotated into the camera frame.
 The wrist is an annotated joint too, so placing the MANO hand at `joint_cam[0]` inherits that difference.
@@ -104,7 +107,7 @@ def _gather(image: dict[str, Any], note: dict[str, Any], camera: Any, joint: Any
         "hand_type": note["hand_type"],
         "joint_valid": note["joint_valid"],
         "camera": {key: lens.get(key, {}).get(cam) for key in ("campos", "camrot", "focal", "princpt")},
-        "world": joint.get(capture, {}).get(frame, {}).get("world_coord"),
+        "world": joint.get(capture, {}).get(frame) or {},
         "mano": mano.get(capture, {}).get(frame) or {},
     }
 
@@ -122,11 +125,13 @@ def read_hands(folder: Path, split: str, work: Sequence[dict[str, Any]]) -> Reco
 def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> HandRecord:
     order = _FIRST[side] + TO_OPENPOSE
     camera = _camera(entry["camera"])
-    joint_cam = (_world_joints(entry["world"])[order] - camera["campos"]) @ camera["camrot"].T
-    annotated = finite("joint_valid", entry["joint_valid"], (42,))[order] > 0
+    joint_cam = (_world_joints(entry["world"].get("world_coord"))[order] - camera["campos"]) @ camera["camrot"].T
+    annotated = _valid(entry["joint_valid"])[order] & np.isfinite(joint_cam).all(axis=1)
+    visible = annotated
+    if (valid_world := entry["world"].get("joint_valid")) is not None:
+        annotated = visible & _valid(valid_world)[order]
     if not annotated.any():
         raise SampleError("no_valid_joint")
-    annotated &= np.isfinite(joint_cam).all(axis=1)
     image, image_type, size = read_image(folder / entry["file_name"])
     joint_img = project_mm(joint_cam, camera["focal"], camera["princpt"])
     valid = visible_joints(joint_img, size, annotated)
@@ -151,12 +156,19 @@ def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> Ha
             "source_split": split,
             "additional_desc": entry["hand_type"],
         },
+        withheld={"joints by joint_valid of joint_3d.json": num} if (num := int((visible & ~annotated).sum())) else {},
     )
 
 
 def _camera(entry: dict[str, Any]) -> dict[str, np.ndarray]:
     shape = {"campos": (3,), "camrot": (3, 3), "focal": (2,), "princpt": (2,)}
     return {key: finite(key, entry[key], shape[key]) for key in shape}
+
+
+def _valid(value: Any) -> np.ndarray:
+    """[42] bool from a joint_valid of [42], [42][1] or [42][3]."""
+    width = max(np.size(value) // 42, 1)
+    return (finite("joint_valid", value, (42, width)) > 0).all(axis=1)
 
 
 def _world_joints(value: Any) -> np.ndarray:

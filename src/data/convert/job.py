@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from itertools import islice
@@ -35,7 +36,7 @@ from src.data.shards.processes import map_processes
 from src.data.shards.writer import HandRecord, write_shard
 from src.utils.files import write_atomic
 
-VERSION = 1  # increment it if the same input gives different hands
+VERSION = 2  # increment it if the same input gives different hands
 MANIFEST = "convert.json"
 NOTES = ".convert"
 _CHECK_PER_CHUNK = 16  # hands per side, so that the check covers several sequences
@@ -81,16 +82,23 @@ def _summary(job: Job, notes: Path, lines: list[str]) -> ConvertSummary:
     """Add up the notes of all chunks. Raises ValueError if not a single hand could be used."""
     found = [json.loads(_note_path(notes, chunk).read_text(encoding="utf-8")) for chunk in job.chunks]
     skipped: Counter[str] = Counter()
+    withheld: Counter[str] = Counter()
     example: dict[str, str] = {}
     for note in found:
         skipped.update(note["skipped"])
+        withheld.update(note["withheld"])
         example = {**note["example"], **example}
-    lines = lines + [f"{job.name}: skipped as {reason}, for example: {example[reason]}" for reason in sorted(example)]
+    lines = [*job.note, *lines] + [
+        f"{job.name}: skipped as {reason}, for example: {example[reason]}" for reason in sorted(example)
+    ]
     num_hand = [note["num_hand"] for note in found]
     if not any(num_hand):
         shutil.rmtree(notes)  # so that the same call starts again once the input is complete
         raise ValueError("\n".join([f"{job.name}: no hand could be used ({dict(skipped)})", *lines]))
-    return ConvertSummary(sum(num_hand), sum(n > 0 for n in num_hand), dict(sorted(skipped.items())), tuple(lines))
+    num_shard = sum(n > 0 for n in num_hand)
+    return ConvertSummary(
+        sum(num_hand), num_shard, dict(sorted(skipped.items())), dict(sorted(withheld.items())), tuple(lines)
+    )
 
 
 def _digest(path: Path | None) -> str | None:
@@ -127,6 +135,7 @@ def _open_output(job: Job, request: Request) -> Path:
         "num_per_shard": request.num_per_shard,
         "mano": _digest(request.mano),
         "mano_left": _digest(request.mano_left),
+        "options": request.options,
     }
     path, notes = request.output / MANIFEST, request.output / NOTES
     if path.exists():
@@ -195,9 +204,15 @@ def _exit_with_parent() -> None:
 def convert_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventions, mano: Path | None) -> int:
     """Write one chunk's shard, then its note (a chunk without a note is converted again); returns `chunk.size`."""
     skipped: list[SampleError] = []
-    hands = (apply_convention(record, conventions, mano) for record in take(chunk.read(*chunk.arguments), skipped))
-    num_hand = write_shard(hands, output / f"{chunk.name}.tar")
+    withheld: Counter[str] = Counter()
+
+    def hands() -> Iterator[HandRecord]:
+        for record in take(chunk.read(*chunk.arguments), skipped):
+            withheld.update(record.withheld)
+            yield apply_convention(record, conventions, mano)
+
+    num_hand = write_shard(hands(), output / f"{chunk.name}.tar")
     example = {skip.reason: skip.detail for skip in reversed(skipped) if skip.detail}
     reasons = Counter(skip.reason for skip in skipped)
-    _write_json(note, {"num_hand": num_hand, "skipped": reasons, "example": example})
+    _write_json(note, {"num_hand": num_hand, "skipped": reasons, "withheld": withheld, "example": example})
     return chunk.size

@@ -8,6 +8,9 @@ tolerance; otherwise no parameters are written.
 
 What may differ
     flat_hand_mean   finger angles are absolute, or offsets from the model's mean pose
+    mesh_joints      the set's joints are those of the kinematic chain (HO-3D, DexYCB), or MANO's joint regressor
+                     applied to the posed vertices (FreiHAND, utils/model.py). On the stand-in hand, the two are 0.4 to
+                     1.1 mm apart on average, 1.8 mm for the worst hand; the wrong flat_hand_mean costs 9 mm or more
     left shape       the published MANO_LEFT.pkl does not mirror the x of its shape directions (smplx issue 48), so a
                      left hand fitted with it has other betas than its mirror image. They are converted to the betas
                      of the right hand closest to that shape (least squares over all vertices).
@@ -30,12 +33,13 @@ import numpy as np
 from src.data.shards.writer import HandRecord
 from src.geometry.patch import mirror_pose
 from src.hand.mano_file import load_hand_arrays
-from src.hand.skeleton import TIP_JOINTS
+from src.hand.skeleton import MANO_TO_OPENPOSE, TIP_JOINTS
 
 if TYPE_CHECKING:
     from src.hand.mano import ManoLayer
 
 NUM_CHECK = 64  # hands of each side
+OWN_JOINTS_MM = 2.0  # tolerance for sets whose joints are MANO's own; a wrong convention costs several times as much
 _PALM_TO_KNUCKLE = np.array([j for j in range(21) if j not in TIP_JOINTS])  # the 16 MANO joints
 _MIN_JOINT = 10
 
@@ -47,6 +51,7 @@ class Convention:
     use: bool  # False: no convention fits, the parameters are dropped
     flat_hand_mean: bool
     left_file_shape: bool = False  # the betas refer to MANO_LEFT.pkl as published
+    mesh_joints: bool = False  # the set's joints are regressed from the posed vertices
     error_mm: float | None = None  # mean joint error; None: not checked
     other_mm: float | None = None  # the smallest error with the other flat_hand_mean
     num_hand: int = 0
@@ -56,10 +61,12 @@ Conventions = dict[str, Convention]  # by side: "left", "right"
 
 
 @lru_cache(maxsize=1)
-def _layer(mano: Path) -> ManoLayer:
+def _layer(mano: Path) -> tuple[ManoLayer, np.ndarray]:
+    """The user's hand and its joint regressor [16, V]."""
     from src.hand.mano import ManoLayer
 
-    return ManoLayer(load_hand_arrays(mano)).eval()
+    arrays = load_hand_arrays(mano)
+    return ManoLayer(arrays).eval(), arrays.joint_regressor
 
 
 @lru_cache(maxsize=1)
@@ -70,16 +77,24 @@ def left_shape_map(mano: Path) -> np.ndarray:
     return np.linalg.lstsq(dirs.reshape(-1, dirs.shape[2]), unmirrored, rcond=None)[0]
 
 
-def pose_joints(mano: Path, pose: np.ndarray, shape: np.ndarray, is_right: bool, flat_hand_mean: bool) -> np.ndarray:
-    """[N, J, 3] mm about the wrist from pose [N, 48] axis-angle and shape [N, 10] of one side."""
+def pose_joints(
+    mano: Path, pose: np.ndarray, shape: np.ndarray, is_right: bool, flat_hand_mean: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Joints about the wrist from pose [N, 48] axis-angle and shape [N, 10] of one side.
+
+    Returns: two arrays [N, J, 3] mm: the kinematic chain's joints, and those regressed from the posed vertices.
+    """
     import torch
 
-    layer = _layer(mano)
+    layer, regressor = _layer(mano)
     pose = np.asarray(pose, np.float32)
     with torch.inference_mode():
         own_side = torch.from_numpy(np.float32(pose if is_right else mirror_pose(pose)))
-        joint = layer(layer.pose_to_rotmat(own_side, flat_hand_mean), torch.from_numpy(np.float32(shape))).joint.numpy()
-    return joint if is_right else joint * np.float32([-1, 1, 1])
+        posed = layer(layer.pose_to_rotmat(own_side, flat_hand_mean), torch.from_numpy(np.float32(shape)))
+    chain = posed.joint.numpy()
+    regressed = np.concatenate([regressor @ posed.vert.numpy(), chain[:, TIP_JOINTS]], axis=1)[:, MANO_TO_OPENPOSE]
+    side = np.float32([1 if is_right else -1, 1, 1])
+    return chain * side, regressed * side
 
 
 def joint_error(joint: np.ndarray, target: np.ndarray, valid: np.ndarray) -> float:
@@ -116,14 +131,15 @@ def find_convention(
         np.stack([np.asarray(getattr(hand, name), np.float64) for hand in hands])
         for name in ("mano_pose", "mano_shape", "joint_cam", "joint_3d_valid")
     )
-    error: dict[tuple[bool, bool], float] = {}
+    error: dict[tuple[bool, bool, bool], float] = {}
     for flat, left in product((False, True), (False, True) if left_file_shape and side == "left" else (False,)):
         beta = shape @ left_shape_map(mano).T if left else shape
-        error[flat, left] = joint_error(pose_joints(mano, pose, beta, side == "right", flat), target, valid)
-    flat, left = min(error, key=error.__getitem__)
-    other = min(value for (other_flat, _), value in error.items() if other_flat != flat)
-    best = error[flat, left]
-    return Convention(best < tolerance_mm, flat, left, best, other, len(hands))
+        for mesh_joints, joint in enumerate(pose_joints(mano, pose, beta, side == "right", flat)):
+            error[flat, left, bool(mesh_joints)] = joint_error(joint, target, valid)
+    flat, left, mesh_joints = min(error, key=error.__getitem__)
+    other = min(value for (other_flat, *_), value in error.items() if other_flat != flat)
+    best = error[flat, left, mesh_joints]
+    return Convention(best < tolerance_mm, flat, left, mesh_joints, best, other, len(hands))
 
 
 def apply_convention(record: HandRecord, conventions: Conventions, mano: Path | None) -> HandRecord:
@@ -147,6 +163,8 @@ def describe(name: str, side: str, convention: Convention, tolerance_mm: float) 
         f"flat_hand_mean={flat}: mean joint error {convention.error_mm:.3f} mm over {convention.num_hand} {side} hands "
         f"({not flat}: {convention.other_mm:.3f} mm)"
     )
+    if convention.mesh_joints:
+        found += "; joints are regressed from the posed vertices"
     if convention.left_file_shape:
         found += "; betas refer to the published MANO_LEFT.pkl and were converted"
     if convention.use:

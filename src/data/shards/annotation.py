@@ -32,7 +32,8 @@ FIELDS: dict[str, tuple[int, ...]] = {
     "has_intr": (),
 }
 FLAGS = frozenset({"joint_valid", "joint_2d_valid", "joint_3d_valid", "mano_valid", "has_mano", "has_intr"})
-_NOT_REAL = frozenset({"fixed_virtual", "none"})  # values of intr_type
+_INVENTED = frozenset({"fixed_virtual", "pseudo"})  # cameras that a set's labels refer to, but that took no image
+INTR_TYPES = frozenset({"real", "none"}) | _INVENTED  # values of intr_type
 VALUE_LIMIT = 1e7  # px, mm, rad or coefficient: not a hand beyond that, and its square would lose float32 precision
 MIN_FOCAL = 1.0  # px: a field of view of almost 180 degrees
 _BEYOND = {"hand_bbox": "bad_bbox", "focal": "bad_intrinsics", "princpt": "bad_intrinsics"}  # other fields: bad_value
@@ -67,7 +68,7 @@ class Clip:
     has_mano: np.ndarray  # [T]
     focal: np.ndarray  # [T, 2] px; 0 where unknown
     princpt: np.ndarray  # [T, 2] px
-    has_intr: np.ndarray  # [T] 1 where focal and princpt are the real camera's
+    has_intr: np.ndarray  # [T] 1 where focal and princpt are the real camera's; stated but 0: an invented camera
     bad_frame: dict[int, str] = field(default_factory=dict)  # frame -> reason why it cannot be used
 
 
@@ -106,11 +107,7 @@ def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, 
     valid_2d = _flag(num_frame, arrays, {"joint_img"}, ("joint_2d_valid", "joint_valid"))
     valid_3d = _flag(num_frame, arrays, {"joint_cam"}, ("joint_3d_valid", "joint_valid"))
     has_mano = _flag(num_frame, arrays, {"mano_pose", "mano_shape"}, ("has_mano", "mano_valid"))
-    has_intr = _flag(num_frame, arrays, {"focal", "princpt"}, ("has_intr",))
-    if meta.intr_type == "none":
-        has_intr = constant(0.0, num_frame)
-    elif "has_intr" not in arrays and "focal" in arrays and "princpt" in arrays:
-        has_intr = (arrays["focal"] != 0).all(axis=-1).astype(np.float32)
+    has_camera = _has_camera(meta, arrays, num_frame)
     joint_img = _known(arrays, "joint_img", valid_2d)
     values = {
         "joint_img": joint_img,
@@ -118,10 +115,9 @@ def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, 
         "joint_cam": _known(arrays, "joint_cam", valid_3d),
         "mano_pose": _known(arrays, "mano_pose", has_mano),
         "mano_shape": _known(arrays, "mano_shape", has_mano),
-        "focal": _known(arrays, "focal", has_intr),
-        "princpt": _known(arrays, "princpt", has_intr),
+        "focal": _known(arrays, "focal", has_camera),
+        "princpt": _known(arrays, "princpt", has_camera),
     }
-    is_real = meta.intr_type not in _NOT_REAL
     return Clip(
         num_frame=num_frame,
         is_right=meta.is_right,
@@ -131,10 +127,27 @@ def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, 
         joint_2d_valid=valid_2d,
         joint_3d_valid=valid_3d,
         has_mano=has_mano,
-        has_intr=has_intr if is_real else constant(0.0, num_frame),
-        bad_frame=_bad_frames(values, has_intr) if check else {},
+        has_intr=constant(0.0, num_frame) if meta.intr_type in _INVENTED else has_camera,
+        bad_frame=_bad_frames(values, has_camera) if check else {},
         **values,
     )
+
+
+def _has_camera(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int) -> np.ndarray:
+    """[T] 1 where focal and princpt state a camera, real or invented.
+
+    Of an invented camera, has_intr 0 may say only that it is not real: it is stated where its values can be used.
+    """
+    if meta.intr_type == "none":
+        return constant(0.0, num_frame)
+    stated = _flag(num_frame, arrays, {"focal", "princpt"}, ("has_intr",))
+    if ("has_intr" in arrays and meta.intr_type not in _INVENTED) or "focal" not in arrays or "princpt" not in arrays:
+        return stated
+    focal, princpt = arrays["focal"], arrays["princpt"]
+    if "has_intr" not in arrays:
+        return (focal != 0).all(axis=-1).astype(np.float32)
+    usable = (focal >= MIN_FOCAL) & (focal <= VALUE_LIMIT) & (np.abs(princpt) <= VALUE_LIMIT)  # [T, 2]
+    return np.maximum(stated, usable.all(axis=-1))
 
 
 def joint_extent(joint_img: np.ndarray, valid: np.ndarray | float = 1.0) -> np.ndarray:
@@ -145,7 +158,7 @@ def joint_extent(joint_img: np.ndarray, valid: np.ndarray | float = 1.0) -> np.n
     return np.concatenate([low, high], axis=-1)
 
 
-def _bad_frames(values: Mapping[str, np.ndarray], has_intr: np.ndarray) -> dict[int, str]:
+def _bad_frames(values: Mapping[str, np.ndarray], has_camera: np.ndarray) -> dict[int, str]:
     """Frame -> reason: known values that are not finite or beyond VALUE_LIMIT, invalid boxes and focal lengths."""
     bad: dict[int, str] = {}
     for name, array in values.items():
@@ -157,6 +170,6 @@ def _bad_frames(values: Mapping[str, np.ndarray], has_intr: np.ndarray) -> dict[
     box = values["hand_bbox"]
     for t in np.flatnonzero(~((box[:, 2:] - box[:, :2]) >= 1.0).all(axis=1)).tolist():
         bad.setdefault(t, "bad_bbox")
-    for t in np.flatnonzero((has_intr > 0) & ~(values["focal"] >= MIN_FOCAL).all(axis=1)).tolist():
+    for t in np.flatnonzero((has_camera > 0) & ~(values["focal"] >= MIN_FOCAL).all(axis=1)).tolist():
         bad.setdefault(t, "bad_intrinsics")
     return bad

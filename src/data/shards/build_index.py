@@ -10,7 +10,7 @@ from zlib import crc32
 
 import numpy as np
 
-from src.data.shards.errors import SampleError, reason_of
+from src.data.shards.errors import SampleError, detail_of, reason_of
 from src.data.shards.format import find_images, is_image, parse_clip
 from src.data.shards.index import (
     FRAME,
@@ -28,6 +28,7 @@ from src.data.shards.index import (
 from src.data.shards.losses import count_annotated, count_frames, count_images, is_used, is_whole, split_dotted
 from src.data.shards.processes import map_processes, worker_context
 from src.data.shards.runs import Run, judge
+from src.data.shards.safe_parse import stored_image
 from src.data.shards.tar import BLOCK, CorruptRegion, Member, TarReader, compression, split_name
 
 # a sample that fails for one of these may be several, merged by dots in their names
@@ -78,14 +79,13 @@ class _Builder:
             raise
         except Exception as error:
             if not run.reason:
-                run.reason, run.detail = reason_of(error), getattr(error, "detail", "") or str(error)
+                run.reason, run.detail = reason_of(error), detail_of(error)
             self._count(run, data)
 
     def _count(self, run: Run, data: dict[str, bytes]) -> None:
         """Count the frames of a run that cannot be used."""
         if run.reason in _MAY_BE_DOTTED and (hands := split_dotted(data)):
-            run.reason, run.detail = "dotted_name", ""
-            run.num_image = sum(map(count_frames, hands.values()))
+            run.reason, run.detail, run.num_image = "dotted_name", "", sum(map(count_frames, hands.values()))
         else:
             run.num_image, run.num_annotated = count_images(data), count_annotated(data)
 
@@ -107,8 +107,9 @@ class _Builder:
                 run.bad.append(Bad(f"{run.key}/{number}", clip.bad_frame[number]))
                 continue
             member = members[image.suffix]
-            crc = crc32(memoryview(member.data)[image.begin : image.begin + image.size])
-            run.frame_rows.append((number, member.offset - run.sample_row[0] + image.begin, image.size, crc))
+            stored = memoryview(member.data)[image.begin : image.begin + image.size]
+            begin, crc = member.offset - run.sample_row[0] + image.begin, crc32(stored_image(stored, image.is_text))
+            run.frame_rows.append((number, begin, image.size, crc, image.is_text))
 
     def _sample_row(self, run: Run, members: list[tuple[str, Member]]) -> tuple[int, ...]:
         offset = members[0][1].begin

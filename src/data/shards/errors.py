@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from src.utils.text import printable
+
 # reason -> what to do about it; docs/DATA.md has the same table with the meaning of each
 REASONS: dict[str, str] = {
     "truncated": "copy or download the shard again",
@@ -47,6 +49,11 @@ class SampleError(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def detail_of(error: Exception) -> str:
+    """What exactly is wrong, in at most 200 characters; "" if only the reason is known."""
+    return printable(error.detail[:200]) if isinstance(error, SampleError) else ""
 
 
 def reason_of(error: Exception) -> str:

@@ -28,7 +28,6 @@ VERSION = 5  # increase it also when the definition of a healthy frame changes
 _MAGIC = b"HANDIDX\0"
 _HEAD = struct.Struct("<8sII")  # magic, length of the header, checksum of everything after this
 _ALIGN = 64
-_MAX_DETAIL = 160  # characters of an explanation, which may quote a value from the shard
 MAX_NAMED = 200  # corrupt samples listed by key; the counts are complete
 
 SAMPLE = np.dtype(
@@ -48,6 +47,7 @@ FRAME = np.dtype(
         ("begin", "<u4"),  # of the encoded image, relative to the sample's offset
         ("size", "<u4"),
         ("crc", "<u4"),  # crc32 of the encoded image
+        ("is_text", "u1"),  # 1: stored as UTF-8 of latin-1 text, see safe_parse.stored_image
     ]
 )
 
@@ -59,13 +59,11 @@ class Bad:
     key: str
     reason: str
     num_frame: int = 1
-    detail: str = ""  # explains the reason
+    detail: str = ""  # which member, which value, what is expected
 
-    def describe(self, shard: Path) -> str:
-        """ "<key> (<n> frames) in <shard>: <detail>", printable."""
-        frames = "" if self.num_frame == 1 else f" ({self.num_frame} frames)"
-        detail = f": {self.detail[:_MAX_DETAIL]}" if self.detail else ""
-        return printable(f"{self.key or '(no key)'}{frames} in {shard}{detail}")
+    def __str__(self) -> str:
+        key = printable(self.key) or "(no key)"
+        return key if self.num_frame == 1 else f"{key} ({self.num_frame} frames)"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from src.data.shards.annotation import Clip
 from src.data.shards.errors import SampleError
 from src.data.shards.format import parse_clip
 from src.data.shards.index import ShardIndex
+from src.data.shards.safe_parse import stored_image
 from src.data.shards.tar import BLOCK, TarError, is_plain, padded, plain_key, read_header, span_layout, split_name
 
 _WHOLE_SIZE = 1 << 18  # bytes; samples up to this size are read in one piece
@@ -119,7 +120,7 @@ class ShardReader:
         """(key, annotations, frame number, encoded image) of a row. Raises SampleError, OSError."""
         if self.rows is not None:
             row = int(self.rows[row])
-        sample_row, number, begin, size, crc = self.tables.frame[row].item()
+        sample_row, number, begin, size, crc, is_text = self.tables.frame[row].item()
         offset, _, sample_size, image_begin, image_end, _ = self.tables.sample[sample_row].item()
         known, note = self.clips.get((self.name, sample_row)), None
         if known is not None or sample_size > _WHOLE_SIZE:
@@ -127,6 +128,8 @@ class ShardReader:
         else:
             whole = self._pread(offset, sample_size)
             note, image = whole[:image_begin] + whole[image_end:], memoryview(whole)[begin : begin + size]
+        if is_text:
+            image = memoryview(stored_image(image, True))
         if crc32(image) != crc:
             raise self._changed("crc_image", f"frame {number} of the sample at byte {offset} of {self.name}")
         key, clip = known or self._clip(sample_row, note)
@@ -138,6 +141,14 @@ class ShardReader:
             row = int(self.rows[row])
         sample_row, number = self.tables.frame[row].item()[:2]
         return (self.clips.get((self.name, sample_row)) or self._clip(sample_row, None))[1], number
+
+    def image_head(self, row: int, size: int) -> bytes:
+        """The first `size` bytes of a row's encoded image, or fewer if it is smaller; not checked. Raises OSError."""
+        if self.rows is not None:
+            row = int(self.rows[row])
+        sample_row, _, begin, image_size, _, is_text = self.tables.frame[row].item()
+        head = os.pread(self.fd, min(size, image_size), int(self.tables.sample["offset"][sample_row]) + begin)
+        return bytes(stored_image(head, is_text))
 
     def _clip(self, sample_row: int, note: bytes | None) -> tuple[str, Clip]:
         """(key, annotations) of a sample from its note; None: read it."""

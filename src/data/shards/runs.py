@@ -22,8 +22,8 @@ class Run:
     suffixes: frozenset[str]
     size: int  # bytes in the archive, headers included
     reason: str = ""  # why it cannot be used; "": it is healthy
-    detail: str = ""  # explains the reason
     is_suspect: bool = False  # next to a corrupt region: it may lack members
+    detail: str = ""  # of the reason
     num_image: int = 0  # of a run that cannot be used; 0: unknown
     num_annotated: int = 0  # the same, from the other members
     sample_row: tuple[int, ...] = ()

@@ -7,6 +7,7 @@ arrays are refused, and pickles go through src/utils/restricted_pickle.py.
 from __future__ import annotations
 
 import ast
+import math
 import struct
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,19 @@ from typing import Any
 import numpy as np
 
 from src.data.shards.errors import SampleError
-from src.utils.restricted_pickle import PickleError, Span, read_pickle
+from src.utils.restricted_pickle import (
+    NUMPY_CORE,
+    OBJECT,
+    PLAIN,
+    Allowed,
+    Name,
+    Pending,
+    PickleError,
+    Span,
+    Text,
+    TextSpan,
+    read_pickle,
+)
 
 _NPY_MAGIC = b"\x93NUMPY"
 _HEADER_LIMIT = 1 << 16
@@ -94,16 +107,93 @@ def parse_pickle(data: bytes) -> Any:
         raise SampleError(error.reason, str(error)) from None
 
 
+_EMPTY = Span(0, 0)
+
+
+def _located(content: Any) -> Span:
+    """Where a bytes object (or Python 2's str) among the values of a pickle is stored."""
+    if isinstance(content, Text) and content.is_bytes:
+        return content.span
+    if not isinstance(content, Span):
+        raise PickleError("unsafe_pickle", f"a {type(content).__name__} where the bytes of an image are expected")
+    return content
+
+
+def _latin1(text: Any, encoding: str) -> Span:
+    """_codecs.encode(text, 'latin1'), and bytearray(text, 'latin-1') of Python 2 and early Python 3."""
+    if encoding not in ("latin1", "latin-1"):
+        raise PickleError("unsafe_pickle", "images are bytes or latin-1 text")
+    if not isinstance(text, Text):
+        raise PickleError("bad_pickle", "images are not read from protocol 0; pickle with protocol 2 to 5")
+    return text.span
+
+
+def _bytearray(content: Any = _EMPTY, encoding: str | None = None) -> Span:
+    return _located(content) if encoding is None else _latin1(content, encoding)
+
+
+def _image_array(shape: Any, dtype: Any, content: Any) -> Span | list[Any]:
+    """Where the encoded image in a uint8 array [N] or [N, 1] is stored; the elements of an object array [T]."""
+    if not isinstance(shape, tuple):
+        raise PickleError("bad_pickle", "an array without a shape")
+    if dtype is OBJECT and isinstance(content, list) and shape == (len(content),):
+        return content
+    if not isinstance(dtype, np.dtype) or dtype != np.uint8:
+        kind = dtype if isinstance(dtype, np.dtype) else "other objects"
+        raise PickleError("unsafe_pickle", f"an encoded image is bytes or a uint8 array, not an array of {kind}")
+    span = _located(content)
+    num_byte = span.num_byte if isinstance(span, TextSpan) else span.size
+    if shape in ((num_byte,), (num_byte, 1)):
+        return span
+    sides = shape if all(type(n) is int and 0 <= n <= num_byte for n in shape) else ()
+    if not 2 <= len(sides) <= 3 or math.prod(sides) != num_byte:
+        raise PickleError("bad_pickle", f"an array of {num_byte} bytes states another shape")
+    raise PickleError(
+        "wrong_shape",
+        f"a uint8 array of shape {sides} holds pixels; store the encoded image, [N], as cv2.imencode returns",
+    )
+
+
+def _reconstruct(subtype: Any, *_: Any) -> Pending:
+    """numpy's _reconstruct, whose array follows as a state (version, shape, dtype, is_fortran, content)."""
+    if subtype != Name("numpy", "ndarray"):
+        raise PickleError("unsafe_pickle", "an encoded image must be a plain numpy array")
+    return Pending(lambda state: _image_array(state[1], state[2], state[4]))
+
+
+_BUILTINS = ("builtins", "__builtin__")
+IMAGES: Allowed = {
+    **{key: PLAIN[key] for key in (("numpy", "ndarray"), ("numpy", "dtype"))},
+    **{(f"{core}.multiarray", "_reconstruct"): _reconstruct for core in NUMPY_CORE},
+    **{
+        (f"{core}.numeric", "_frombuffer"): lambda content, dtype, shape, *_: _image_array(shape, dtype, content)
+        for core in NUMPY_CORE
+    },
+    ("_codecs", "encode"): _latin1,
+    **{(builtins, "bytes"): lambda: _EMPTY for builtins in _BUILTINS},
+    **{(builtins, "bytearray"): _bytearray for builtins in _BUILTINS},
+}
+
+
 def pickled_image_spans(data: bytes) -> list[Span]:
-    """(offset, size) of each image in a pickled list (or tuple) of bytes; nothing is unpickled or copied.
+    """(offset, size) of each encoded image in a pickled list; nothing is unpickled or copied.
+
+    An image is a bytes object, a bytearray, or a uint8 array [N] or [N, 1], as cv2.imencode returns it. The list may
+    be a tuple or an object array [T]; a clip of one frame may be the image alone. `stored_image` decodes a TextSpan.
 
     Raises:
-        SampleError: unsafe_pickle for anything but a flat list of bytes, bad_pickle if it does not parse.
+        SampleError: unsafe_pickle for anything else, wrong_shape for arrays of pixels, bad_pickle if it does not parse.
     """
     try:
-        spans = read_pickle(data, allowed={}, spans=True)
+        images = read_pickle(data, IMAGES, spans=True)
+        return [_located(image) for image in (images if type(images) in (list, tuple) else [images])]
     except PickleError as error:
         raise SampleError(error.reason, str(error)) from None
-    if not isinstance(spans, (list, tuple)) or not all(isinstance(span, Span) for span in spans):
-        raise SampleError("unsafe_pickle", "not a flat list of encoded images")
-    return list(spans)
+
+
+def stored_image(stored: bytes | memoryview, is_text: bool) -> bytes | memoryview:
+    """The encoded image from its bytes in a pickle, which are UTF-8 if it is stored as text (a TextSpan).
+
+    Corrupt UTF-8 gives other bytes, which the image's checksum shows.
+    """
+    return str(stored, "utf-8", "replace").encode("latin-1", "replace") if is_text else stored

@@ -36,6 +36,9 @@ class HandRecord:
     hand_model: str | None = None  # the model that mano_pose and mano_shape are parameters of
     flat_hand_mean: bool | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # further json entries, e.g. image_path, additional_desc
+    withheld: dict[str, int] = field(
+        default_factory=dict
+    )  # labels of the source set to unknown, by reason; not written
 
 
 _ARRAYS = [each.name for each in fields(HandRecord) if each.type == "np.ndarray | None"]
