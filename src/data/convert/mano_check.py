@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 NUM_CHECK = 64  # hands of each side
 OWN_JOINTS_MM = 2.0  # tolerance for sets whose joints are MANO's own; a wrong convention costs several times as much
-_PALM_TO_KNUCKLE = np.array([j for j in range(21) if j not in TIP_JOINTS])  # the 16 MANO joints
 _MIN_JOINT = 10
 
 
@@ -102,8 +101,8 @@ def joint_error(joint: np.ndarray, target: np.ndarray, valid: np.ndarray) -> flo
 
     Args: joint, target [N, J, 3] mm; valid [N, J].
     """
-    keep = valid[:, _PALM_TO_KNUCKLE, None] > 0
-    difference = np.where(keep, joint[:, _PALM_TO_KNUCKLE] - target[:, _PALM_TO_KNUCKLE], 0.0)
+    keep = valid[:, CHAIN_JOINTS, None] > 0
+    difference = np.where(keep, joint[:, CHAIN_JOINTS] - target[:, CHAIN_JOINTS], 0.0)
     count = keep.sum(axis=1, keepdims=True)
     centred = np.where(keep, difference - difference.sum(axis=1, keepdims=True) / count, 0.0)
     return float(np.linalg.norm(centred, axis=-1).sum() / count.sum())
@@ -113,7 +112,7 @@ def can_check(record: HandRecord) -> bool:
     """Whether a record has MANO parameters and enough joints to compare them with."""
     if record.mano_pose is None or record.joint_cam is None or record.joint_3d_valid is None:
         return False
-    return int((np.asarray(record.joint_3d_valid)[_PALM_TO_KNUCKLE] > 0).sum()) >= _MIN_JOINT
+    return int((np.asarray(record.joint_3d_valid)[CHAIN_JOINTS] > 0).sum()) >= _MIN_JOINT
 
 
 def find_convention(
