@@ -32,6 +32,7 @@ import numpy as np
 
 from src.data.shards.writer import HandRecord
 from src.geometry.patch import mirror_pose
+from src.hand.kinematics import CHAIN_JOINTS
 from src.hand.mano_file import load_hand_arrays
 from src.hand.skeleton import MANO_TO_OPENPOSE, TIP_JOINTS
 
