@@ -92,6 +92,15 @@ def test_corruption_that_starts_in_the_last_member_of_a_sample(shard: Path, how:
     assert bad["zeroed" if how == "zero" else "bad_header"] == 1
 
 
+@pytest.mark.parametrize("record", [BLOCK, 20 * BLOCK, 512 * BLOCK, 2048 * BLOCK])  # tar -b; 20 is the default
+def test_zeros_that_pad_the_last_record_are_not_corrupt(shard: Path, record: int) -> None:
+    content = spans(shard)[-1][1] + 2 * BLOCK
+    os.truncate(shard, content + -content % record)
+    assert (build_index(shard).num_frame(), build_index(shard).bad_count) == (NUM, {})
+    os.truncate(shard, content + -content % record + 2048 * BLOCK)
+    assert build_index(shard).bad_count.keys() == {"zeroed"}
+
+
 def test_empty_shards_and_files_that_are_not_shards(tmp_path: Path) -> None:
     (tmp_path / "empty.tar").touch()
     (tmp_path / "text.tar").write_bytes(b"no archive" * 400)

@@ -15,7 +15,8 @@ from typing import BinaryIO
 BLOCK = 512
 _EMPTY = bytes(BLOCK)
 _CHUNK = 1 << 20
-_MAX_END = 2 * BLOCK + 20 * BLOCK  # zeros at the end of an archive: two blocks, padded to a record of twenty
+_RECORD = 20 * BLOCK  # an archive ends with two blocks of zeros, padded to a whole record
+_MAX_RECORD = 1 << 20  # larger ones (tar -b) are powers of two
 _REGULAR = frozenset(b"0\x007")
 _EXTENSION = frozenset(b"LKxX")  # long name, long link target, pax (POSIX, Solaris): they describe the next header
 _NO_DATA = frozenset(b"123456")  # links, devices, folders, pipes: the size field does not count, as in tarfile
@@ -220,7 +221,7 @@ class TarReader:
                 return
             if block == _EMPTY:
                 if self._only_zeros_follow():
-                    if (rest := self.size - header_at) > _MAX_END:  # no writer pads this much: members are lost
+                    if (rest := self.size - header_at) > self._max_end():  # no writer pads this much: members are lost
                         yield CorruptRegion(header_at, "zeroed", size=rest - 2 * BLOCK)
                     return
                 begin, override = self._resync(header_at + BLOCK), {}
@@ -247,6 +248,11 @@ class TarReader:
                 yield Member(name, begin, header_at + BLOCK, data)
             begin, override = self.at, {}
         yield CorruptRegion(self.size, "no_end_of_archive")
+
+    def _max_end(self) -> int:
+        """The most zeros that a writer leaves at the end of an archive of this size."""
+        power_of_two = self.size & -self.size  # the largest that divides it
+        return 2 * BLOCK + max(_RECORD, min(power_of_two, _MAX_RECORD))
 
     def _read(self, size: int) -> bytes:
         data = self.file.read(size)
