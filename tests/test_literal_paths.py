@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from script.check_shards import main as check_main
 from script.evaluate import parse_overrides
 from src.compare.runs import find_runs
 from src.config_parse import quote_paths
+from src.data.check_shards import check_shards
 from src.data.shards.paths import resolve_source
 from src.predict.photo import find_photos
 from tests.data_shards import native_sample, write_shard
@@ -55,6 +57,18 @@ def test_shards_in_capitals_hidden_files_and_compressed_archives(tmp_path: Path)
             names(tmp_path, pattern)
     with pytest.raises(ValueError, match="matches"):
         names(tmp_path, "d/*")
+
+
+def test_folders_and_broken_links_among_shards_are_not_ignored(tmp_path: Path) -> None:
+    make(tmp_path, "a/0.tar", "a/2.tar/9.tar")
+    (tmp_path / "a/1.tar").symlink_to(tmp_path / "gone.tar")
+    os.mkfifo(tmp_path / "a/3.tar")
+    assert names(tmp_path, "a") == ["a/0.tar", "a/1.tar", "a/2.tar"]
+    assert names(tmp_path, "a/1.tar") == ["a/1.tar"]
+    assert [dict(report.bad_count) for report in check_shards(resolve_source(tmp_path, ["a"]))[1:]] == [
+        {"unreadable": 1},
+        {"unreadable": 1},
+    ]
 
 
 def test_scripts_take_such_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,9 @@ def _expand_user(path: Path) -> Path:
 def _tars(path: Path) -> Iterator[Path]:
     files = path.iterdir() if path.is_dir() else [path]
     for file in files:
-        if file.suffix.lower() == ".tar" and file.is_file() and (file == path or not file.name.startswith(".")):
+        is_named_tar = file.suffix.lower() == ".tar" and (file == path or not file.name.startswith("."))
+        # a folder and a broken link are reported when they are opened; opening a pipe would wait for ever
+        if is_named_tar and (file.is_file() or file.is_dir() or not file.exists()):
             yield file.absolute()
 
 
