@@ -151,6 +151,7 @@ def not_finite(sample: dict, name: str) -> np.ndarray:
         ("mano_pose.npy", lambda s: np.full((1, 48), 1e300), "not_finite"),
         ("hand_bbox.npy", lambda s: np.array([[5.0, 5, 5, 5]]), "bad_bbox"),
         ("focal.npy", lambda s: np.array([[-1.0, 5]]), "bad_intrinsics"),
+        ("joint_2d_valid.npy", lambda s: np.zeros((1, 21)), "bad_bbox"),  # and no box
         ("json", lambda s: {"handedness": "both"}, "bad_value"),
         ("json", lambda s: [1], "bad_json"),
         ("png", lambda s: b"\0" * 100, "undecodable_image"),
@@ -158,9 +159,10 @@ def not_finite(sample: dict, name: str) -> np.ndarray:
 )
 def test_bad_samples_are_counted_by_reason(tmp_path: Path, suffix: str, value: object, reason: str) -> None:
     bad = native_sample(1)
-    index = build_index(
-        write_shard(tmp_path / "a.tar", [native_sample(0), {**bad, suffix: value(bad)}, native_sample(2)])
-    )
+    broken = {**bad, suffix: value(bad)}
+    if suffix == "joint_2d_valid.npy":
+        del broken["hand_bbox.npy"]
+    index = build_index(write_shard(tmp_path / "a.tar", [native_sample(0), broken, native_sample(2)]))
     assert index.bad_count == {reason: 1}
     assert index.bad[0].key.startswith("00001")
     assert index.num_frame() == 2
@@ -193,8 +195,12 @@ def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
         with pytest.raises(SampleError) as caught:
             pickled_image_spans(pickle.dumps(value))
         assert caught.value.reason == "unsafe_pickle"
-    for data in (b"", b"junk", pickle.dumps([b"x" * 999])[:-20]):
-        with pytest.raises(SampleError, match="bad_pickle"):
+    for data, why in (
+        (b"", "ends too early"),
+        (b"\x1f\x8b", "not a pickle"),
+        (pickle.dumps([b"x" * 999])[:-20], "announced"),
+    ):
+        with pytest.raises(SampleError, match=f"bad_pickle: .*{why}"):
             pickled_image_spans(data)
     sample = {**lab_sample(1, 1, 1), "img_bytes.pickle": pickle.dumps([Bomb(trace)])}
     index = build_index(write_shard(tmp_path / "a.tar", [lab_sample(0, 1, 1), sample]))

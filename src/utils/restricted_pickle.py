@@ -198,6 +198,8 @@ class _Machine:
 
     def run(self) -> Any:
         while (code := self.file.read(1)) != b".":
+            if code not in _OPCODES:
+                raise PickleError("bad_pickle", "the data ends too early" if not code else "it is not a pickle")
             name, read_argument, execute = _OPCODES[code]
             if execute is None:
                 raise PickleError("unsafe_pickle", f"opcode {name} is not allowed")

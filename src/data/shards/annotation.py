@@ -111,7 +111,7 @@ def complete_clip(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int, 
     joint_img = _known(arrays, "joint_img", valid_2d)
     values = {
         "joint_img": joint_img,
-        "hand_bbox": arrays["hand_bbox"] if "hand_bbox" in arrays else joint_extent(joint_img, valid_2d),
+        "hand_bbox": arrays["hand_bbox"] if "hand_bbox" in arrays else _box_of_joints(joint_img, valid_2d),
         "joint_cam": _known(arrays, "joint_cam", valid_3d),
         "mano_pose": _known(arrays, "mano_pose", has_mano),
         "mano_shape": _known(arrays, "mano_shape", has_mano),
@@ -156,6 +156,12 @@ def joint_extent(joint_img: np.ndarray, valid: np.ndarray | float = 1.0) -> np.n
     low = np.where(known, joint_img, np.inf).min(axis=-2)
     high = np.where(known, joint_img, -np.inf).max(axis=-2)
     return np.concatenate([low, high], axis=-1)
+
+
+def _box_of_joints(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """[T, 4] `joint_extent`; 0 in frames without valid joints, which makes them bad_bbox."""
+    box = joint_extent(joint_img, valid)
+    return np.where(np.isinf(box), np.float32(0), box)
 
 
 def _bad_frames(values: Mapping[str, np.ndarray], has_camera: np.ndarray) -> dict[int, str]:

@@ -115,7 +115,8 @@ def _located(content: Any) -> Span:
     if isinstance(content, Text) and content.is_bytes:
         return content.span
     if not isinstance(content, Span):
-        raise PickleError("unsafe_pickle", f"a {type(content).__name__} where the bytes of an image are expected")
+        kind = "str" if isinstance(content, Text) else type(content).__name__
+        raise PickleError("unsafe_pickle", f"a {kind} where the bytes of an image are expected")
     return content
 
 
