@@ -98,6 +98,12 @@ def root_turned(record: HandRecord) -> np.ndarray:
     return np.concatenate([cv2.Rodrigues(other)[0].ravel(), record.mano_pose[3:]])
 
 
+def unknown_at(value: float, joint: np.ndarray) -> np.ndarray:
+    """The joints with the value that some data sets store for unknown ones in three of them."""
+    return np.where(np.isin(np.arange(21), (3, 7, 12))[:, None], value, joint)
+
+
+TIP_TO_PALM = [0, *(finger + level for finger in range(1, 21, 4) for level in (3, 2, 1, 0))]
 INTERHAND = np.argsort([20, 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12, 19, 18, 17, 16])
 BROKEN: dict[str, tuple[Change, str, str]] = {  # name: (change, what is reported, the cause)
     "metres": (of(joint_cam=lambda r: r.joint_cam / 1000), "not hand-sized", "looks like metres: multiply by 1000"),
@@ -138,6 +144,26 @@ BROKEN: dict[str, tuple[Change, str, str]] = {  # name: (change, what is reporte
     "normalised": (of(joint_img=lambda r: r.joint_img / 128 - 1), "span less than 4 px", "looks normalised"),
     "crop": (of(joint_img=lambda r: r.joint_img - r.hand_bbox[:2]), "hand_bbox does not match", "relative to the box"),
     "focal": (of(focal=lambda r: r.focal / 60), "focal does not match princpt", "mm or normalised"),
+    "intrinsics": (
+        of(focal=lambda r: r.focal / SIZE, princpt=lambda r: r.princpt / SIZE, joint_cam=lambda _: None),
+        "focal does not match princpt",
+        "princpt looks normalised",
+    ),
+    "shifted": (of(joint_img=lambda r: r.joint_img + 5, hand_bbox=lambda r: r.hand_bbox + 5), "", "constant shift"),
+    "tip to palm": (of(joint_cam=lambda r: r.joint_cam[TIP_TO_PALM]), "out of proportion", "from tip to palm"),
+    "wrist last": (of(joint_cam=lambda r: np.roll(r.joint_cam, -1, axis=0)), "out of proportion", "wrist looks last"),
+    "side, a joint unknown": (
+        of(handedness=opposite, mano_pose=lambda _: None, joint_3d_valid=lambda _: np.arange(21) != 15),
+        "left hands look like right hands",
+        "handedness swapped",
+    ),
+    "unknown at 0 px": (of(joint_img=lambda r: unknown_at(0.0, r.joint_img)), "flagged valid", ""),
+    "unknown at -1 px": (
+        of(joint_img=lambda r: unknown_at(-1.0, r.joint_img), joint_cam=lambda _: None),
+        "flagged valid",
+        "",
+    ),
+    "unknown at 0 mm": (of(joint_cam=lambda r: unknown_at(0.0, r.joint_cam)), "flagged valid", ""),
     "equal": (lambda r: replace(true_hands()[1], key=r.key), "all hands have the same joints", ""),
 }
 
@@ -181,6 +207,34 @@ def test_noisy_labels_are_not_reported(tmp_path: Path) -> None:
     )
     for number, change in enumerate(changes):
         assert found(tmp_path, [change(r) for r in true_hands()]) == [], number
+
+
+def test_unusual_cameras_and_views_are_not_reported(tmp_path: Path) -> None:
+    """Crops with the principal point near their corner, a long lens, small hands, hands that leave the image."""
+
+    def crop(record: HandRecord) -> HandRecord:
+        corner = np.subtract(record.princpt, (1.5, -2.0))
+        box, pixel = record.hand_bbox - np.tile(corner, 2), record.joint_img - corner
+        return replace(record, hand_bbox=box, joint_img=pixel, princpt=(1.5, -2.0))
+
+    def far(record: HandRecord) -> HandRecord:
+        focal, joint = 8000.0, np.add(record.joint_cam, (0, 0, 8000 - record.joint_cam[0, 2]))
+        pixel = joint[:, :2] / joint[:, 2:] * focal + record.princpt
+        box = np.concatenate([pixel.min(axis=0), pixel.max(axis=0)])
+        return replace(record, focal=(focal, focal), joint_cam=joint, joint_img=pixel, hand_bbox=box)
+
+    def leaves(record: HandRecord) -> HandRecord:
+        shift = np.array([SIZE - 3 - record.hand_bbox[0], 0])
+        moved = {"joint_img": record.joint_img + shift, "princpt": record.princpt + shift}
+        return replace(record, hand_bbox=record.hand_bbox + np.tile(shift, 2), **moved)
+
+    true = true_hands()
+    for change in (crop, far):
+        lines = found(tmp_path, [change(record) for record in true])
+        assert not [line for line in lines if "outside the image" not in line], lines  # both move hands in the image
+    assert found(tmp_path, [leaves(true[0]), *true[1:]]) == []
+    small = of(joint_cam=lambda r: 0.43 * r.joint_cam, mano_pose=lambda _: None, mano_shape=lambda _: None)
+    assert not [line for line in found(tmp_path, list(map(small, true))) if "order" in line]
 
 
 def test_a_part_of_a_source_is_counted(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ _MIN_JOINT = 5
 # within about 5 %. A smaller error counts only if it is systematic: a correction leaves less than a third of it.
 _GROSS_PX, _GROSS_BOX = 6.0, 0.1
 _CLEAR_PX, _CLEAR_BOX = 3.0, 0.03
+_AS_GOOD, _SAME_PX = 1.5, 0.5  # a more specific correction is preferred if its error is that close to the smallest
+_RESIZED = "2D joints look {:.2g} times as large: image and 2D resized without focal and princpt, or the reverse"
 # The same without intrinsics, where perspective is ignored: at most 0.24, for a hand 23 cm from the camera. A smaller
 # error counts only if a correction removes most of it.
 _SHAPE_CLEAR, _SHAPE_GROSS = 0.15, 0.28
-_FOCAL = (0.2, 50.0)  # relative to the principal point: fields of view of about 160 and 2 degrees
+_FOCAL = (0.2, 50.0)  # relative to half of the image: fields of view of about 160 and 2 degrees
 
 
 def _in_front(hands: Hands) -> np.ndarray:
@@ -84,8 +86,18 @@ def judge_projection(hands: Hands) -> Verdict:
     return result
 
 
+def _agree(hands: Hands) -> np.ndarray:
+    """[N] whether projected 3D joints meet the 2D joints of hands that are more than a few px large."""
+    size, is_enough = _size(hands), _both(hands).sum(axis=1) >= _MIN_JOINT
+    return (
+        is_enough
+        & (size > _GROSS_PX)
+        & (_pixel_error(_project(hands), hands) < np.minimum(_GROSS_PX, _GROSS_BOX * size))
+    )
+
+
 def _projection_causes(hands: Hands, limit: np.ndarray) -> np.ndarray:
-    """[N] the first correction that makes 2D and projected 3D agree within `limit` px."""
+    """[N] the correction that makes 2D and projected 3D agree best, if within `limit` px; of equal ones, the first."""
     pixel, valid = _project(hands), _both(hands)
     swapped = hands.joint_img[..., ::-1] - hands.joint_img
     tries: dict[str, np.ndarray] = {
@@ -95,21 +107,19 @@ def _projection_causes(hands: Hands, limit: np.ndarray) -> np.ndarray:
         "x and y of joint_cam look negated": _project(hands, (-1, -1, 1)),
         "x and y of princpt look swapped": pixel + (hands.princpt[:, ::-1] - hands.princpt)[:, None],
     }
-    cause = np.full(len(hands), "", object)
-    for name, moved in tries.items():
-        cause[(cause == "") & (_pixel_error(moved, hands) < limit)] = name
-    scale = _ratio(pixel + 0.5, hands.joint_img + 0.5, valid)
-    resized = (cause == "") & (_pixel_error((pixel + 0.5) * scale[:, None, None] - 0.5, hands) < limit)
-    cause[resized] = [
-        f"2D joints look {ratio:.2g} times as large: image and 2D resized without focal and princpt, or the reverse"
-        for ratio in scale[resized]
-    ]
+    resize = _ratio(pixel + 0.5, hands.joint_img + 0.5, valid)
+    tries[_RESIZED] = (pixel + 0.5) * resize[:, None, None] - 0.5
     centre, own = _mean(pixel, valid), _mean(hands.joint_img, valid)
-    shifted = (cause == "") & (_pixel_error(pixel - centre + own, hands) < limit)
-    cause[shifted] = "a constant shift: wrong princpt, or 2D joints of another crop"
+    tries["a constant shift: wrong princpt, or 2D joints of another crop"] = pixel - centre + own
     scale = _ratio(pixel - centre, hands.joint_img - own, valid)
-    framed = (cause == "") & (_pixel_error((pixel - centre) * scale[:, None, None] + own, hands) < limit)
-    cause[framed] = "shift and scale: wrong focal and princpt, or 2D joints of another crop"
+    framed = (pixel - centre) * scale[:, None, None] + own
+    tries["shift and scale: wrong focal and princpt, or 2D joints of another crop"] = framed
+    error = np.array([_pixel_error(moved, hands) for moved in tries.values()])
+    first = (error <= np.maximum(_AS_GOOD * error.min(axis=0), _SAME_PX)).argmax(axis=0)
+    cause = np.array([*tries], object)[first]
+    cause[error[first, np.arange(len(hands))] >= limit] = ""
+    resized = cause == _RESIZED
+    cause[resized] = [_RESIZED.format(ratio) for ratio in resize[resized]]
     return cause
 
 
@@ -153,11 +163,14 @@ def judge_shape_2d(hands: Hands) -> Verdict:
 
 
 def judge_focal(hands: Hands) -> Verdict:
-    """Whether stated focal lengths are those of a camera, in pixels."""
+    """Whether stated focal lengths are those of a camera, in pixels; unless 2D and projected 3D joints agree, which
+    long lenses and crops do, too."""
     centre = np.abs(hands.princpt).max(axis=1)
-    ratio = hands.focal.min(axis=1) / np.maximum(centre, 1e-9)
-    ratio = np.where(ratio < _FOCAL[0], ratio, hands.focal.max(axis=1) / np.maximum(centre, 1e-9))
-    result = verdict(hands.has_intr & (centre > 0), ~within(ratio, _FOCAL), hands.focal.max(axis=1))
+    half = np.maximum(centre, hands.image_size.max(axis=1) / 2)  # the principal point of a crop may be anywhere
+    ratio = hands.focal.min(axis=1) / np.maximum(half, 1e-9)
+    ratio = np.where(ratio < _FOCAL[0], ratio, hands.focal.max(axis=1) / np.maximum(half, 1e-9))
+    checked = hands.has_intr & (half > 0) & ~_agree(hands)
+    result = verdict(checked, ~within(ratio, _FOCAL), hands.focal.max(axis=1))
     result.cause[result.bad & (centre < 2)] = "princpt looks normalised: it must be in px"
     result.cause[result.bad & (centre >= 2) & (ratio < 1)] = "focal may be in mm or normalised: it must be in px"
     return result

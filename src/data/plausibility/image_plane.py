@@ -9,6 +9,7 @@ from src.data.plausibility.verdict import Verdict, extent, longer_side, verdict
 
 _MIN_JOINT = 5
 _MIN_EQUAL = 8
+_MISSING_PX = (0.0, -1.0)  # both coordinates of a joint that a data set does not know
 
 
 def _share_inside(hands: Hands, box: np.ndarray, margin: float) -> np.ndarray:
@@ -26,7 +27,7 @@ def judge_box(hands: Hands) -> Verdict:
     share = _share_inside(hands, box, 0.25)
     as_xywh = np.concatenate([box[:, :2], box[:, :2] + box[:, 2:]], axis=1)
     tight = extent(hands.joint_img, hands.joint_2d_valid)
-    is_xywh = (_overlap(as_xywh, tight) > 0.8) & (_overlap(box, tight) < 0.6)
+    is_xywh = (_overlap(as_xywh, tight) > 0.8) & (_overlap(box, tight) < 0.6) & (hands.joint_2d_valid.sum(axis=1) > 10)
     result = verdict(checked, (share < 0.7) | is_xywh, 100 * share)
     result.cause[result.bad & is_xywh] = "hand_bbox looks like x, y, width, height: it must be x1, y1, x2, y2"
     moved = tight + np.tile(box[:, :2], 2)
@@ -52,6 +53,15 @@ def judge_pixels(hands: Hands) -> Verdict:
     small = (np.abs(hands.joint_img) <= 1.5) | ~valid[..., None]
     result.cause[result.bad & small.all(axis=(1, 2))] = "joint_img looks normalised: it must be in px"
     return result
+
+
+def judge_missing(hands: Hands) -> Verdict:
+    """Whether joints are flagged as known although they have the values of unknown ones."""
+    at = [(hands.joint_img == value).all(axis=-1) & hands.joint_2d_valid for value in _MISSING_PX]
+    at.append((hands.joint_cam == 0).all(axis=-1) & hands.joint_3d_valid)
+    number = np.sum(at, axis=2).max(axis=0)
+    # a single one may be the corner of a tight crop, or the origin of joints that are relative to it
+    return verdict(hands.joint_2d_valid.any(axis=1) | hands.joint_3d_valid.any(axis=1), number > 1, number)
 
 
 def judge_image(hands: Hands) -> Verdict:

@@ -6,7 +6,7 @@ import numpy as np
 
 from src.data.plausibility.hands import Hands
 from src.data.plausibility.size import is_hand_sized
-from src.data.plausibility.verdict import Verdict, verdict
+from src.data.plausibility.verdict import Verdict, masked, verdict
 from src.hand.kinematics import CHAIN_JOINTS
 from src.hand.skeleton import FINGER_JOINTS, WRIST
 
@@ -19,7 +19,7 @@ def chirality(joint: np.ndarray) -> np.ndarray:
     The normal of the plane through wrist and the knuckles of index and little finger points out of a right hand's palm.
     The thumb is on that side of the plane, and fingers bend towards it.
 
-    Args: joint [N, 21, 3] in a right-handed frame, mm; fingertips are not used.
+    Args: joint [N, 21, 3] in a right-handed frame, mm, NaN where unknown; fingertips are not used.
     """
     thumb, index, *_, little = FINGER_JOINTS.values()
     wrist = joint[:, WRIST]
@@ -27,7 +27,7 @@ def chirality(joint: np.ndarray) -> np.ndarray:
     size = np.linalg.norm(joint[:, index[0]] - wrist, axis=-1)
     height = ((joint[:, list(thumb[:3])] - wrist[:, None]) * normal[:, None]).sum(axis=-1) / size[:, None]
     # The base of the thumb hardly moves relative to the palm, so its side is the most reliable.
-    return height @ np.array([2.0, 1.0, 1.0]) + flexion(joint)
+    return np.nansum(height * [2.0, 1.0, 1.0], axis=1) + flexion(joint)
 
 
 def flexion(joint: np.ndarray) -> np.ndarray:
@@ -35,7 +35,7 @@ def flexion(joint: np.ndarray) -> np.ndarray:
     _, *fingers = FINGER_JOINTS.values()
     across = _unit(joint[:, fingers[0][0]] - joint[:, fingers[-1][0]])
     bone = _unit(np.diff(joint[:, [finger[:3] for finger in fingers]], axis=2))  # [N, 4, 2, 3]
-    return 0.3 * (np.cross(bone[:, :, 0], bone[:, :, 1]) * across[:, None]).sum(axis=(1, 2))
+    return 0.3 * np.nansum(np.cross(bone[:, :, 0], bone[:, :, 1]) * across[:, None], axis=(1, 2))
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
@@ -49,9 +49,10 @@ def judge_side(hands: Hands, is_right: bool) -> Verdict:
     Hands without 3D joints are judged by the joints of their MANO parameters. Those have the palm of the side that is
     stated, so only the flexion counts.
     """
-    has_3d = hands.joint_3d_valid[:, CHAIN_JOINTS].all(axis=1) & is_hand_sized(hands)
+    has_3d = is_hand_sized(hands)
     posed = np.full(hands.joint_cam.shape, np.nan)
     posed[:, CHAIN_JOINTS] = hands.posed
-    value = np.where(has_3d, chirality(hands.joint_cam), flexion(posed)) * (1 if is_right else -1)
+    shape = chirality(masked(hands.joint_cam, hands.joint_3d_valid))
+    value = np.where(has_3d, shape, flexion(posed)) * (1 if is_right else -1)
     decided = (has_3d | ~hands.joint_3d_valid.any(axis=1)) & (np.abs(value) > _DECIDED)
     return verdict(decided & (hands.is_right == is_right), value < 0, value)

@@ -30,6 +30,7 @@ _ORDERS = {
     "the joints look like MANO's order (thumb last, then the tips)": MANO_TO_OPENPOSE,
     "each finger looks ordered from tip to palm": (0, *(4 * _FINGER + 4 - _LEVEL).ravel()),
     "the joints look like InterHand2.6M's order (tip to palm, wrist last)": (20, *(4 * _FINGER + 3 - _LEVEL).ravel()),
+    "the wrist looks last": (20, *range(20)),
     "the joints look like FPHA's order (knuckles first)": (
         0,
         *np.concatenate([1 + _FINGER, 6 + 3 * _FINGER + _LEVEL[:3]], axis=1).ravel(),
@@ -93,8 +94,20 @@ def judge_bones(hands: Hands) -> Verdict:
 
 
 def _name_order(result: Verdict, hands: Hands) -> None:
-    """Set the cause of bad hands whose bones are plausible in another data set's joint order."""
+    """Set the cause of bad hands whose bones are plausible in another data set's joint order, and much more even."""
     rows = np.flatnonzero(result.bad)
-    for cause, order in _ORDERS.items() if len(rows) else ():
-        joint, valid = (each[rows][:, list(order)] for each in (hands.joint_cam, hands.joint_3d_valid))
-        result.cause[rows[_is_plausible(_bone_length(joint, valid))]] = cause
+    if not len(rows):
+        return
+    some = hands.select(rows)
+    best = 0.5 * _unevenness(_bone_length(some.joint_cam, some.joint_3d_valid))
+    for cause, order in _ORDERS.items():
+        length = _bone_length(some.joint_cam[:, list(order)], some.joint_3d_valid[:, list(order)])
+        uneven = _unevenness(length)
+        found = _is_plausible(length) & (uneven < best)
+        result.cause[rows[found]], best[found] = cause, uneven[found]
+
+
+def _unevenness(length: np.ndarray) -> np.ndarray:
+    """[N] spread of the bones' lengths relative to an adult's: median absolute deviation of the logarithm."""
+    log = np.log(np.maximum(length, 1e-6) / _BONE_MM)
+    return median(np.abs(log - median(log)[:, None]))

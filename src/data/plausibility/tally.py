@@ -15,14 +15,14 @@ import numpy as np
 
 from src.data.plausibility.camera import judge_depth, judge_focal, judge_projection, judge_shape_2d
 from src.data.plausibility.hands import Hands
-from src.data.plausibility.image_plane import judge_box, judge_equal, judge_image, judge_pixels
+from src.data.plausibility.image_plane import judge_box, judge_equal, judge_image, judge_missing, judge_pixels
 from src.data.plausibility.mano import HandModels, judge_mano, with_posed
 from src.data.plausibility.side import judge_side
 from src.data.plausibility.size import judge_bones, judge_size
 from src.data.plausibility.verdict import Check, Verdict
 
 _SWAPPED = "handedness swapped, or joints mirrored (x negated)"
-_VOTE = {"min_share": 0.05, "min_count": 2}  # single hands of unusual shape may look like the other side
+_VOTE = {"min_share": 0.05, "min_count": 2}  # single hands may look like the other side, or leave the image
 CHECKS = {
     "size": Check("3D joints are not hand-sized", "median bone {:.3g} mm", judge_size),
     "bones": Check("bones are out of proportion with their hand", "a bone of {:.3g} mm", judge_bones),
@@ -35,7 +35,8 @@ CHECKS = {
     "mano": Check("MANO parameters do not give the joints", "mean {:.3g} mm", judge_mano),
     "box": Check("hand_bbox does not match the 2D joints", "{:.0f} % of them inside", judge_box),
     "pixels": Check("2D joints span less than 4 px", "{:.3g} px", judge_pixels),
-    "image": Check("2D joints are outside the image", "{:.0f} % inside", judge_image),
+    "missing": Check("joints at 0 or -1 are flagged valid", "{:.0f} of them", judge_missing),
+    "image": Check("2D joints are outside the image", "{:.0f} % inside", judge_image, **_VOTE),
     "equal": Check("all hands have the same joints", "", judge_equal, 0.9),
 }
 
