@@ -13,9 +13,10 @@ from script.evaluate import parse_overrides
 from src.compare.runs import find_runs
 from src.config_parse import quote_paths
 from src.data.check_shards import check_shards
+from src.data.loader import build_train_loader
 from src.data.shards.paths import resolve_source
 from src.predict.photo import find_photos
-from tests.data_shards import native_sample, write_shard
+from tests.data_shards import data_config, native_sample, write_shard
 
 ODD = ("hands [2024]", "a{x,y}", "a{b", "st*r", "q?", "~", "it's, (1)=2")
 
@@ -60,7 +61,8 @@ def test_shards_in_capitals_hidden_files_and_compressed_archives(tmp_path: Path)
 
 
 def test_folders_and_broken_links_among_shards_are_not_ignored(tmp_path: Path) -> None:
-    make(tmp_path, "a/0.tar", "a/2.tar/9.tar")
+    make(tmp_path, "a/2.tar/9.tar")
+    write_shard(tmp_path / "a/0.tar", [native_sample(0)])
     (tmp_path / "a/1.tar").symlink_to(tmp_path / "gone.tar")
     os.mkfifo(tmp_path / "a/3.tar")
     assert names(tmp_path, "a") == ["a/0.tar", "a/1.tar", "a/2.tar"]
@@ -69,6 +71,12 @@ def test_folders_and_broken_links_among_shards_are_not_ignored(tmp_path: Path) -
         {"unreadable": 1},
         {"unreadable": 1},
     ]
+    for number, why in ((1, "No such file or directory"), (2, "Is a directory")):
+        with pytest.raises(
+            ValueError, match=rf"DATA.train.source: {tmp_path}/a/{number}.tar: {why}; everything named .tar"
+        ):
+            build_train_loader(data_config(tmp_path, train=("a",)), "mano")
+        (tmp_path / f"a/{number}.tar").rename(tmp_path / f"a/{number}")
 
 
 def test_scripts_take_such_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

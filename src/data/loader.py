@@ -123,11 +123,16 @@ def _data_loader(dataset: HandDataset, sampler: Any, cfg: Config, pin_memory: bo
 
 
 def _open_sources(cfg: Config, source: Any, key: str, progress: Progress | None) -> list[list[ShardIndex]]:
-    """The indexes of every named source. Raises ValueError for a source without a usable frame."""
+    """The indexes of every named source. Raises ValueError for a source without a usable frame, or if a shard is a
+    folder or a broken link."""
     sources = []
     for named in named_sources(source):
         shards = resolve_source(cfg.DATA.root, named.patterns, key)
-        sources.append(open_indexes(shards, cfg.DATA.index_dir, max(1, cfg.GENERAL.num_worker), progress))
+        try:
+            sources.append(open_indexes(shards, cfg.DATA.index_dir, max(1, cfg.GENERAL.num_worker), progress))
+        except (FileNotFoundError, IsADirectoryError) as error:
+            cure = "everything named .tar in a folder of shards is read: repair it or move it elsewhere"
+            raise ValueError(f"{key}: {error.filename}: {error.strerror}; {cure}") from error
         if not sum(shard.num_frame(cfg.DATA.stride) for shard in sources[-1]):
             health = DataHealth(sources[-1:], cfg.DATA.max_bad_fraction)
             raise ValueError(
