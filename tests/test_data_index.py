@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from src.data.shards.build_index import build_index, open_indexes
 from src.data.shards.index import cache_dir, index_path, load_index
 from src.data.shards.reader import ShardReader
 from src.data.shards.tar import BLOCK, TarReader
-from tests.data_shards import native_sample, write_shard
+from tests.data_shards import native_sample, raw_members, write_shard, write_tar
 
 NUM = 8
 
@@ -99,6 +100,16 @@ def test_zeros_that_pad_the_last_record_are_not_corrupt(shard: Path, record: int
     assert (build_index(shard).num_frame(), build_index(shard).bad_count) == (NUM, {})
     os.truncate(shard, content + -content % record + 2048 * BLOCK)
     assert build_index(shard).bad_count.keys() == {"zeroed"}
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_frames_are_described_by_key_whatever_its_length_and_characters(tmp_path: Path, tar_format: int) -> None:
+    key = f"手/{'k' * 120}\n\x1b[31m\udce4"
+    sample = {**native_sample(0), "__key__": key}
+    index = build_index(write_tar(tmp_path / "a.tar", raw_members(sample), tar_format))
+    reader = ShardReader(index, 1)
+    assert reader.describe(0) == f"手/{'k' * 120}\\n\\x1b[31m\\udce4/0"
+    assert reader.read(0)[0] == key
 
 
 def test_empty_shards_and_files_that_are_not_shards(tmp_path: Path) -> None:

@@ -249,6 +249,8 @@ def test_a_part_of_a_source_is_counted(tmp_path: Path) -> None:
     (line,) = found(tmp_path, [*true[:3], other])
     assert line.startswith("theirs: 3D joints are not hand-sized: 1 of 1 checked hands; joint_cam looks like metres")
     assert f"hand3/0 in {tmp_path}/a.tar" in line
+    (line,) = found(tmp_path, [replace(other, data_source="a\n\x1b[31m[b]")])
+    assert line.startswith("a\\n\\x1b[31m[b]: 3D joints")
 
 
 def test_2d_and_3d_are_compared_without_a_camera(tmp_path: Path) -> None:

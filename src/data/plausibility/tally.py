@@ -20,6 +20,7 @@ from src.data.plausibility.mano import HandModels, judge_mano, with_posed
 from src.data.plausibility.side import judge_side
 from src.data.plausibility.size import judge_bones, judge_size
 from src.data.plausibility.verdict import Check, Verdict
+from src.utils.text import one_line
 
 _SWAPPED = "handedness swapped, or joints mirrored (x negated)"
 _VOTE = {"min_share": 0.05, "min_count": 2}  # single hands may look like the other side, or leave the image
@@ -111,10 +112,11 @@ def findings(tallies: Tallies) -> list[str]:
         check = CHECKS[key.check]
         if counts.bad >= max(min(check.min_count, counts.checked), check.min_share * counts.checked):
             cause = _likely_cause(key, tallies)
-            lines.append(
+            line = (
                 f"{key.source}: {check.text}: {counts.bad} of {counts.checked} checked hands"
                 f"{f'; {cause}' if cause else ''}; for example {counts.example}"
             )
+            lines.append(one_line(line))
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from src.utils.text import printable
+from src.utils.text import one_line
 
 # reason -> what to do about it; docs/DATA.md has the same table with the meaning of each
 REASONS: dict[str, str] = {
@@ -53,7 +53,7 @@ class SampleError(Exception):
 
 def detail_of(error: Exception) -> str:
     """What exactly is wrong, in at most 200 characters; "" if only the reason is known."""
-    return printable(error.detail[:200]) if isinstance(error, SampleError) else ""
+    return one_line(error.detail[:200]) if isinstance(error, SampleError) else ""
 
 
 def reason_of(error: Exception) -> str:

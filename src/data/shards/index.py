@@ -22,7 +22,7 @@ from zlib import crc32
 import numpy as np
 
 from src.utils.files import write_atomic
-from src.utils.text import printable
+from src.utils.text import one_line
 
 VERSION = 5  # increase it also when the definition of a healthy frame changes
 _MAGIC = b"HANDIDX\0"
@@ -62,7 +62,7 @@ class Bad:
     detail: str = ""  # which member, which value, what is expected
 
     def __str__(self) -> str:
-        key = printable(self.key) or "(no key)"
+        key = one_line(self.key) or "(no key)"
         return key if self.num_frame == 1 else f"{key} ({self.num_frame} frames)"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import OrderedDict, deque
+from io import BytesIO
 from zlib import crc32
 
 from src.data.shards.annotation import Clip
@@ -17,11 +18,13 @@ from src.data.shards.errors import SampleError
 from src.data.shards.format import parse_clip
 from src.data.shards.index import ShardIndex
 from src.data.shards.safe_parse import stored_image
-from src.data.shards.tar import BLOCK, TarError, is_plain, padded, plain_key, read_header, span_layout, split_name
+from src.data.shards.tar import BLOCK, TarError, TarReader, is_plain, padded, plain_key, span_layout, split_name
+from src.utils.text import one_line
 
 _WHOLE_SIZE = 1 << 18  # bytes; samples up to this size are read in one piece
 _CLIP_MEMORY = 64 << 20  # bytes of annotations cached per process
 _FRAME_SIZE = 1200  # bytes of a frame's annotations, approximately
+_HEAD_SIZE = 16 * BLOCK  # bytes in which the name of a sample's first member is looked for; long names have their own
 _NUM_LAYOUT = 4  # kept per sample size; "left" and "right" alone make two
 
 
@@ -99,16 +102,18 @@ class ShardReader:
         self._close()
 
     def describe(self, row: int) -> str:
-        """ "<sample key>/<frame>" of a row, read from its tar header alone, for reports of frames that fail to read."""
+        """ "<sample key>/<frame>" of a row, from its tar headers alone, for reports of frames that fail to read."""
         if self.rows is not None:
             row = int(self.rows[row])
         sample_row, number = self.tables.frame[row].item()[:2]
         offset = int(self.tables.sample["offset"][sample_row])
         try:
-            parts = split_name(read_header(os.pread(self.fd, BLOCK, offset))[0])
-        except (TarError, OSError):
-            parts = None
-        return f"{parts[0] if parts else f'byte {offset}'}/{number}"
+            head = os.pread(self.fd, _HEAD_SIZE, offset)
+        except OSError:
+            head = b""
+        first = next(iter(TarReader(BytesIO(head), len(head))), None)
+        parts = split_name(first.name) if first else None
+        return f"{one_line(parts[0]) if parts else f'byte {offset}'}/{number}"
 
     def _pread(self, offset: int, size: int) -> bytes:
         data = os.pread(self.fd, size, offset)
