@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -28,7 +29,9 @@ import numpy as np
 BORDER = (124, 116, 104)  # fills what is outside the image: ImageNet's mean colour, about zero after normalisation
 MIRROR, MIRROR_AXIS = np.array([-1.0, 1.0, 1.0]), np.array([1.0, -1.0, -1.0])  # of points, of rotation vectors
 _MIN_COS = 0.35  # a perspective rotation that puts the hand more than 70 degrees off the axis is dropped
-_UNIT = 256  # filter taps are multiples of 1 / 256, as OpenCV's fixed-point filter of uint8 needs
+_UNFILTERED = 0.5  # on photographs linear interpolation alone is as good down to scale 1 / sqrt(1 + this) = 0.82
+_STEPS = 64  # filters are computed for multiples of 1 / 64 of the shrink factor
+_UNIT = 256  # and have taps that are multiples of 1 / 256, as OpenCV's fixed-point filter of uint8 images needs
 
 
 @dataclass(frozen=True)
@@ -180,27 +183,29 @@ def plan_warps(sizes: Sequence[tuple[int, int]], views: PatchView, img_size: int
 
 def _filters(shrink_x: float, shrink_y: float) -> tuple[np.ndarray, np.ndarray] | None:
     """The low-pass filters along x and y for a shrink by these factors; None if neither changes a pixel."""
-    filters = _tent(shrink_x), _tent(shrink_y)
+    filters = _tent(round(shrink_x * _STEPS)), _tent(round(shrink_y * _STEPS))
     return None if all(taps.max() == 1.0 for taps in filters) else filters
 
 
-def _tent(shrink: float) -> np.ndarray:
-    """[2n + 1] taps, n = ceil(shrink) - 1 >= 1, that sum to 1: the low-pass filter for a shrink by `shrink` >= 1.
+@lru_cache(maxsize=1024)
+def _tent(shrink_steps: int) -> np.ndarray:
+    """[2n + 1] taps that sum to 1: the low-pass filter of a source that is shrunk by `shrink_steps` / _STEPS.
 
     Linear interpolation is a filter, too: a tent of +-1 px, on average of variance 1/6 px^2. What is missing to a tent
-    of +-`shrink` px, variance shrink^2 / 6 (the antialiased bilinear filter of Pillow and torchvision), is applied here:
-    taps that fall linearly from the centre, of variance (shrink^2 - 1) / 6. For an integer `shrink` the result is
-    exactly that tent; towards 1 it fades to no filter.
+    of +-a px, variance a^2 / 6, is applied here: taps that fall linearly from the centre, of variance (a^2 - 1) / 6.
+    For an integer `a` the result is exactly that tent, the antialiased bilinear filter of Pillow and torchvision.
+    a^2 = shrink^2 - _UNFILTERED, at least 1.
     """
-    num = max(1, math.ceil(shrink) - 1)
-    variance, pairs = (shrink * shrink - 1.0) / 6.0, num * (num + 1)
+    square = max(1.0, (shrink_steps / _STEPS) ** 2 - _UNFILTERED)
+    num = max(1, math.ceil(math.sqrt(square)) - 1)
+    variance, pairs = (square - 1.0) / 6.0, num * (num + 1)
     # tap j is proportional to width - |j|; the width solves sum(j^2 tap) = variance * sum(tap)
     width = pairs * (0.5 * pairs - variance) / ((2 * num + 1) * (pairs / 3.0 - variance))
-    total = width * (2 * num + 1) - pairs
-    # Cumulative sums are rounded, not taps: the rounding errors must not add up in the centre.
-    summed = np.rint(np.cumsum(width - np.arange(num, 0, -1.0)) * (_UNIT / total))
-    side = np.diff(summed, prepend=0.0)
-    return np.concatenate([side, [_UNIT - 2.0 * summed[-1]], side[::-1]]) / _UNIT
+    unit = _UNIT / (width * (2 * num + 1) - pairs)
+    # Sums from the left end on are rounded, not taps: the rounding errors must not add up in the centre.
+    sums = [0, *(round(unit * count * (width - num + 0.5 * (count - 1))) for count in range(1, num + 1))]
+    side = [after - before for before, after in zip(sums, sums[1:])]
+    return np.array([*side, _UNIT - 2 * sums[-1], *reversed(side)]) / _UNIT
 
 
 def warp_image(image: np.ndarray, view: PatchView, img_size: int) -> np.ndarray:
