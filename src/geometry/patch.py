@@ -17,6 +17,7 @@ Shape legend: N patches, S patch side. Computed in float64.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ def _tent(shrink_steps: int) -> np.ndarray:
     unit = _UNIT / (width * (2 * num + 1) - pairs)
     # Sums from the left end on are rounded, not taps: the rounding errors must not add up in the centre.
     sums = [0, *(round(unit * count * (width - num + 0.5 * (count - 1))) for count in range(1, num + 1))]
-    side = [after - before for before, after in zip(sums, sums[1:])]
+    side = [after - before for before, after in itertools.pairwise(sums)]
     return np.array([*side, _UNIT - 2 * sums[-1], *reversed(side)]) / _UNIT
 
 
