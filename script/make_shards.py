@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from src.data.convert.chunk import Request
 from src.data.convert.registry import CONVERTERS, Converter
-from src.hand.load import mano_path
+from src.hand.load import mano_path, mano_problem
 from src.utils.console import make_console
 
 
@@ -58,17 +58,24 @@ def _add_converter(kind: argparse.ArgumentParser, converter: Converter) -> None:
     if converter.in_parallel:
         kind.add_argument("--num_process", type=_positive, default=os.cpu_count() or 1, help="default: %(default)s")
         kind.add_argument(
-            "--mano", type=mano_path, help="your MANO_RIGHT.pkl: checks the parameters (dexycb: needed to write them)"
+            "--mano", type=_mano_file, help="your MANO_RIGHT.pkl: checks the parameters (dexycb: needed to write them)"
         )
     if "num_per_shard" in converter.more:
         kind.add_argument("--num_per_shard", type=_positive, default=2000, help="maximum number of images per shard")
     if "mano_left" in converter.more:
-        left = partial(mano_path, name="MANO_LEFT")
+        left = partial(_mano_file, name="MANO_LEFT")
         kind.add_argument("--mano_left", type=left, help="your MANO_LEFT.pkl, for the pose basis of left hands")
     for name, option in converter.options.items():
         number = partial(_not_negative, type(option.default))
         text = f"{option.help}; 0: off; default: %(default)s"
         kind.add_argument(f"--{name}", type=number, default=option.default, metavar="NUMBER", help=text)
+
+
+def _mano_file(text: str, name: str = "MANO_RIGHT") -> Path:
+    """The file, or the one called `name` in a folder."""
+    if problem := mano_problem(text, name):
+        raise argparse.ArgumentTypeError(problem)
+    return mano_path(text, name)
 
 
 def _positive(text: str) -> int:

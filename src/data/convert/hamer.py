@@ -36,6 +36,7 @@ from src.data.convert.annotate import (
     MM_PER_M,
     fields_mano,
     finite,
+    given_box,
     is_hidden,
     known_only,
     plain_key,
@@ -162,14 +163,11 @@ def _points(hand: dict[str, Any], name: str, width: int, limit: float) -> tuple[
     return known_only(value[:, :-1], confidence), confidence, int((given > confidence).sum())
 
 
-def _box(hand: dict[str, Any], joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def _box(hand: dict[str, Any], joint_img: np.ndarray, valid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if (valid > 0).sum() >= MIN_TIGHT_JOINT:
         return tight_box(joint_img, valid)
     center, half = finite("center", hand.get("center"), (2,)), 100.0 * finite("scale", hand.get("scale"), (2,))
-    box = np.concatenate([center - half, center + half])
-    if (half < 0.5).any():
-        raise SampleError("small_box")
-    return box
+    return given_box(np.concatenate([center - half, center + half]), size)
 
 
 def _flag(hand: dict[str, Any], name: str) -> bool:
@@ -180,6 +178,8 @@ def _reprojection_loss(hand: dict[str, Any]) -> float | None:
     """extra_info.fitting_loss.reprojection_loss; None if the hand was not fitted."""
     info = hand.get("extra_info")
     losses = info.get("fitting_loss") if isinstance(info, dict) else None
+    if isinstance(losses, list) and len(losses) == 1:  # an object array of one element
+        losses = losses[0]
     loss = losses.get("reprojection_loss") if isinstance(losses, dict) else None
     return None if loss is None else float(finite("reprojection_loss", loss, (1,))[0])
 
@@ -237,12 +237,12 @@ def _read_hand(
         image_type=image_type,
         handedness="right" if finite("right", hand.get("right", 1), (1,))[0] > 0 else "left",
         data_source=subset,
-        hand_bbox=_box(hand, joint_img, valid),
+        hand_bbox=_box(hand, joint_img, valid, size),
         joint_img=known_only(joint_img, valid),
         joint_2d_valid=valid,
         joint_cam=joint_cam * MM_PER_M if has_3d else None,
         joint_3d_valid=(known_3d > 0).astype(np.float32) if has_3d else None,
         **fields_mano(pose, shape, flat_hand_mean=True),
         extra={"image_path": f"{key}.{image_type}", "source_index": number},
-        withheld={reason: count for reason, count in withheld.items() if count},
+        withheld=withheld,
     )
