@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,7 @@ def _add_converter(kind: argparse.ArgumentParser, converter: Converter) -> None:
         kind.add_argument("--mano_left", type=left, help="your MANO_LEFT.pkl, for the pose basis of left hands")
     for name, option in converter.options.items():
         number = partial(_not_negative, type(option.default))
-        text = f"{option.help}; 0: off; default: %(default)s"
+        text = f"{option.help}; default: %(default)s"
         kind.add_argument(f"--{name}", type=number, default=option.default, metavar="NUMBER", help=text)
 
 
@@ -85,9 +86,10 @@ def _positive(text: str) -> int:
 
 
 def _not_negative(kind: type[int] | type[float], text: str) -> float:
-    if not (value := kind(text)) >= 0:
-        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
-    return value
+    with suppress(ValueError):
+        if (value := kind(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} must be {'an integer' if kind is int else 'a number'}, 0 or more")
 
 
 def _convert(args: argparse.Namespace, progress: Callable[[int, int], None]) -> list[str]:

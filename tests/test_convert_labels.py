@@ -164,7 +164,7 @@ def test_ho3d_released_truth_is_used(convert: Any, mano: Path, tmp_path: Path) -
         assert sample["json"]["has_mano"] == [0]
     (tmp_path / "set" / "evaluation_xyz.json").unlink()
     assert (
-        "evaluation_xyz.json (linked in github.com/shreyashampali/ho3d) is missing beside evaluation.txt: only the wrist"
+        "(linked in github.com/shreyashampali/ho3d) is missing beside evaluation.txt: only the wrist is in 3D"
         in convert("ho3d", "--split", "evaluation").text
     )
 

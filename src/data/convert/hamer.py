@@ -55,12 +55,12 @@ TOLERANCE_MM = 12.0
 MIN_TIGHT_JOINT = 15
 _IMAGES = ("jpg", "jpeg", "png")
 OPTIONS = {
-    "suppress_kp_conf_thresh": Option(0.3, "2D and 3D keypoints of a lower confidence are unknown"),
-    "suppress_betas_thresh": Option(3.0, "MANO parameters are unknown if any |beta| exceeds this"),
-    "filter_num_kp": Option(4, "skip hands with no more 2D keypoints than this"),
+    "suppress_kp_conf_thresh": Option(0.3, "2D and 3D keypoints of a lower confidence are unknown; 0: off"),
+    "suppress_betas_thresh": Option(3.0, "MANO parameters are unknown if any |beta| exceeds this; 0: off"),
+    "filter_num_kp": Option(4, "skip hands with no more 2D keypoints than this; 0: off"),
     "filter_num_kp_thresh": Option(0.0, "the confidence above which filter_num_kp counts a keypoint"),
-    "filter_reproj_thresh": Option(31000.0, "skip hands whose fit has a reprojection_loss of this or more"),
-    "filter_min_bbox_size": Option(0.0, "skip hands whose box (200 x scale) is not larger than this, in px"),
+    "filter_reproj_thresh": Option(31000.0, "skip hands whose fit has a reprojection_loss of this or more; 0: off"),
+    "filter_min_bbox_size": Option(0.0, "skip hands whose box (200 x scale) is not larger than this, in px; 0: off"),
 }
 Limits = dict[str, float]  # the values of OPTIONS
 

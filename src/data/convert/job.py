@@ -97,7 +97,8 @@ def _summary(job: Job, notes: Path, lines: list[str]) -> ConvertSummary:
     ]
     num_hand = [note["num_hand"] for note in found]
     if not any(num_hand):
-        shutil.rmtree(notes)  # so that the same call starts again once the input is complete
+        shutil.rmtree(notes)  # so that this call, or one with other options, starts again
+        (notes.parent / MANIFEST).unlink()
         raise ValueError("\n".join([f"{job.name}: no hand could be used ({dict(skipped)})", *lines]))
     num_shard = sum(n > 0 for n in num_hand)
     return ConvertSummary(
@@ -141,10 +142,10 @@ def _open_output(job: Job, request: Request) -> Path:
     path, notes = request.output / MANIFEST, request.output / NOTES
     if path.exists():
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+            found = _arguments(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, AttributeError):
             raise ValueError(f"{path}: does not parse; delete the folder {request.output} and start again") from None
-        for key, value in wanted.items():
+        for key, value in _arguments(wanted).items():
             if found.get(key) != value:
                 raise ValueError(
                     f"--output {request.output}: was written with {key}={found.get(key)!r}, this call has {value!r}; "
@@ -154,6 +155,11 @@ def _open_output(job: Job, request: Request) -> Path:
         raise ValueError(f"--output {request.output}: contains shards but no {MANIFEST}; choose an empty folder")
     _write_json(path, wanted)
     return notes
+
+
+def _arguments(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in a manifest, with each option of the converter under its own name."""
+    return {**manifest, **manifest.get("options", {}), "options": None}
 
 
 def _check_mano(job: Job, request: Request, notes: Path) -> tuple[dict[str, Conventions], list[str]]:
