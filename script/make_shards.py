@@ -59,24 +59,17 @@ def _add_converter(kind: argparse.ArgumentParser, converter: Converter) -> None:
     if converter.in_parallel:
         kind.add_argument("--num_process", type=_positive, default=os.cpu_count() or 1, help="default: %(default)s")
         kind.add_argument(
-            "--mano", type=_mano_file, help="your MANO_RIGHT.pkl: checks the parameters (dexycb: needed to write them)"
+            "--mano", type=mano_path, help="your MANO_RIGHT.pkl: checks the parameters (dexycb: needed to write them)"
         )
     if "num_per_shard" in converter.more:
         kind.add_argument("--num_per_shard", type=_positive, default=2000, help="maximum number of images per shard")
     if "mano_left" in converter.more:
-        left = partial(_mano_file, name="MANO_LEFT")
+        left = partial(mano_path, name="MANO_LEFT")
         kind.add_argument("--mano_left", type=left, help="your MANO_LEFT.pkl, for the pose basis of left hands")
     for name, option in converter.options.items():
         number = partial(_not_negative, type(option.default))
         text = f"{option.help}; default: %(default)s"
         kind.add_argument(f"--{name}", type=number, default=option.default, metavar="NUMBER", help=text)
-
-
-def _mano_file(text: str, name: str = "MANO_RIGHT") -> Path:
-    """The file, or the one called `name` in a folder."""
-    if problem := mano_problem(text, name):
-        raise argparse.ArgumentTypeError(problem)
-    return mano_path(text, name)
 
 
 def _positive(text: str) -> int:
@@ -95,6 +88,10 @@ def _not_negative(kind: type[int] | type[float], text: str) -> float:
 def _convert(args: argparse.Namespace, progress: Callable[[int, int], None]) -> list[str]:
     """Run a converter; returns the lines to print, the summary last."""
     chosen = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)}
+    for option, name in (("mano", "MANO_RIGHT"), ("mano_left", "MANO_LEFT")):
+        path = chosen.get(option)
+        if path is not None and (problem := mano_problem(path, name)):
+            raise ValueError(f"--{option} {problem}")
     converter = CONVERTERS[args.kind]
     options = {name: getattr(args, name) for name in converter.options}
     summary = converter.convert(Request(**{"split": "all", **chosen}, options=options), progress)
