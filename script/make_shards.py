@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from src.data.convert.chunk import Request
 from src.data.convert.registry import CONVERTERS, Converter
-from src.hand.load import mano_path
+from src.hand.load import mano_path, mano_problem
 from src.utils.console import make_console
 
 
@@ -67,7 +68,7 @@ def _add_converter(kind: argparse.ArgumentParser, converter: Converter) -> None:
         kind.add_argument("--mano_left", type=left, help="your MANO_LEFT.pkl, for the pose basis of left hands")
     for name, option in converter.options.items():
         number = partial(_not_negative, type(option.default))
-        text = f"{option.help}; 0: off; default: %(default)s"
+        text = f"{option.help}; default: %(default)s"
         kind.add_argument(f"--{name}", type=number, default=option.default, metavar="NUMBER", help=text)
 
 
@@ -78,14 +79,19 @@ def _positive(text: str) -> int:
 
 
 def _not_negative(kind: type[int] | type[float], text: str) -> float:
-    if not (value := kind(text)) >= 0:
-        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
-    return value
+    with suppress(ValueError):
+        if (value := kind(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} must be {'an integer' if kind is int else 'a number'}, 0 or more")
 
 
 def _convert(args: argparse.Namespace, progress: Callable[[int, int], None]) -> list[str]:
     """Run a converter; returns the lines to print, the summary last."""
     chosen = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)}
+    for option, name in (("mano", "MANO_RIGHT"), ("mano_left", "MANO_LEFT")):
+        path = chosen.get(option)
+        if path is not None and (problem := mano_problem(path, name)):
+            raise ValueError(f"--{option} {problem}")
     converter = CONVERTERS[args.kind]
     options = {name: getattr(args, name) for name in converter.options}
     summary = converter.convert(Request(**{"split": "all", **chosen}, options=options), progress)

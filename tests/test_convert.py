@@ -142,11 +142,27 @@ def test_a_set_without_images_fails(tmp_path: Path, mano: Path, capsys: pytest.C
     assert "skipped: missing_image 1" in output
 
 
-def test_a_missing_mano_file_is_named(tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unusable_mano_file_is_named_and_does_not_bind_the_folder(
+    tmp_path: Path, mano: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_freihand(tmp_path / "set", mano, 1)
-    options = ["--input", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--mano", "nowhere.pkl"]
-    assert main(["freihand", *options]) == 2
-    assert "--mano nowhere.pkl: no such file" in capsys.readouterr().err
+    left = dict(hand_content())
+    left["v_template"] = left["v_template"] * [-1, 1, 1]
+    (tmp_path / "mano").mkdir()
+    np.savez(tmp_path / "mano" / "MANO_LEFT.npz", **left)
+    options = ["freihand", "--input", str(tmp_path / "set"), "--output", str(tmp_path / "out"), "--num_process", "1"]
+    refused = {
+        "nowhere.pkl": "--mano nowhere.pkl: there is no such file",
+        str(tmp_path / "mano"): "this folder does not contain MANO_RIGHT.pkl",
+        str(tmp_path / "mano" / "MANO_LEFT.npz"): "is the left hand",
+    }
+    for path, message in refused.items():
+        assert main([*options, "--mano", path]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*options, "--mano", str(mano)]) == 0
+    dexycb = ["dexycb", *options[1:], "--mano_left", str(mano.parent)]
+    assert main(dexycb) == 2
+    assert "this folder does not contain MANO_LEFT.pkl" in capsys.readouterr().err
 
 
 def left_hands_of_published_file(num: int) -> list[HandRecord]:

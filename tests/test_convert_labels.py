@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from shutil import rmtree
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +105,9 @@ def test_hamer_filters_as_hamer_does(convert: Any, mano: Path, tmp_path: Path) -
             assert (sample[field][0] > 0).tolist() == (wanted[name][:, -1] >= 0.3).tolist()
 
 
-def test_hamer_thresholds_are_options(convert: Any, mano: Path, tmp_path: Path) -> None:
+def test_hamer_thresholds_are_options(
+    convert: Any, mano: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hands = unreliable_hands(mano)
     hands["nan"]["extra_info"] = {}
     write_tar(tmp_path / "set" / "coco-train" / "0.TAR", {"all": list(hands.values())})
@@ -117,10 +120,36 @@ def test_hamer_thresholds_are_options(convert: Any, mano: Path, tmp_path: Path) 
     assert not any(s["joint_2d_valid.npy"].any() for s in strict.got.values())
     small = convert("hamer", "--filter_min_bbox_size", "20", "--filter_reproj_thresh", "0", "--filter_num_kp", "3")
     assert "skipped: filter_min_bbox_size 1 " in small.text
-    with pytest.raises(SystemExit):
-        convert("hamer", "--filter_num_kp", "-1")
-    arguments = ["hamer", "--input", str(tmp_path / "set"), "--output", str(tmp_path / "out0")]
+    arguments = ["hamer", "--input", str(tmp_path / "set"), "--output", str(tmp_path / "out0"), "--num_process", "1"]
     assert main(arguments) == 2  # the thresholds belong to the conversion
+    assert "was written with suppress_kp_conf_thresh=0.0, this call has 0.3;" in capsys.readouterr().err
+    for wrong in ("-1", "2.5", "x"):
+        with pytest.raises(SystemExit):
+            convert("hamer", "--filter_num_kp", wrong)
+        assert f"--filter_num_kp: '{wrong}' must be an integer, 0 or more" in capsys.readouterr().err
+    arguments[4] = str(tmp_path / "none")
+    assert main([*arguments, "--filter_num_kp", "21"]) == 2  # no hand is left, and the folder is free
+    assert main(arguments) == 0
+
+
+def test_boxes_outside_the_image_are_skipped(convert: Any, mano: Path, tmp_path: Path) -> None:
+    """They would be found in training, as corrupt frames."""
+    hands = [hamer_hand(mano, i, True)[0] for i in range(3)]
+    hands[0]["keypoints_2d"][:, :2] += 1000
+    hands[0]["center"] = hands[0]["center"] + 1000
+    hands[1]["extra_info"] = {"fitting_loss": np.array([{"reprojection_loss": 40000.0}])}  # HaMeR reads it, too
+    write_tar(tmp_path / "set" / "coco-train" / "0.tar", {"a": hands})
+    done = convert("hamer")
+    assert "skipped: bad_bbox 1, filter_reproj_thresh 1" in done.text
+    assert list(done.got) == ["coco-train_a_2"]
+    rmtree(tmp_path / "set")
+    write_ho3d(tmp_path / "set", mano)
+    for frame, box in ((0, [700, 10, 800, 90]), (1, [400, 320, 200, 150])):
+        path = tmp_path / "set" / "evaluation" / "AP11" / "meta" / f"{frame:04d}.pkl"
+        path.write_bytes(pickle.dumps({**pickle.loads(path.read_bytes()), "handBoundingBox": box}, 2))
+    done = convert("ho3d", "--split", "evaluation")
+    assert "skipped: bad_bbox 1, small_box 1" in done.text
+    assert len(done.got) == 2
 
 
 def test_hamer_counts_lost_hands_not_images(convert: Any, mano: Path, tmp_path: Path) -> None:
@@ -135,7 +164,8 @@ def test_hamer_counts_lost_hands_not_images(convert: Any, mano: Path, tmp_path: 
 def test_interhand_joints_are_known_where_both_files_say_so(convert: Any, mano: Path, tmp_path: Path) -> None:
     truth = write_interhand(tmp_path / "set", mano)
     done = convert("interhand", "--split", "val")
-    assert "labels set to unknown: joints by joint_valid of joint_3d.json 6" in done.text
+    counts = "3D joints without a wrist 36, joints by joint_valid of joint_3d.json 6"
+    assert f"labels set to unknown: {counts}" in done.text
     path = tmp_path / "set" / "annotations" / "val" / "InterHand2.6M_val_joint_3d.json"
     content = json.loads(path.read_text())
     for frame in content["0"].values():
@@ -146,6 +176,8 @@ def test_interhand_joints_are_known_where_both_files_say_so(convert: Any, mano: 
             assert (sample["joint_3d_valid.npy"][0] == truth[key].valid_3d).all()
             assert (sample["joint_2d_valid.npy"][0] <= truth[key].annotated).all()
             assert not sample["joint_cam.npy"][0][truth[key].valid_3d == 0].any()
+    (path.parent / "InterHand2.6M_val_MANO_NeuralAnnot.json").unlink()
+    assert "MANO_NeuralAnnot.json is missing: no MANO" in convert("interhand", "--split", "val").text
 
 
 def test_ho3d_released_truth_is_used(convert: Any, mano: Path, tmp_path: Path) -> None:
@@ -164,7 +196,7 @@ def test_ho3d_released_truth_is_used(convert: Any, mano: Path, tmp_path: Path) -
         assert sample["json"]["has_mano"] == [0]
     (tmp_path / "set" / "evaluation_xyz.json").unlink()
     assert (
-        "evaluation_xyz.json (linked in github.com/shreyashampali/ho3d) is missing: only the wrist"
+        "(linked in github.com/shreyashampali/ho3d) is missing beside evaluation.txt: only the wrist is in 3D"
         in convert("ho3d", "--split", "evaluation").text
     )
 

@@ -67,7 +67,7 @@ def test_all_figures_of_the_data_layer(tmp_path: Path, monkeypatch: pytest.Monke
         ratio = values[f"full sample, {kind}"] / values[f"decode only, {kind}"]
         assert values[f"full over decode, {kind}"] == pytest.approx(ratio)
         assert 0 < ratio < 1
-    assert len(figures) == len(values) == 17
+    assert len(figures) == len(values) == 21
     assert shown
 
 

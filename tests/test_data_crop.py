@@ -118,12 +118,11 @@ def test_image_2d_3d_and_mano_stay_consistent(hand: ManoLayer, seed: int, is_rig
         assert (row.cam_rot == np.eye(3)).all()
         center = 0.5 * (row.joint_patch.min(axis=0) + row.joint_patch.max(axis=0))
         assert np.allclose(center, 31.5, atol=0.1)
-        aspect = float(np.sqrt(max(sample.focal) / min(sample.focal)))  # source pixels are not square
-        assert np.ptp(row.joint_patch, axis=0).max() == pytest.approx(32, rel=aspect - 1 + 1e-3)
+        assert np.ptp(row.joint_patch, axis=0).max() == pytest.approx(32, rel=1e-3)  # also where fx != fy
 
 
 @pytest.mark.parametrize("is_right", [True, False])
-@pytest.mark.parametrize("expansion", [1.2, 6.0])  # enlarged, and shrunk with averaging
+@pytest.mark.parametrize("expansion", [1.2, 6.0])  # enlarged, and shrunk
 def test_pixels_move_with_the_joints(hand: ManoLayer, is_right: bool, expansion: float) -> None:
     for seed in range(8):
         sample = make_sample(hand, seed, is_right)

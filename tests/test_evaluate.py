@@ -309,6 +309,14 @@ def test_interval_has_the_theoretical_width() -> None:
     assert single.high - single.low == pytest.approx((once.high - once.low) / 2, rel=0.1)
 
 
+def test_an_interval_needs_two_units_with_the_metric() -> None:
+    """Draws of several clips, of which one has labels, have all the same mean."""
+    samples = samples_of(np.arange(12.0), count=np.repeat([1.0, 0.0, 0.0], 4), clip=4)
+    whole, single = (summarise(samples, Bootstrap(200, over))[0].metric["mpjpe_rel"] for over in ("clip", "sample"))
+    assert (whole.value, whole.low, whole.high, whole.num_sample) == (1.5, None, None, 4)
+    assert single.low < 1.5 < single.high
+
+
 def with_joints(distance: np.ndarray, valid: np.ndarray) -> Samples:
     """Samples with the root-relative MPJPE over points and over joints: distance, valid [S, 21]."""
     each = SampleMetric(np.where(valid, distance, 0.0), valid.astype(float))
@@ -343,11 +351,13 @@ def test_tables_name_the_average_where_joints_are_missing() -> None:
     assert group.metric["mpjpe_rel_joints"] == group.metric["mpjpe_rel"]
     assert [row[0] for row in metric_grid(group).rows] == ["MPJPE, mm"]
     assert "over joints" not in legend(groups, Bootstrap())
+    assert "Joints with 3D labels: 20 of 21 in all samples." in legend(groups, Bootstrap())
     (group,) = groups = summarise(with_joints(distance, valid), Bootstrap(200))
     values = [group.metric[name].value for name in ("mpjpe_rel", "mpjpe_rel_joints")]
     assert [row[0] for row in metric_grid(group).rows] == ["MPJPE, over points, mm", "MPJPE, over joints, mm"]
     assert [row[2].split()[0] for row in metric_grid(group).rows] == [f"{value:.1f}" for value in values]
     assert "official evaluations of InterHand2.6M" in legend(groups, Bootstrap())
+    assert "Joints with 3D labels" not in legend(groups, Bootstrap())
     wrist, thumb, *_ = joint_grids(group)[0].rows
     assert (wrist[2], thumb[2][:1].isdigit()) == ("–", True), "the wrist relative to itself is not measured"
 

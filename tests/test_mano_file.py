@@ -161,7 +161,7 @@ def test_npz_round_trip(tmp_path):
         load_hand_arrays(tmp_path / "object.npz")
 
 
-@pytest.mark.parametrize("subfolder", [".", "mano", "mano_v1_2/models"])
+@pytest.mark.parametrize("subfolder", [".", "mano", "models/mano", "mano_v1_2/models"])
 def test_a_folder_means_the_file_in_it(tmp_path, subfolder):
     folder = tmp_path / subfolder
     folder.mkdir(parents=True, exist_ok=True)

@@ -183,3 +183,17 @@ def test_closing_table_has_the_baseline_in_every_row(tmp_path: Path) -> None:
     first["subset"] = "train"
     (only,) = [line for line in table() if "root error" in line]
     assert [cell.strip() for cell in only.split("│")[1:]] == ["60.0", "80.0", "-25 %"], "no column `before`"
+    last["root_error_mean_hand"] = 1e-14
+    (only,) = [line for line in table() if "root error" in line]
+    assert [cell.strip() for cell in only.split("│")[1:]] == ["60.0", "0.0", ""], "no ratio to a baseline of 0"
+
+
+def test_closing_table_without_labels_in_mm(tmp_path: Path) -> None:
+    rows = [{"step": step, "subset": "val", "loss_total": 10.0 - step} for step in (0, 4)]
+    (tmp_path / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(closing_table(tmp_path, 1.0))
+    lines = capture.get().splitlines()
+    assert any("loss" in line and "10.0 │   6.0" in line for line in lines), lines
+    assert not any("mm" in line for line in lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from src.batch import Sample
-from src.data.shards.annotation import Clip
+from src.data.shards.annotation import Clip, refuse_outside
 from src.data.shards.errors import SampleError
 from src.geometry.camera import guess_intrinsics
 
@@ -31,13 +31,11 @@ def annotated_sample(clip: Clip, frame: int, size: tuple[int, int], key: str, ha
     """
     if frame in clip.bad_frame:
         raise SampleError(clip.bad_frame[frame], f"frame {frame}")
-    width, height = size
     box = clip.hand_bbox[frame]
-    if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
-        raise SampleError("bad_bbox", f"{box.tolist()} is outside the {width}x{height} image")
+    refuse_outside(box, size)
     has_intr, has_mano = bool(clip.has_intr[frame]), bool(clip.has_mano[frame]) and clip.hand_model == hand_model
     is_stated = clip.focal[frame, 0] > 0  # a real camera, or the virtual one that the set's 3D refers to
-    focal, princpt = (clip.focal[frame], clip.princpt[frame]) if is_stated else guess_intrinsics(width, height)
+    focal, princpt = (clip.focal[frame], clip.princpt[frame]) if is_stated else guess_intrinsics(*size)
     return Sample(
         key=f"{key}/{frame}",
         source=clip.source,

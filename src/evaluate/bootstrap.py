@@ -32,7 +32,7 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % interval, which is None for a single sample (or clip) and for a mean that is not finite."""
+    """A mean and its 95 % interval, which is None if a single sample (or clip) has the metric, or it is not finite."""
 
     value: float
     low: float | None
@@ -103,8 +103,8 @@ def _estimates(
     num_unit = int(unit.max()) + 1
     summed = [_sum_units(value, unit, num_unit) for value in (together, *uneven.values())]
     bounds = zip(*_intervals(summed[0], summed[1:], bootstrap))
-    found = {name: [_estimate(c, *next(bounds), num_unit) for c in part] for name, part in single.items()}
-    found |= {name: [_estimate(value, *next(bounds), num_unit)] for name, value in uneven.items()}
+    found = {name: [_estimate(c, *next(bounds), unit) for c in part] for name, part in single.items()}
+    found |= {name: [_estimate(value, *next(bounds), unit)] for name, value in uneven.items()}
     for name in over_joints.keys() - uneven.keys():  # it is the mean over points
         found[name] = found[name.removesuffix(OVER_JOINTS)]
     return {name: found[name] for name in metrics}
@@ -122,14 +122,14 @@ def _columns(value: SampleMetric) -> list[SampleMetric]:
     return [SampleMetric(value.total[:, [k]], count[:, [k]]) for k in range(value.total.shape[1])]
 
 
-def _estimate(value: SampleMetric, low: float, high: float, num_unit: int) -> Estimate | None:
-    """The estimate of the mean of a metric [S, K]; `low` and `high`: its interval."""
-    num_sample = int((value.count > 0).any(axis=1).sum())
-    if num_sample == 0:
+def _estimate(value: SampleMetric, low: float, high: float, unit: np.ndarray) -> Estimate | None:
+    """The estimate of the mean of a metric [S, K]; `low` and `high`: its interval over the units [S]."""
+    with_metric = unit[(value.count > 0).any(axis=1)]
+    if len(with_metric) == 0:
         return None
     centre = mean(*value)
-    known = num_unit > 1 and num_sample > 1 and math.isfinite(centre)
-    return Estimate(centre, *((float(low), float(high)) if known else (None, None)), num_sample)
+    known = math.isfinite(centre) and bool((with_metric != with_metric[0]).any())
+    return Estimate(centre, *((float(low), float(high)) if known else (None, None)), len(with_metric))
 
 
 def _sum_units(value: SampleMetric, unit: np.ndarray, num_unit: int) -> SampleMetric:

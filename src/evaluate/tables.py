@@ -78,6 +78,11 @@ def misses_joints(group: Group) -> bool:
     return any(_averages_differ(group, name) for name in METRICS)
 
 
+def num_joint(group: Group) -> int:
+    """The number of joints that any hand has in 3D: 1 where only the wrist is known, so that MPJPE is its error."""
+    return max((sum(e is not None for e in estimates) for estimates in group.joint.values()), default=0)
+
+
 def _counts(estimates: Sequence[Estimate | None]) -> str:
     """The number of samples with the metrics of a row: `153`, or `151-153` if the frames differ."""
     counts = sorted({estimate.num_sample for estimate in estimates if estimate is not None})

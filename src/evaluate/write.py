@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from src.batch import NUM_JOINT
 from src.evaluate.bootstrap import Bootstrap, Group
-from src.evaluate.tables import joint_grids, metric_grid, misses_joints, summary_grids
+from src.evaluate.tables import joint_grids, metric_grid, misses_joints, num_joint, summary_grids
 from src.hand.skeleton import JOINT_NAMES
 from src.metric import PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM, UNITS, Samples
 from src.utils.files import write_atomic
@@ -122,6 +123,9 @@ def legend(groups: Sequence[Group], bootstrap: Bootstrap) -> str:
     ]
     if any("rel" in group.joint for group in groups):
         lines.append("–: the error of the wrist relative to itself.")
+    known = {group.name if group.kind != "all" else "all samples": num_joint(group) for group in groups if group.joint}
+    if partly := [f"{num} of {NUM_JOINT} in {name}" for name, num in known.items() if num < NUM_JOINT]:
+        lines.append(f"Joints with 3D labels: {', '.join(partly)}.")
     if any(misses_joints(group) for group in groups):
         lines.append(
             "Some hands lack some joints: `over points` is the mean over all valid joints of all hands, `over joints` "

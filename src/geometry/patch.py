@@ -4,7 +4,12 @@ A left hand is mirrored first. Then a virtual camera, rotated by `R` against the
 hand: `H = K_patch R K^-1` maps source pixels to patch pixels, exactly, for every point of the scene (Hartley &
 Zisserman, Multiple View Geometry, 2nd ed., section 8.4.2: the image of a rotating camera). In-plane rotation is a
 rotation about the principal axis, and scale is a change of focal length, so 3D lengths never change and nothing is
-approximated. `K_patch` has one focal length for both axes: patch pixels are square even if source pixels are not.
+approximated. `K_patch` has one focal length for both axes: patch pixels are square even if source pixels are not, and
+so is the crop, whose side is measured in the patch camera's plane.
+
+Where the patch shows the source smaller than it is, the source is low-pass filtered first (`_tent`) and then sampled
+once, bilinearly, at full resolution. Nothing is decimated, so the result does not depend on where the crop begins. The
+filter follows the scale along each source axis at the hand's centre; under a tilt the scale varies over the patch.
 
 Numpy and OpenCV. Training (src/data/crop.py) and prediction (src/predict/predictor.py) cut their patches here.
 Shape legend: N patches, S patch side. Computed in float64.
@@ -12,9 +17,11 @@ Shape legend: N patches, S patch side. Computed in float64.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -23,7 +30,9 @@ import numpy as np
 BORDER = (124, 116, 104)  # fills what is outside the image: ImageNet's mean colour, about zero after normalisation
 MIRROR, MIRROR_AXIS = np.array([-1.0, 1.0, 1.0]), np.array([1.0, -1.0, -1.0])  # of points, of rotation vectors
 _MIN_COS = 0.35  # a perspective rotation that puts the hand more than 70 degrees off the axis is dropped
-_SHRINK_FROM = 0.5  # below this scale the source is averaged before sampling, against aliasing
+_UNFILTERED = 0.5  # on photographs linear interpolation alone is as good down to scale 1 / sqrt(1 + this) = 0.82
+_STEPS = 64  # filters are computed for multiples of 1 / 64 of the shrink factor
+_UNIT = 256  # and have taps that are multiples of 1 / 256, as OpenCV's fixed-point filter of uint8 images needs
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Aim:
     focal: np.ndarray  # [2] px
     princpt: np.ndarray  # [2] px
     is_right: bool
-    expansion_ratio: float  # side of the square / longer side of the box
+    expansion_ratio: float  # side of the square / longer side of the box, both in square pixels
     roll: float = 0.0  # rad, about the principal axis
     tilt: tuple[float, float] = (0.0, 0.0)  # rad, rotation vector (x, y)
     zoom: float = 1.0  # factor on the side of the square
@@ -50,7 +59,7 @@ class PatchView:
     cam_rot: np.ndarray  # [3, 3]
     image_to_patch: np.ndarray  # [3, 3]
     patch_to_image: np.ndarray  # [3, 3]
-    scale: np.ndarray  # [] patch px per source px at the centre of the hand's box
+    scale: np.ndarray  # [2] patch px per source px along the source's x and y, at the centre of the hand's box
 
     def __getitem__(self, index: Any) -> PatchView:
         """The camera of one of N patches; `view[None]` turns a single one into N = 1."""
@@ -59,12 +68,12 @@ class PatchView:
 
 @dataclass(frozen=True)
 class Warp:
-    """How a patch is sampled: the part of the image that is read, its shrink factor, and the homography."""
+    """How a patch is sampled: the part of the image that is read, its low-pass filter, and the homography."""
 
     begin: tuple[int, int]  # (x, y) of the part's first pixel
     end: tuple[int, int]  # (x, y) one past its last pixel
-    factor: int  # the part is first shrunk by this factor, by averaging
-    matrix: np.ndarray  # [3, 3] homography from patch px to px of the shrunk part
+    filters: tuple[np.ndarray, np.ndarray] | None  # kernels along x and y; None: the part is not shrunk
+    matrix: np.ndarray  # [3, 3] homography from patch px to px of the part
 
 
 def view_of_patch(aim: Aim, img_size: int) -> PatchView:
@@ -100,7 +109,8 @@ def _turned_views(aims: Sequence[Aim], rotation: np.ndarray, img_size: int) -> t
     to_ray = _rays(focal, princpt, np.array([1.0 if aim.is_right else -1.0 for aim in aims]))
     center = np.ones((len(aims), 3, 1))
     center[:, :2, 0] = 0.5 * (box[:, :2] + box[:, 2:])
-    focal = np.sqrt(focal[:, 0] * focal[:, 1])
+    to_square, focal = focal, np.sqrt(focal[:, 0] * focal[:, 1])
+    to_square = focal[:, None] / to_square  # [N, 2] of the patch camera per source px, before it is scaled
     to_plane = (rotation * np.stack([focal, focal, np.ones_like(focal)], axis=1)[..., None]) @ to_ray
     center_on_plane = (to_plane @ center)[..., 0]
     depth = center_on_plane[:, 2]
@@ -110,15 +120,22 @@ def _turned_views(aims: Sequence[Aim], rotation: np.ndarray, img_size: int) -> t
     # det(to_plane) = 1 up to the mirror's sign, so the plane is magnified by depth^-3 in area about this point.
     magnification = depth**-1.5
     expansion, zoom = np.array([(aim.expansion_ratio, aim.zoom) for aim in aims]).T
-    side = (box[:, 2:] - box[:, :2]).max(axis=1) * expansion * zoom * magnification
+    side = ((box[:, 2:] - box[:, :2]) * to_square).max(axis=1) * expansion * zoom * magnification
     scale = img_size / side
     princpt = 0.5 * (img_size - 1) - scale[:, None] * (center_on_plane[:, :2] / depth[:, None] + shift * side[:, None])
     image_to_patch = _scale_and_shift(scale, princpt) @ to_plane
     patch_to_image = np.linalg.inv(image_to_patch)
     # Also outside: a corner of the patch looks behind the source camera.
     is_outside |= is_tilted & (_corners(patch_to_image, img_size)[..., 2].min(axis=1) <= 0.1)
-    view = PatchView(scale * focal, princpt, rotation, image_to_patch, patch_to_image, scale * magnification)
-    return view, is_outside
+    scales = _scale_at(image_to_patch, center[..., 0])
+    return PatchView(scale * focal, princpt, rotation, image_to_patch, patch_to_image, scales), is_outside
+
+
+def _scale_at(homography: np.ndarray, point: np.ndarray) -> np.ndarray:
+    """[N, 2] lengths of the images of a step along x and along y at `point` [N, 3]: norms of the Jacobian's columns."""
+    image = (homography @ point[..., None]) / (homography[:, 2:] @ point[..., None])
+    jacobian = (homography[:, :2, :2] - image[:, :2] * homography[:, 2:, :2]) / (homography[:, 2:] @ point[..., None])
+    return np.hypot(jacobian[:, 0], jacobian[:, 1])
 
 
 def _rays(focal: np.ndarray, princpt: np.ndarray, sign: np.ndarray) -> np.ndarray:
@@ -151,19 +168,45 @@ def _corners(patch_to_image: np.ndarray, img_size: int) -> np.ndarray:
 
 def plan_warps(sizes: Sequence[tuple[int, int]], views: PatchView, img_size: int) -> list[Warp | None]:
     """The warps for N views of images of `sizes` [N] (width, height); None if less than a pixel is visible."""
-    limit = np.array(sizes)
-    factor = np.where(views.scale <= _SHRINK_FROM, 1.0 / views.scale, 1.0).astype(np.int64)[:, None]
+    limit, shrink = np.array(sizes), np.maximum(1.0 / views.scale, 1.0)
+    margin = 1 + np.ceil(shrink)
     corner = _corners(views.patch_to_image, img_size)
     corner = corner[..., :2] / corner[..., 2:]
-    begin = np.clip(np.floor(corner.min(axis=1)) - 1 - factor, 0, limit).astype(np.int64)
-    count = (np.clip(np.ceil(corner.max(axis=1)) + 2 + factor, 0, limit).astype(np.int64) - begin) // factor
-    to_part = _scale_and_shift(1.0, -begin - 0.5 * (factor - 1), factor[:, 0])
-    matrix = to_part @ views.patch_to_image
-    columns = (column.tolist() for column in (count.min(axis=1), begin, begin + count * factor, factor[:, 0]))
+    begin = np.clip(np.floor(corner.min(axis=1)) - margin, 0, limit).astype(np.int64)
+    end = np.clip(np.ceil(corner.max(axis=1)) + 1 + margin, 0, limit).astype(np.int64)
+    matrix = _scale_and_shift(np.ones(len(begin)), -begin) @ views.patch_to_image
+    columns = (column.tolist() for column in ((end - begin).min(axis=1), begin, end, shrink))
     return [
-        Warp(tuple(begin), tuple(end), factor, matrix) if count > 0 else None
-        for count, begin, end, factor, matrix in zip(*columns, matrix)
+        Warp(tuple(begin), tuple(end), _filters(*shrink), matrix) if size > 0 else None
+        for size, begin, end, shrink, matrix in zip(*columns, matrix)
     ]
+
+
+def _filters(shrink_x: float, shrink_y: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """The low-pass filters along x and y for a shrink by these factors; None if neither changes a pixel."""
+    filters = _tent(round(shrink_x * _STEPS)), _tent(round(shrink_y * _STEPS))
+    return None if all(taps.max() == 1.0 for taps in filters) else filters
+
+
+@lru_cache(maxsize=1024)
+def _tent(shrink_steps: int) -> np.ndarray:
+    """[2n + 1] taps that sum to 1: the low-pass filter of a source that is shrunk by `shrink_steps` / _STEPS.
+
+    Linear interpolation is a filter, too: a tent of +-1 px, on average of variance 1/6 px^2. What is missing to a tent
+    of +-a px, variance a^2 / 6, is applied here: taps that fall linearly from the centre, of variance (a^2 - 1) / 6.
+    For an integer `a` the result is exactly that tent, the antialiased bilinear filter of Pillow and torchvision.
+    a^2 = shrink^2 - _UNFILTERED, at least 1.
+    """
+    square = max(1.0, (shrink_steps / _STEPS) ** 2 - _UNFILTERED)
+    num = max(1, math.ceil(math.sqrt(square)) - 1)
+    variance, pairs = (square - 1.0) / 6.0, num * (num + 1)
+    # tap j is proportional to width - |j|; the width solves sum(j^2 tap) = variance * sum(tap)
+    width = pairs * (0.5 * pairs - variance) / ((2 * num + 1) * (pairs / 3.0 - variance))
+    unit = _UNIT / (width * (2 * num + 1) - pairs)
+    # Sums from the left end on are rounded, not taps: the rounding errors must not add up in the centre.
+    sums = [0, *(round(unit * count * (width - num + 0.5 * (count - 1))) for count in range(1, num + 1))]
+    side = [after - before for before, after in itertools.pairwise(sums)]
+    return np.array([*side, _UNIT - 2 * sums[-1], *reversed(side)]) / _UNIT
 
 
 def warp_image(image: np.ndarray, view: PatchView, img_size: int) -> np.ndarray:
@@ -182,9 +225,8 @@ def apply_warp(image: np.ndarray, warp: Warp | None, img_size: int) -> np.ndarra
         return np.full((img_size, img_size, 3), BORDER, np.uint8)
     (left, top), (right, bottom), matrix = warp.begin, warp.end, warp.matrix
     part = image[top:bottom, left:right]
-    if warp.factor > 1:
-        size = ((right - left) // warp.factor, (bottom - top) // warp.factor)
-        part = cv2.resize(part, size, interpolation=cv2.INTER_AREA)
+    if warp.filters is not None:
+        part = cv2.sepFilter2D(part, -1, *warp.filters, borderType=cv2.BORDER_REFLECT)
     part = cv2.cvtColor(part, cv2.COLOR_RGB2RGBA)
     size, how = (img_size, img_size), {"flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, "borderValue": BORDER}
     if abs(matrix[2, 0]) < 1e-12 and abs(matrix[2, 1]) < 1e-12:

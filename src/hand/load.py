@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 STANDIN = "standin"
 _SUFFIXES = (".pkl", ".npz")
-_SUBFOLDERS = (".", "mano", "models", "mano_v1_2/models")  # smplx's layout, and that of the archive
+_SUBFOLDERS = (".", "mano", "models", "models/mano", "mano_v1_2/models")  # smplx's layout, and that of the archive
 
 
 def mano_path(path: str | Path, name: str = "MANO_RIGHT") -> Path:
@@ -20,18 +20,23 @@ def mano_path(path: str | Path, name: str = "MANO_RIGHT") -> Path:
     return next((file for file in candidates if file.is_file()), path)
 
 
+def mano_problem(path: str | Path, name: str = "MANO_RIGHT") -> str | None:
+    """Why `mano_path` finds no MANO file; None if it does. Imports nothing heavy."""
+    file = mano_path(path, name)
+    if file.is_file() and file.suffix in _SUFFIXES:
+        return None
+    if file.is_file():
+        return f"{path}: must be a .pkl or .npz file with MANO's arrays"
+    what = f"this folder does not contain {name}.pkl" if file.is_dir() else "there is no such file"
+    return f"{path}: {what}. {name}.pkl is available from https://mano.is.tue.mpg.de"
+
+
 def hand_model_problem(hand_model: str) -> str | None:
     """Why `MODEL.hand_model` cannot be loaded; None if it is `standin`, a file, or a folder with MANO_RIGHT.pkl.
 
     Imports nothing heavy.
     """
-    path = mano_path(hand_model)
-    if hand_model == STANDIN or (path.is_file() and path.suffix in _SUFFIXES):
-        return None
-    if path.is_file():
-        return f"{hand_model}: must be a .pkl or .npz file with MANO's arrays, or `{STANDIN}`"
-    what = "this folder does not contain MANO_RIGHT.pkl" if path.is_dir() else "there is no such file"
-    return f"{hand_model}: {what}. MANO_RIGHT.pkl is available from https://mano.is.tue.mpg.de"
+    return None if hand_model == STANDIN else mano_problem(hand_model)
 
 
 def load_hand(hand_model: str) -> HandArrays:

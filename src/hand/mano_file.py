@@ -190,6 +190,6 @@ def _is_left(arrays: HandArrays) -> bool:
 
 def _refuse_left(path: Path) -> None:
     raise ValueError(
-        f"{path} is the left hand. This project mirrors left hands and needs only the right one: "
-        "set MODEL.hand_model=model/mano/MANO_RIGHT.pkl."
+        f"{path} is the left hand. This project mirrors left hands and needs only the right one: give MANO_RIGHT.pkl "
+        "(MODEL.hand_model, --hand_model, --mano)."
     )

@@ -24,6 +24,7 @@ ROWS = (
     ("mpvpe_rel", "root-relative MPVPE"),
     ("root_error", "root error"),
 )
+_MIN_BASELINE_MM = 0.05  # a smaller one, as of hands in one place, is shown as 0.0
 
 
 def describe_network(net: PoseNet, hand: HandArrays, accelerator: Accelerator) -> str:
@@ -63,14 +64,15 @@ def closing_table(folder: Path, seconds: float, start_step: int = 0) -> Table:
     *earlier, last = validations
     first = earlier[0] if earlier else {}
     steps = f"{first['step']} and {last['step']}" if first else f"{last['step']}"
-    title = f"\nDone in {seconds:.0f} s{since}. Validation at step {steps}, mm"
+    in_mm = [(key, label) for key, label in ROWS if key in last]
+    title = f"\nDone in {seconds:.0f} s{since}. Validation at step {steps}" + (", mm" if in_mm else "")
     rows = []
-    for key, label in ROWS:
-        if key in last:
-            baseline = last.get(f"{key}_mean_hand")
-            against = f"{100 * (float(last[key]) / float(baseline) - 1):+.0f} %" if baseline else ""
-            values = ("" if value is None else f"{float(value):.1f}" for value in (first.get(key), last[key], baseline))
-            rows.append((label, *values, against))
+    for key, label in in_mm or [("loss_total", "loss")]:  # data without 3D labels
+        baseline = last.get(f"{key}_mean_hand")
+        has_error = baseline is not None and float(baseline) >= _MIN_BASELINE_MM
+        against = f"{100 * (float(last[key]) / float(baseline) - 1):+.0f} %" if has_error else ""
+        values = ("" if value is None else f"{float(value):.1f}" for value in (first.get(key), last[key], baseline))
+        rows.append((label, *values, against))
     return Grid(title, ("", "before", "after", "baseline", "vs. baseline"), rows).as_rich()
 
 

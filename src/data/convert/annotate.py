@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from src.data.image import image_info
-from src.data.shards.annotation import joint_extent
+from src.data.shards.annotation import joint_extent, refuse_outside
 from src.data.shards.errors import SampleError
 from src.geometry.patch import turn_roots
 from src.hand.skeleton import MANO_TO_OPENPOSE
@@ -75,9 +75,22 @@ def tight_box(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """
     if not (valid > 0).any():
         raise SampleError("no_valid_joint")
-    box = joint_extent(joint_img, valid)
+    return _not_small(joint_extent(joint_img, valid))
+
+
+def given_box(box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The set's own box [4] xyxy px.
+
+    Raises:
+        SampleError: small_box, or bad_bbox if it is outside the image (width, height).
+    """
+    refuse_outside(_not_small(box), size)
+    return box
+
+
+def _not_small(box: np.ndarray) -> np.ndarray:
     if ((box[2:] - box[:2]) < MIN_BOX_PX).any():
-        raise SampleError("small_box")
+        raise SampleError("small_box", f"{box.round(3).tolist()}")
     return box
 
 

@@ -69,7 +69,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Option:
-    """A number that one converter takes as `--name`; 0 switches the filter off."""
+    """A number, 0 or more, that one converter takes as `--name`."""
 
     default: float  # int if the option is one
     help: str

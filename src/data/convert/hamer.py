@@ -36,6 +36,7 @@ from src.data.convert.annotate import (
     MM_PER_M,
     fields_mano,
     finite,
+    given_box,
     is_hidden,
     known_only,
     plain_key,
@@ -54,12 +55,12 @@ TOLERANCE_MM = 12.0
 MIN_TIGHT_JOINT = 15
 _IMAGES = ("jpg", "jpeg", "png")
 OPTIONS = {
-    "suppress_kp_conf_thresh": Option(0.3, "2D and 3D keypoints of a lower confidence are unknown"),
-    "suppress_betas_thresh": Option(3.0, "MANO parameters are unknown if any |beta| exceeds this"),
-    "filter_num_kp": Option(4, "skip hands with no more 2D keypoints than this"),
+    "suppress_kp_conf_thresh": Option(0.3, "2D and 3D keypoints of a lower confidence are unknown; 0: off"),
+    "suppress_betas_thresh": Option(3.0, "MANO parameters are unknown if any |beta| exceeds this; 0: off"),
+    "filter_num_kp": Option(4, "skip hands with no more 2D keypoints than this; 0: off"),
     "filter_num_kp_thresh": Option(0.0, "the confidence above which filter_num_kp counts a keypoint"),
-    "filter_reproj_thresh": Option(31000.0, "skip hands whose fit has a reprojection_loss of this or more"),
-    "filter_min_bbox_size": Option(0.0, "skip hands whose box (200 x scale) is not larger than this, in px"),
+    "filter_reproj_thresh": Option(31000.0, "skip hands whose fit has a reprojection_loss of this or more; 0: off"),
+    "filter_min_bbox_size": Option(0.0, "skip hands whose box (200 x scale) is not larger than this, in px; 0: off"),
 }
 Limits = dict[str, float]  # the values of OPTIONS
 
@@ -162,14 +163,11 @@ def _points(hand: dict[str, Any], name: str, width: int, limit: float) -> tuple[
     return known_only(value[:, :-1], confidence), confidence, int((given > confidence).sum())
 
 
-def _box(hand: dict[str, Any], joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def _box(hand: dict[str, Any], joint_img: np.ndarray, valid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if (valid > 0).sum() >= MIN_TIGHT_JOINT:
         return tight_box(joint_img, valid)
     center, half = finite("center", hand.get("center"), (2,)), 100.0 * finite("scale", hand.get("scale"), (2,))
-    box = np.concatenate([center - half, center + half])
-    if (half < 0.5).any():
-        raise SampleError("small_box")
-    return box
+    return given_box(np.concatenate([center - half, center + half]), size)
 
 
 def _flag(hand: dict[str, Any], name: str) -> bool:
@@ -180,6 +178,8 @@ def _reprojection_loss(hand: dict[str, Any]) -> float | None:
     """extra_info.fitting_loss.reprojection_loss; None if the hand was not fitted."""
     info = hand.get("extra_info")
     losses = info.get("fitting_loss") if isinstance(info, dict) else None
+    if isinstance(losses, list) and len(losses) == 1:  # an object array of one element
+        losses = losses[0]
     loss = losses.get("reprojection_loss") if isinstance(losses, dict) else None
     return None if loss is None else float(finite("reprojection_loss", loss, (1,))[0])
 
@@ -237,12 +237,12 @@ def _read_hand(
         image_type=image_type,
         handedness="right" if finite("right", hand.get("right", 1), (1,))[0] > 0 else "left",
         data_source=subset,
-        hand_bbox=_box(hand, joint_img, valid),
+        hand_bbox=_box(hand, joint_img, valid, size),
         joint_img=known_only(joint_img, valid),
         joint_2d_valid=valid,
         joint_cam=joint_cam * MM_PER_M if has_3d else None,
         joint_3d_valid=(known_3d > 0).astype(np.float32) if has_3d else None,
         **fields_mano(pose, shape, flat_hand_mean=True),
         extra={"image_path": f"{key}.{image_type}", "source_index": number},
-        withheld={reason: count for reason, count in withheld.items() if count},
+        withheld=withheld,
     )

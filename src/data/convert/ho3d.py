@@ -37,6 +37,7 @@ from src.data.convert.annotate import (
     OPENGL_TO_OPENCV,
     fields_mano,
     finite,
+    given_box,
     is_hidden,
     known_only,
     load_list,
@@ -99,7 +100,10 @@ def _released(root: Path, names: list[str]) -> tuple[dict[str, Any], tuple[str, 
     path, listing, verts = (root / f"evaluation{end}" for end in ("_xyz.json", ".txt", "_verts.json"))
     note = [f"ho3d: {verts.name} is not used"] if verts.is_file() else []
     if not path.is_file():
-        note.append(f"ho3d: {path.name} (linked in github.com/shreyashampali/ho3d) is missing: only the wrist is in 3D")
+        note.append(
+            f"ho3d: {path.name} (linked in github.com/shreyashampali/ho3d) is missing beside {listing.name}: only the "
+            "wrist is in 3D"
+        )
         return {}, tuple(note)
     values = load_list(path)
     if not listing.is_file():
@@ -158,8 +162,10 @@ def _read_hand(folder: Path, split: str, sequence: str, frame: str, released: An
     valid = visible_joints(joint_img, size, known)
     has_mano = meta.get("handPose") is not None and meta.get("handBeta") is not None
     pose = turn_root(finite("handPose", meta["handPose"], (48,)), OPENGL_TO_OPENCV) if has_mano else None
-    has_box = split == "evaluation"
-    box = finite("handBoundingBox", meta.get("handBoundingBox"), (4,)) if has_box else tight_box(joint_img, valid)
+    if split == "evaluation":
+        box = given_box(finite("handBoundingBox", meta.get("handBoundingBox"), (4,)), size)
+    else:
+        box = tight_box(joint_img, valid)
     shape = finite("handBeta", meta["handBeta"], (10,)) if has_mano else None
     return HandRecord(
         key=plain_key("ho3d", split, sequence, frame),

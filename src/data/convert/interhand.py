@@ -70,13 +70,15 @@ def plan_interhand(request: Request) -> Job:
         image_of = {image["id"]: image for image in data["images"]}
         pairs = [(image_of[note["image_id"]], note) for note in data["annotations"]]
         pairs.sort(key=lambda p: (int(p[0]["capture"]), p[0]["seq_name"], str(p[0]["camera"]), int(p[0]["frame_idx"])))
+        work = [_gather(image, note, camera, joint, mano) for image, note in pairs]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"InterHand2.6M_{request.split}_data.json: {error}: not the format of InterHand2.6M v1.0; download it again"
         ) from None
-    work = [_gather(image, note, camera, joint, mano) for image, note in pairs]
     read = partial(read_hands, request.input / "images" / request.split, request.split)
-    return Job("interhand2.6m", chunks_of(read, work, request.num_per_shard), TOLERANCE_MM)
+    without = f"InterHand2.6M_{request.split}_MANO_NeuralAnnot.json is missing: no MANO parameters are written"
+    note = () if mano else (f"interhand2.6m: {without}",)
+    return Job("interhand2.6m", chunks_of(read, work, request.num_per_shard), TOLERANCE_MM, note=note)
 
 
 def _load(root: Path, split: str) -> list[dict[str, Any]]:
@@ -136,6 +138,10 @@ def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> Ha
     joint_img = project_mm(joint_cam, camera["focal"], camera["princpt"])
     valid = visible_joints(joint_img, size, annotated)
     valid_3d = (annotated & annotated[0]).astype(np.float32)
+    withheld = {
+        "joints by joint_valid of joint_3d.json": int((visible & ~annotated).sum()),
+        "3D joints without a wrist": int((annotated & ~annotated[0]).sum()),
+    }
     mano = entry["mano"].get(side)
     pose = turn_root(finite("pose", mano.get("pose"), (48,)), camera["camrot"]) if mano else None
     shape = finite("shape", mano.get("shape"), (10,)) if mano else None
@@ -156,7 +162,7 @@ def _read_hand(folder: Path, split: str, entry: dict[str, Any], side: str) -> Ha
             "source_split": split,
             "additional_desc": entry["hand_type"],
         },
-        withheld={"joints by joint_valid of joint_3d.json": num} if (num := int((visible & ~annotated).sum())) else {},
+        withheld=withheld,
     )
 
 

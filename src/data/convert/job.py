@@ -34,6 +34,7 @@ from src.data.convert.mano_check import (
 from src.data.shards.errors import SampleError
 from src.data.shards.processes import map_processes
 from src.data.shards.writer import HandRecord, write_shard
+from src.hand.mano_file import load_hand_arrays
 from src.utils.files import write_atomic
 
 VERSION = 2  # increment it if the same input gives different hands
@@ -47,10 +48,13 @@ def run(job: Job, request: Request, progress: Progress | None = None) -> Convert
     """Write every shard of the job that does not exist yet.
 
     Raises:
-        ValueError: nothing to convert, the output folder belongs to another call, or a worker process was killed.
+        ValueError: nothing to convert, a MANO file that cannot be used, the output folder belongs to another call, or a
+            worker process was killed.
     """
     if not job.chunks:
         raise ValueError(f"--input {request.input}: contains nothing of split {request.split!r} of {job.name}")
+    if request.mano is not None:
+        load_hand_arrays(request.mano)  # an unusable file is refused before the output folder is bound to it
     notes = _open_output(job, request)
     todo = [chunk for chunk in job.chunks if not _is_done(chunk, request.output, notes)]
     total = sum(chunk.size for chunk in job.chunks)
@@ -93,7 +97,8 @@ def _summary(job: Job, notes: Path, lines: list[str]) -> ConvertSummary:
     ]
     num_hand = [note["num_hand"] for note in found]
     if not any(num_hand):
-        shutil.rmtree(notes)  # so that the same call starts again once the input is complete
+        shutil.rmtree(notes)  # so that this call, or one with other options, starts again
+        (notes.parent / MANIFEST).unlink()
         raise ValueError("\n".join([f"{job.name}: no hand could be used ({dict(skipped)})", *lines]))
     num_shard = sum(n > 0 for n in num_hand)
     return ConvertSummary(
@@ -124,9 +129,6 @@ def _write_json(path: Path, content: Any) -> None:
 
 def _open_output(job: Job, request: Request) -> Path:
     """Create the output folder, or check that it belongs to the same call; returns the folder of notes."""
-    for option, path in (("--mano", request.mano), ("--mano_left", request.mano_left)):
-        if path is not None and not path.is_file():
-            raise ValueError(f"{option} {path}: no such file; pass MANO_RIGHT.pkl (or MANO_LEFT.pkl), or omit {option}")
     wanted = {
         "version": VERSION,
         "converter": job.name,
@@ -140,10 +142,10 @@ def _open_output(job: Job, request: Request) -> Path:
     path, notes = request.output / MANIFEST, request.output / NOTES
     if path.exists():
         try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+            found = _arguments(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, AttributeError):
             raise ValueError(f"{path}: does not parse; delete the folder {request.output} and start again") from None
-        for key, value in wanted.items():
+        for key, value in _arguments(wanted).items():
             if found.get(key) != value:
                 raise ValueError(
                     f"--output {request.output}: was written with {key}={found.get(key)!r}, this call has {value!r}; "
@@ -153,6 +155,11 @@ def _open_output(job: Job, request: Request) -> Path:
         raise ValueError(f"--output {request.output}: contains shards but no {MANIFEST}; choose an empty folder")
     _write_json(path, wanted)
     return notes
+
+
+def _arguments(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in a manifest, with each option of the converter under its own name."""
+    return {**manifest, **manifest.get("options", {}), "options": None}
 
 
 def _check_mano(job: Job, request: Request, notes: Path) -> tuple[dict[str, Conventions], list[str]]:
@@ -214,5 +221,5 @@ def convert_chunk(chunk: Chunk, output: Path, note: Path, conventions: Conventio
     num_hand = write_shard(hands(), output / f"{chunk.name}.tar")
     example = {skip.reason: skip.detail for skip in reversed(skipped) if skip.detail}
     reasons = Counter(skip.reason for skip in skipped)
-    _write_json(note, {"num_hand": num_hand, "skipped": reasons, "withheld": withheld, "example": example})
+    _write_json(note, {"num_hand": num_hand, "skipped": reasons, "withheld": +withheld, "example": example})
     return chunk.size

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from src.batch import NUM_JOINT, NUM_POSE, NUM_SHAPE
+from src.data.shards.errors import SampleError
 
 # name -> shape after T of every array that is read; other arrays are ignored
 FIELDS: dict[str, tuple[int, ...]] = {
@@ -148,6 +149,13 @@ def _has_camera(meta: Meta, arrays: Mapping[str, np.ndarray], num_frame: int) ->
         return (focal != 0).all(axis=-1).astype(np.float32)
     usable = (focal >= MIN_FOCAL) & (focal <= VALUE_LIMIT) & (np.abs(princpt) <= VALUE_LIMIT)  # [T, 2]
     return np.maximum(stated, usable.all(axis=-1))
+
+
+def refuse_outside(box: np.ndarray, size: tuple[int, int]) -> None:
+    """Raises SampleError bad_bbox for a box [4] xyxy px that is outside the image (width, height)."""
+    width, height = size
+    if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
+        raise SampleError("bad_bbox", f"{box.tolist()} is outside the {width}x{height} image")
 
 
 def joint_extent(joint_img: np.ndarray, valid: np.ndarray | float = 1.0) -> np.ndarray:
