@@ -95,6 +95,15 @@ def test_a_broken_clip_counts_all_its_frames(tmp_path: Path, reason: str) -> Non
     assert (index.bad_count, index.num_frame()) == ({reason: LONG}, 10)
 
 
+def test_one_unknown_image_costs_one_frame(tmp_path: Path) -> None:
+    clip = long_clip()
+    images = pickle.loads(clip["img_bytes.pickle"])
+    images[3] = b"nothing"
+    index = build_index(write_shard(tmp_path / "a.tar", [{**clip, "img_bytes.pickle": pickle.dumps(images)}]))
+    assert (index.bad_count, index.num_frame()) == ({"undecodable_image": 1}, LONG - 1)
+    assert [bad.key for bad in index.bad] == ["long/3"]
+
+
 def test_index_log_limit_and_check_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips = [{**lab_clip(0, 10, 1), "__key__": f"{n}"} for n in range(30)]
     (tmp_path / "val").mkdir()

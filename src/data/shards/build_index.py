@@ -11,7 +11,7 @@ from zlib import crc32
 import numpy as np
 
 from src.data.shards.errors import SampleError, detail_of, reason_of
-from src.data.shards.format import find_images, is_image, parse_clip
+from src.data.shards.format import find_images, is_image, is_known_format, parse_clip
 from src.data.shards.index import (
     FRAME,
     MAX_NAMED,
@@ -103,13 +103,14 @@ class _Builder:
             self._undotted.add(run.suffixes)
         run.sample_row = self._sample_row(run, list(members.items()))
         for number, image in enumerate(images):
-            if number in clip.bad_frame:
-                run.bad.append(Bad(f"{run.key}/{number}", clip.bad_frame[number]))
-                continue
             member = members[image.suffix]
             stored = memoryview(member.data)[image.begin : image.begin + image.size]
-            begin, crc = member.offset - run.sample_row[0] + image.begin, crc32(stored_image(stored, image.is_text))
-            run.frame_rows.append((number, begin, image.size, crc, image.is_text))
+            encoded = stored_image(stored, image.is_text)
+            if number in clip.bad_frame or not is_known_format(encoded):
+                run.bad.append(Bad(f"{run.key}/{number}", clip.bad_frame.get(number, "undecodable_image")))
+                continue
+            begin = member.offset - run.sample_row[0] + image.begin
+            run.frame_rows.append((number, begin, image.size, crc32(encoded), image.is_text))
 
     def _sample_row(self, run: Run, members: list[tuple[str, Member]]) -> tuple[int, ...]:
         offset = members[0][1].begin

@@ -24,7 +24,7 @@ import numpy as np
 from src.batch import NUM_JOINT, NUM_POSE
 from src.data.shards.annotation import FIELDS, FLAGS, INTR_TYPES, Clip, Meta, complete_clip, constant
 from src.data.shards.errors import SampleError
-from src.data.shards.safe_parse import parse_npy, pickled_image_spans, stored_image
+from src.data.shards.safe_parse import parse_npy, pickled_image_spans
 from src.utils.restricted_pickle import TextSpan
 from src.utils.text import printable
 
@@ -70,8 +70,7 @@ def find_images(members: Mapping[str, memoryview | bytes]) -> list[ImageSpan]:
     """The encoded images of a sample, in frame order.
 
     Raises:
-        SampleError: missing_member, bad_value, bad_pickle, unsafe_pickle, wrong_shape, or undecodable_image for an
-            unknown image format.
+        SampleError: missing_member, bad_value, bad_pickle, unsafe_pickle or wrong_shape.
     """
     if LAB_IMAGES in members:
         located = pickled_image_spans(bytes(members[LAB_IMAGES]))
@@ -81,11 +80,12 @@ def find_images(members: Mapping[str, memoryview | bytes]) -> list[ImageSpan]:
         spans = [ImageSpan(suffix, 0, len(members[suffix])) for _, suffix in names]
     if not spans:
         raise SampleError("missing_member", f"neither an image nor {LAB_IMAGES}")
-    for span in spans:
-        head = members[span.suffix][span.begin : span.begin + min(span.size, 16)]  # 16 bytes are at least 8 characters
-        if not bytes(stored_image(head, span.is_text)).startswith(_MAGIC):
-            raise SampleError("undecodable_image", f"{span.suffix} is not a jpeg, png or webp")
     return spans
+
+
+def is_known_format(image: memoryview | bytes) -> bool:
+    """Whether encoded bytes begin as a jpeg, png or webp does."""
+    return bytes(image[:8]).startswith(_MAGIC)
 
 
 def _number(digits: str | None) -> int:
