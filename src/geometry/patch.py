@@ -30,7 +30,7 @@ import numpy as np
 BORDER = (124, 116, 104)  # fills what is outside the image: ImageNet's mean colour, about zero after normalisation
 MIRROR, MIRROR_AXIS = np.array([-1.0, 1.0, 1.0]), np.array([1.0, -1.0, -1.0])  # of points, of rotation vectors
 _MIN_COS = 0.35  # a perspective rotation that puts the hand more than 70 degrees off the axis is dropped
-_UNFILTERED = 0.5  # on photographs linear interpolation alone is as good down to scale 1 / sqrt(1 + this) = 0.82
+_UNFILTERED = 1.0  # down to scale 1 / sqrt(1 + this) = 0.71 interpolation alone is as close as HaMeR's Gaussian
 _STEPS = 64  # filters are computed for multiples of 1 / 64 of the shrink factor
 _UNIT = 256  # and have taps that are multiples of 1 / 256, as OpenCV's fixed-point filter of uint8 images needs
 

@@ -11,6 +11,7 @@ import os
 import weakref
 from collections import OrderedDict, deque
 from io import BytesIO
+from operator import itemgetter
 from zlib import crc32
 
 from src.data.shards.annotation import Clip
@@ -33,22 +34,22 @@ class Layout:
 
     def __init__(self, note: bytes, places: dict[str, tuple[int, int]]) -> None:
         self.places = places
-        tails = [
-            (begin - BLOCK, b"." + suffix.encode("utf-8", "surrogateescape")) for suffix, (begin, _) in places.items()
-        ]
-        self._heads = [(at, tail + b"\0", at + 124, note[at + 124 : at + 136]) for at, tail in tails]
-        self._is_plain = bool(tails) and _covers(places, len(note))
+        at = [begin - BLOCK for begin, _ in places.values()]
+        tails = [b"." + suffix.encode("utf-8", "surrogateescape") + b"\0" for suffix in places]
+        self._names = list(zip(at, tails))
+        self._is_plain = bool(at) and _covers(places, len(note)) and all(is_plain(note, begin) for begin in at)
+        # size, type flag and prefix of each header; one call gets them all
+        parts = [slice(a + b, a + e) for a in at for b, e in ((124, 136), (156, 157), (345, 346))]
+        self._fields = itemgetter(*parts or [slice(0)])
+        self._values = self._fields(note)
 
     def key(self, note: bytes) -> str | None:
         """The key of a sample of the same size if it has this layout, else None."""
-        key = plain_key(note, self._heads[0][1]) if self._is_plain else None
-        if key is None:
+        if not self._is_plain or self._fields(note) != self._values:
             return None
-        for at, tail, size_at, size in self._heads:
-            if not note.startswith(key, at) or not note.startswith(tail, at + len(key)):
-                return None
-            if not note.startswith(size, size_at) or not is_plain(note, at):
-                return None
+        key = plain_key(note, self._names[0][1])
+        if key is None or not all(note.startswith(key + tail, at) for at, tail in self._names):
+            return None
         return key.decode("utf-8", "surrogateescape")
 
 
