@@ -26,7 +26,7 @@ from rich.table import Table
 
 from src.data.check_shards import ShardReport, check_shards, details, examples, merge
 from src.data.contact_sheet import contact_sheet
-from src.data.plausibility.tally import findings
+from src.data.plausibility.tally import coverage, findings
 from src.data.plausibility.tally import merge as merge_tallies
 from src.data.shards.build_index import open_indexes
 from src.data.shards.errors import REASONS
@@ -91,8 +91,11 @@ def corruption_table(reports: Sequence[ShardReport]) -> Table:
 
 
 def print_implausible(reports: Sequence[ShardReport], console: Console) -> bool:
-    """Print implausible labels, and which MANO parameters were not compared; returns whether there are any."""
-    lines = findings(merge_tallies(report.tallies for report in reports))
+    """Print which labels are known and which are implausible; returns whether there are implausible ones."""
+    tallies = merge_tallies(report.tallies for report in reports)
+    for line in coverage(tallies):
+        console.print(line, soft_wrap=True)
+    lines = findings(tallies)
     for line in lines:
         console.print(f"WARNING: {line}", soft_wrap=True)
     for model in sorted({model for report in reports for model in report.not_compared}):
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"{len(stale)} indexes are out of date; the next run rebuilds them: {stale[0]}", soft_wrap=True)
     if num_lost:
         console.print(
-            f"shards that cannot be read at all: {num_lost}; each counts with the mean number of frames of the others"
+            f"shards that cannot be read at all: {num_lost}; each is counted as the mean number of frames of the others"
         )
     is_implausible = print_implausible(reports, console)
     num_frame = sum(report.num_frame for report in reports)

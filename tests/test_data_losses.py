@@ -104,6 +104,18 @@ def test_one_unknown_image_costs_one_frame(tmp_path: Path) -> None:
     assert [bad.key for bad in index.bad] == ["long/3"]
 
 
+def test_the_value_that_costs_a_frame_is_named(tmp_path: Path) -> None:
+    sample = native_sample(0, 3)
+    sample["joint_cam.npy"][1, 4, 2] = np.nan
+    sample["hand_bbox.npy"][2] = (50, 60, 40, 30)
+    index = build_index(write_shard(tmp_path / "a.tar", [sample]))
+    found = [(bad.key, bad.reason, bad.detail) for bad in index.bad]
+    assert found == [
+        (f"{sample['__key__']}/1", "not_finite", "joint_cam is or contains nan"),
+        (f"{sample['__key__']}/2", "bad_bbox", "hand_bbox is [50.0, 60.0, 40.0, 30.0]"),
+    ]
+
+
 def test_index_log_limit_and_check_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips = [{**lab_clip(0, 10, 1), "__key__": f"{n}"} for n in range(30)]
     (tmp_path / "val").mkdir()
@@ -190,6 +202,8 @@ def test_scattered_repeated_and_linked_clips_count_their_frames(tmp_path: Path) 
     assert counted([*first, *second, *first[-1:]]) == (5, {"duplicate_member": 3})
     assert counted([*first, *second, *first]) == (11, {})  # as webdataset: both are complete
     assert counted([*first, *second, *first, *second, *first[:3]]) == (10, {"duplicate_member": 6})
+    same = [(name.replace("00001", "00000"), data) for name, data in second]
+    assert counted([*first, *same]) == (0, {"duplicate_member": 8})  # adjacent, with one key
     assert counted([*first, *second[:-1], ("clip/00001.mano_valid.npy", None)]) == (3, {"linked_member": 5})
     assert counted([*first, *second, ("clip/00001.txt", None)]) == (8, {})  # not read in any case
 

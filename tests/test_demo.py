@@ -116,6 +116,14 @@ def test_other_parameters_are_refused(root: Path) -> None:
     assert not (root / "new").exists()
 
 
+def test_other_shards_are_not_mixed_with_the_demo(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine.tar").touch()
+    with pytest.raises(ValueError, match=r"not the demo's .*mine\.tar.*DATA\.demo=null"):
+        demo.make_demo_shards(tmp_path, {"train": 4, "val": 4}, seed=0)
+    assert [path.name for path in tmp_path.rglob("*")] == ["train", "mine.tar"]
+
+
 def test_members(samples: list[dict]) -> None:
     assert len({s["__key__"] for s in samples}) == 30
     shapes = {"hand_bbox": (1, 4), "joint_img": (1, 21, 2), "joint_cam": (1, 21, 3), "mano_pose": (1, 48)}

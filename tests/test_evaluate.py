@@ -522,3 +522,9 @@ def test_submission_from_the_script(place: Path, tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         main([*base, "--submission=ho3d"])
     assert "needs --order" in capsys.readouterr().err
+
+
+def test_data_without_labels_has_no_tables_but_a_line() -> None:
+    groups = [Group("all", "all", 40, {}, {}, {})]
+    assert summary_grids(groups) == []
+    assert "None of the 40 hands has labels for any metric." in legend(groups, Bootstrap())

@@ -60,6 +60,15 @@ def test_shards_in_capitals_hidden_files_and_compressed_archives(tmp_path: Path)
         names(tmp_path, "d/*")
 
 
+def test_shards_one_folder_deeper_are_pointed_at(tmp_path: Path) -> None:
+    make(tmp_path, "hamer/freihand-train/0.tar", "hamer/convert.json", "hamer/a.tar.index")
+    with pytest.raises(ValueError, match=r"the folders in .*hamer contain shards: add '/\*' to the pattern"):
+        names(tmp_path, "hamer")
+    assert names(tmp_path, "hamer/*") == ["hamer/freihand-train/0.tar"]
+    with pytest.raises(ValueError, match="matches; correct"):
+        names(tmp_path, "hamer/*.index")
+
+
 def test_folders_and_broken_links_among_shards_are_not_ignored(tmp_path: Path) -> None:
     make(tmp_path, "a/2.tar/9.tar")
     write_shard(tmp_path / "a/0.tar", [native_sample(0)])

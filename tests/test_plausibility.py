@@ -332,6 +332,19 @@ def test_converted_sets_are_plausible(name: str, tmp_path: Path) -> None:
     assert not any(missing for _, missing in results)
 
 
+def test_missing_labels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [replace(hand, joint_cam=None, mano_pose=None, mano_shape=None) for hand in true_hands()[:8]]
+    write_shard(records, tmp_path / "a.tar")
+    assert check_main([str(tmp_path), "--num_process", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "mine: labels of 8 checked hands: 2D joints 100 %, 3D joints 0 %, MANO 0 %, intrinsics 100 %" in out
+    assert "WARNING" not in out
+    records = [replace(hand, joint_img=None) for hand in records]
+    assert found(tmp_path / "none", records)[0].startswith(
+        "mine: no label is known, so that nothing is supervised: 8 of 8"
+    )
+
+
 def test_check_shards_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shard([BROKEN["metres"][0](r) for r in true_hands()], tmp_path / "a.tar")
     arguments = [str(tmp_path), "--num_process", "1"]

@@ -30,7 +30,7 @@ def annotated_sample(clip: Clip, frame: int, size: tuple[int, int], key: str, ha
         SampleError: the reason in `clip.bad_frame`, or bad_bbox for a box outside the image.
     """
     if frame in clip.bad_frame:
-        raise SampleError(clip.bad_frame[frame], f"frame {frame}")
+        raise SampleError(*clip.bad_frame[frame])
     box = clip.hand_bbox[frame]
     refuse_outside(box, size)
     has_intr, has_mano = bool(clip.has_intr[frame]), bool(clip.has_mano[frame]) and clip.hand_model == hand_model

@@ -118,7 +118,8 @@ def joint_grids(group: Group) -> list[Grid]:
 
 def summary_grids(groups: Sequence[Group]) -> list[Grid]:
     """All metrics of all samples, one row per group, the joints of all samples."""
-    return [metric_grid(groups[0]), *group_grids(groups), *joint_grids(groups[0])]
+    grids = [metric_grid(groups[0]), *group_grids(groups), *joint_grids(groups[0])]
+    return [grid for grid in grids if grid.rows]
 
 
 def _title(group: Group) -> str:

@@ -19,7 +19,7 @@ from src.batch import NUM_JOINT
 from src.evaluate.bootstrap import Bootstrap, Group
 from src.evaluate.tables import joint_grids, metric_grid, misses_joints, num_joint, summary_grids
 from src.hand.skeleton import JOINT_NAMES
-from src.metric import PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM, UNITS, Samples
+from src.metric import METRICS, PCK_2D_THRESHOLDS, PCK_THRESHOLDS_MM, UNITS, Samples
 from src.utils.files import write_atomic
 
 RESULT, REPORT, SAMPLES = "result.json", "report.md", "samples.csv"
@@ -121,6 +121,8 @@ def legend(groups: Sequence[Group], bootstrap: Bootstrap) -> str:
         f"In brackets: 95 % bootstrap interval, {bootstrap.num_draw} draws over {bootstrap.over}s.",
         "Metrics that the data has no labels for are absent.",
     ]
+    if not any(metric.label and name in groups[0].metric for name, metric in METRICS.items()):
+        lines.append(f"None of the {groups[0].num_sample} hands has labels for any metric.")
     if any("rel" in group.joint for group in groups):
         lines.append("–: the error of the wrist relative to itself.")
     known = {group.name if group.kind != "all" else "all samples": num_joint(group) for group in groups if group.joint}

@@ -72,7 +72,7 @@ def make_demo_shards(
         subsets: render only these of `num_sample`, e.g. ("val",) for an evaluation; None: all.
 
     Raises:
-        ValueError: `root` contains a demo with other parameters, or a parameter is out of range.
+        ValueError: `root` contains other shards, or a demo with other parameters, or a parameter is out of range.
     """
     root = Path(root)
     manifest = {
@@ -155,6 +155,11 @@ def _read_manifest(root: Path, wanted: dict[str, Any]) -> list[str]:
     """The complete subsets below `root`. Raises ValueError if it contains another data set."""
     path = root / MANIFEST
     if not path.exists():
+        if other := next((shard for subset in wanted["num_sample"] for shard in (root / subset).glob("*.tar")), None):
+            raise ValueError(
+                f"DATA.root={root}: contains shards that are not the demo's ({other}); to train on them add "
+                "DATA.demo=null, or else set DATA.root to another folder"
+            )
         return []
     try:
         found = json.loads(path.read_text())

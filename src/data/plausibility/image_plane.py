@@ -82,3 +82,9 @@ def judge_equal(hands: Hands) -> Verdict:
         if len(rows) >= _MIN_EQUAL:
             equal[rows] = (label[rows] == label[rows[0]]).all(axis=1)
     return verdict(known, equal, np.zeros(len(hands)))
+
+
+def judge_labels(hands: Hands) -> Verdict:
+    """Whether anything but the box is known."""
+    known = hands.joint_2d_valid.any(axis=1) | hands.joint_3d_valid.any(axis=1) | hands.has_mano
+    return verdict(np.ones(len(hands), bool), ~known, np.zeros(len(hands)))

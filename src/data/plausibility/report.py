@@ -10,7 +10,7 @@ from src.data.dataset import HandDataset
 from src.data.order.plan import MixedPlan
 from src.data.plausibility.hands import read_hands, spread_rows
 from src.data.plausibility.mano import HandModels, models_of
-from src.data.plausibility.tally import Tallies, findings, tally
+from src.data.plausibility.tally import Tallies, coverage, findings, tally
 from src.data.shards.index import ShardIndex
 from src.data.shards.reader import ShardReader
 
@@ -60,10 +60,13 @@ def warn_if_implausible(name: str, dataset: HandDataset, models: HandModels) -> 
     """Log a warning for each finding in the first positions of a data set. A fault of the check itself is logged, too:
     it must not keep a run from starting."""
     try:
-        lines = findings(check_hands_of_run(dataset, models))
+        tallies = check_hands_of_run(dataset, models)
+        lines = findings(tallies)
     except Exception as error:
         logger.warning(f"{name} data: the plausibility check failed and was skipped: {type(error).__name__}: {error}")
         return
+    for line in coverage(tallies):
+        logger.info(f"{name} data: {line}")
     for line in lines:
         logger.warning(f"{name} data: {line}")
     if lines:

@@ -15,7 +15,14 @@ import numpy as np
 
 from src.data.plausibility.camera import judge_depth, judge_focal, judge_projection, judge_shape_2d
 from src.data.plausibility.hands import Hands
-from src.data.plausibility.image_plane import judge_box, judge_equal, judge_image, judge_missing, judge_pixels
+from src.data.plausibility.image_plane import (
+    judge_box,
+    judge_equal,
+    judge_image,
+    judge_labels,
+    judge_missing,
+    judge_pixels,
+)
 from src.data.plausibility.mano import HandModels, judge_mano, with_posed
 from src.data.plausibility.side import judge_side
 from src.data.plausibility.size import judge_bones, judge_size
@@ -25,6 +32,7 @@ from src.utils.text import one_line
 _SWAPPED = "handedness swapped, or joints mirrored (x negated)"
 _VOTE = {"min_share": 0.05, "min_count": 2}  # single hands may look like the other side, or leave the image
 CHECKS = {
+    "labels": Check("no label is known, so that nothing is supervised", "", judge_labels),
     "size": Check("3D joints are not hand-sized", "median bone {:.3g} mm", judge_size),
     "bones": Check("bones are out of proportion with their hand", "a bone of {:.3g} mm", judge_bones),
     "depth": Check("joints are behind the camera, or too near or far", "median depth {:.3g} mm", judge_depth),
@@ -59,9 +67,17 @@ class Tally:
         self.cause.update(other.cause)
 
 
+LABELS: dict[str, Callable[[Hands], np.ndarray]] = {  # what is known -> [N] of which hands
+    "2D joints": lambda hands: hands.joint_2d_valid.any(axis=1),
+    "3D joints": lambda hands: hands.joint_3d_valid.any(axis=1),
+    "MANO": lambda hands: hands.has_mano,
+    "intrinsics": lambda hands: hands.has_intr,
+}
+
+
 class Key(NamedTuple):
     source: str
-    check: str  # a key of CHECKS
+    check: str  # a key of CHECKS, or of LABELS: then `bad` counts the hands without that label
 
 
 Tallies = dict[Key, Tally]
@@ -83,6 +99,10 @@ def tally(hands: Hands, models: HandModels, describe: Callable[[int, int], str])
             rows = np.flatnonzero((hands.source == source) & result.checked)
             if len(rows):
                 found[Key(source, name)] = _count(check, result, rows, hands, describe)
+    for name, is_known in LABELS.items():
+        for source in sorted(set(hands.source.tolist())):
+            known = is_known(hands)[hands.source == source]
+            found[Key(source, name)] = Tally(len(known), int((~known).sum()))
     return found
 
 
@@ -104,11 +124,22 @@ def merge(tallies: Iterable[Tallies]) -> Tallies:
     return total
 
 
+def coverage(tallies: Tallies) -> list[str]:
+    """One line for each source: which share of its hands has which labels."""
+    lines = []
+    for source in sorted({key.source for key in tallies}):
+        counts = {name: tallies[Key(source, name)] for name in LABELS}
+        shares = (f"{name} {100 * (1 - each.bad / each.checked):.0f} %" for name, each in counts.items())
+        lines.append(f"{source}: labels of {counts['MANO'].checked} checked hands: {', '.join(shares)}")
+    return lines
+
+
 def findings(tallies: Tallies) -> list[str]:
     """One line for each source and check that found implausible hands: count, most likely cause, example."""
     lines = []
     order = list(CHECKS)
-    for key, counts in sorted(tallies.items(), key=lambda item: (item[0].source, order.index(item[0].check))):
+    judged = {key: counts for key, counts in tallies.items() if key.check in CHECKS}
+    for key, counts in sorted(judged.items(), key=lambda item: (item[0].source, order.index(item[0].check))):
         check = CHECKS[key.check]
         if counts.bad >= max(min(check.min_count, counts.checked), check.min_share * counts.checked):
             cause = _likely_cause(key, tallies)

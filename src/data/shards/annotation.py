@@ -70,7 +70,7 @@ class Clip:
     focal: np.ndarray  # [T, 2] px; 0 where unknown
     princpt: np.ndarray  # [T, 2] px
     has_intr: np.ndarray  # [T] 1 where focal and princpt are the real camera's; stated but 0: an invented camera
-    bad_frame: dict[int, str] = field(default_factory=dict)  # frame -> reason why it cannot be used
+    bad_frame: dict[int, tuple[str, str]] = field(default_factory=dict)  # frame -> why it cannot be used, which value
 
 
 @lru_cache(maxsize=256)
@@ -172,18 +172,20 @@ def _box_of_joints(joint_img: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return np.where(np.isinf(box), np.float32(0), box)
 
 
-def _bad_frames(values: Mapping[str, np.ndarray], has_camera: np.ndarray) -> dict[int, str]:
-    """Frame -> reason: known values that are not finite or beyond VALUE_LIMIT, invalid boxes and focal lengths."""
-    bad: dict[int, str] = {}
+def _bad_frames(values: Mapping[str, np.ndarray], has_camera: np.ndarray) -> dict[int, tuple[str, str]]:
+    """Frame -> (reason, detail): known values that are not finite or beyond VALUE_LIMIT, invalid boxes and focal
+    lengths."""
+    bad: dict[int, tuple[str, str]] = {}
     for name, array in values.items():
         size = np.abs(array)
         if not (size <= VALUE_LIMIT).all():  # written so that NaN fails too
             largest = size.reshape(len(size), -1).max(axis=1)  # [T]
             for t in np.flatnonzero(~(largest <= VALUE_LIMIT)).tolist():
-                bad.setdefault(t, _BEYOND.get(name, "bad_value") if np.isfinite(largest[t]) else "not_finite")
+                reason = _BEYOND.get(name, "bad_value") if np.isfinite(largest[t]) else "not_finite"
+                bad.setdefault(t, (reason, f"{name} is or contains {largest[t]:g}"))
     box = values["hand_bbox"]
     for t in np.flatnonzero(~((box[:, 2:] - box[:, :2]) >= 1.0).all(axis=1)).tolist():
-        bad.setdefault(t, "bad_bbox")
+        bad.setdefault(t, ("bad_bbox", f"hand_bbox is {box[t].round(3).tolist()}"))
     for t in np.flatnonzero((has_camera > 0) & ~(values["focal"] >= MIN_FOCAL).all(axis=1)).tolist():
-        bad.setdefault(t, "bad_intrinsics")
+        bad.setdefault(t, ("bad_intrinsics", f"focal is {values['focal'][t].tolist()}"))
     return bad

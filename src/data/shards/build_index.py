@@ -73,6 +73,7 @@ class _Builder:
             if problem := next((member.problem for _, member in members if member.problem), ""):
                 raise SampleError(problem)
             if len(by_suffix) != len(members):
+                run.num_image = sum(map(count_images, _versions(members)))
                 raise SampleError("duplicate_member")
             self._check(run, by_suffix, data)
         except OSError:
@@ -87,7 +88,7 @@ class _Builder:
         if run.reason in _MAY_BE_DOTTED and (hands := split_dotted(data)):
             run.reason, run.detail, run.num_image = "dotted_name", "", sum(map(count_frames, hands.values()))
         else:
-            run.num_image, run.num_annotated = count_images(data), count_annotated(data)
+            run.num_image, run.num_annotated = run.num_image or count_images(data), count_annotated(data)
 
     def _check(self, run: Run, members: dict[str, Member], data: dict[str, bytes]) -> None:
         """Fill the rows of a run that can be used. Raises SampleError, or anything else for malformed bytes."""
@@ -107,7 +108,9 @@ class _Builder:
             stored = memoryview(member.data)[image.begin : image.begin + image.size]
             encoded = stored_image(stored, image.is_text)
             if number in clip.bad_frame or not is_known_format(encoded):
-                run.bad.append(Bad(f"{run.key}/{number}", clip.bad_frame.get(number, "undecodable_image")))
+                unknown = "undecodable_image", f"it begins with the bytes {bytes(encoded[:8]).hex(' ')}"
+                reason, detail = clip.bad_frame.get(number, unknown)
+                run.bad.append(Bad(f"{run.key}/{number}", reason, detail=detail))
                 continue
             begin = member.offset - run.sample_row[0] + image.begin
             run.frame_rows.append((number, begin, image.size, crc32(encoded), image.is_text))
@@ -126,6 +129,17 @@ class _Builder:
         healthy = [run for run in self.runs if not run.reason]
         frames = [(row, *frame) for row, run in enumerate(healthy) for frame in run.frame_rows]
         return Tables(np.array([run.sample_row for run in healthy], SAMPLE), np.array(frames, FRAME))
+
+
+def _versions(members: list[tuple[str, Member]]) -> list[dict[str, bytes]]:
+    """The samples in a run of members in which suffixes repeat: the n-th of each suffix belongs to the n-th sample."""
+    versions: list[dict[str, bytes]] = []
+    for suffix, member in members:
+        version = next((each for each in versions if suffix not in each), None)
+        if version is None:
+            versions.append(version := {})
+        version[suffix] = member.data
+    return versions
 
 
 def build_index(shard: Path) -> ShardIndex:

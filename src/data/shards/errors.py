@@ -6,7 +6,7 @@ from src.utils.text import one_line
 
 # reason -> what to do about it; docs/DATA.md has the same table with the meaning of each
 REASONS: dict[str, str] = {
-    "truncated": "copy or download the shard again",
+    "truncated": "copy or download the shard again; what followed is lost as well, and not counted",
     "zeroed": "copy or download the shard again",
     "bad_header": "copy or download the shard again; check that it is a tar archive",
     "no_end_of_archive": "copy or download the shard again, or close the archive in the program that writes it",
@@ -17,7 +17,7 @@ REASONS: dict[str, str] = {
     "linked_member": "write the archive with `tar --dereference --hard-dereference`",
     "sparse_member": "write the archive without `tar --sparse`",
     "scattered_members": "extract and write it sorted: `tar --sort=name`, so that the members of a sample are adjacent",
-    "duplicate_member": "extract (the last member of a name wins) and write it again with `tar --sort=name`",
+    "duplicate_member": "give each sample its own key; after `tar -r`: extract (the last member wins), write again",
     "dotted_name": "rename the files: the key ends at the first dot, so it must not contain one",
     "too_large": "write shorter clips: a sample must be below 4 GiB",
     "missing_member": "write an image, a json and hand_bbox.npy or joint_img.npy for each sample",

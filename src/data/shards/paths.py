@@ -14,7 +14,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from src.utils.files import walk_pattern
 
 _SCHEME = re.compile(r"^(pipe|[A-Za-z][A-Za-z0-9+.\-]*(?=://)):")
-_COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 
 def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "DATA.train.source") -> list[Path]:
@@ -31,20 +31,19 @@ def resolve_source(root: str | Path, patterns: str | Iterable[str], key: str = "
     if not patterns:
         raise ValueError(f"{key}=[]: is empty; give at least one pattern, e.g. ['DexYCB/s1/train/*']")
     shards: set[Path] = set()
-    missing, compressed = [], None
+    missing, hints = [], []
     for pattern in patterns:
         found = dict(_find(Path(root), pattern, key))
         tars = {piece: {shard for path in paths for shard in _tars(path)} for piece, paths in found.items()}
         shards.update(*tars.values())
         if empty := [piece for piece, matches in tars.items() if not matches]:
             missing.append(pattern if len(found) == 1 else f"{pattern}: {empty[0]}")
-            packed = (file for piece in empty for path in found[piece] for file in _packed(path))
-            compressed = compressed or next(packed, None)
+            hints += [hint for piece in empty for path in found[piece] for hint in _hints(path)]
     if missing:
-        hint = f"; {compressed} is compressed: unpack it to a .tar" if compressed else ""
+        why = f"no *.tar file below DATA.root={str(root)!r} matches{''.join(hints[:1])}"
         raise ValueError(
-            f"{key}={missing}: no *.tar file below DATA.root={str(root)!r} matches{hint}; correct the patterns, or set "
-            "DATA.root or HAND_DATA_ROOT (check_shards.py: --root) to the folder with the shards"
+            f"{key}={missing}: {why}; correct the patterns, or set DATA.root or HAND_DATA_ROOT (check_shards.py: "
+            "--root) to the folder with the shards"
         )
     return sorted(shards)
 
@@ -90,6 +89,11 @@ def _tars(path: Path) -> Iterator[Path]:
             yield file.absolute()
 
 
-def _packed(path: Path) -> Iterator[Path]:
+def _hints(path: Path) -> Iterator[str]:
+    """Why a path that matches a pattern has no shard."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return (file for file in files if _COMPRESSED.search(file.name) and not file.name.startswith("."))
+    for file in files:
+        if _COMPRESSED.search(file.name) and not file.name.startswith("."):
+            yield f"; {file} is compressed: unpack it to a .tar"
+        elif file.is_dir() and next(_tars(file), None):
+            yield f"; the folders in {path} contain shards: add '/*' to the pattern"
