@@ -185,7 +185,7 @@ def _bad_frames(values: Mapping[str, np.ndarray], has_camera: np.ndarray) -> dic
                 bad.setdefault(t, (reason, f"{name} is or contains {largest[t]:g}"))
     box = values["hand_bbox"]
     for t in np.flatnonzero(~((box[:, 2:] - box[:, :2]) >= 1.0).all(axis=1)).tolist():
-        bad.setdefault(t, ("bad_bbox", f"hand_bbox is {box[t].round(3).tolist()}"))
+        bad.setdefault(t, ("bad_bbox", f"hand_bbox is {[float(f'{edge:.6g}') for edge in box[t]]}"))
     for t in np.flatnonzero((has_camera > 0) & ~(values["focal"] >= MIN_FOCAL).all(axis=1)).tolist():
         bad.setdefault(t, ("bad_intrinsics", f"focal is {values['focal'][t].tolist()}"))
     return bad
