@@ -61,14 +61,15 @@ def run_evaluation(
         BadDataError: more than `DATA.max_bad_fraction` of the frames are corrupt.
     """
     accelerator = build_accelerator(cfg)
-    loaded = load_network(checkpoint, hand_model=cfg.MODEL.hand_model, device=accelerator.device)
+    hand = load_hand(cfg.MODEL.hand_model)
+    loaded = load_network(checkpoint, hand_model=hand, device=accelerator.device)
     net = loaded.network
     make_demo_data(cfg, progress, subsets=("val",))
     with task_bar(progress, "indexing shards") as advance:
         pin_memory = accelerator.device.type == "cuda"
         loader = build_val_loader(cfg, net.hand.name, half=half, progress=advance, pin_memory=pin_memory)
     logger.info(f"{loaded.folder}, step {loaded.step}; hand model {net.hand.name}; {accelerator.device.type}")
-    warn_if_implausible("evaluation", loader.dataset, {net.hand.name: load_hand(cfg.MODEL.hand_model)})
+    warn_if_implausible("evaluation", loader.dataset, {hand.name: hand})
     default = write.default_output(loaded.folder, loaded.step, half, Path(cfg.GENERAL.output_root))
     write.check_output(output, default)
     batches = track(progress, loader, len(loader), "predicting")

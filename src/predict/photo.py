@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base
 
 from src.geometry.camera import guess_intrinsics
+from src.utils.files import is_hidden
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 GUESS = "a guess: the image's diagonal, a view of 53 degrees"
@@ -62,7 +63,7 @@ def find_photos(path: Path) -> list[Path]:
 
 
 def _is_photo(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not is_hidden(path) and path.is_file()
 
 
 def read_photo(path: Path, sensor_width: float | None = None) -> Photo:

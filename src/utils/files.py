@@ -54,6 +54,11 @@ def make_output(asked: Path | None, default: Path) -> Path:
     return asked
 
 
+def is_hidden(path: str | Path) -> bool:
+    """Whether a file's name begins with a dot, as do the `._name` copies that macOS adds to folders and archives."""
+    return Path(path).name.startswith(".")
+
+
 def walk_pattern(folder: Path, pattern: str) -> Iterator[Path]:
     """The paths that match a glob pattern below `folder`, or an absolute one, in no order.
 

@@ -132,11 +132,6 @@ def turn_root(pose: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     return turn_roots(pose[None], rotation)[0]
 
 
-def is_hidden(path: str | Path) -> bool:
-    """Whether a file's name begins with a dot, as do the `._name` copies that macOS adds to folders and archives."""
-    return Path(path).name.startswith(".")
-
-
 def plain_key(*parts: object) -> str:
     """A sample key from parts: letters, digits, `-` and `_` only, because a dot ends a key and a slash is a folder."""
     return "_".join(re.sub(r"[^A-Za-z0-9_\-]+", "-", str(part)) for part in parts)

@@ -37,7 +37,6 @@ from src.data.convert.annotate import (
     fields_mano,
     finite,
     given_box,
-    is_hidden,
     known_only,
     plain_key,
     tight_box,
@@ -49,6 +48,7 @@ from src.data.shards.errors import SampleError
 from src.data.shards.safe_parse import parse_pickle
 from src.data.shards.tar import CorruptRegion, TarReader, split_name
 from src.data.shards.writer import HandRecord
+from src.utils.files import is_hidden
 
 SPLITS = ("all",)
 TOLERANCE_MM = 12.0

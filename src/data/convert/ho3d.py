@@ -38,7 +38,6 @@ from src.data.convert.annotate import (
     fields_mano,
     finite,
     given_box,
-    is_hidden,
     known_only,
     load_list,
     plain_key,
@@ -53,6 +52,7 @@ from src.data.convert.mano_check import OWN_JOINTS_MM
 from src.data.shards.errors import SampleError
 from src.data.shards.safe_parse import parse_pickle
 from src.data.shards.writer import HandRecord
+from src.utils.files import is_hidden
 
 SPLITS = ("train", "evaluation")
 WRIST_MM = 1.0  # rounding; the wrist of another frame, unit or camera frame is farther away

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from src.utils.files import walk_pattern
+from src.utils.files import is_hidden, walk_pattern
 
 _SCHEME = re.compile(r"^(pipe|[A-Za-z][A-Za-z0-9+.\-]*(?=://)):")
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
@@ -83,7 +83,7 @@ def _expand_user(path: Path) -> Path:
 def _tars(path: Path) -> Iterator[Path]:
     files = path.iterdir() if path.is_dir() else [path]
     for file in files:
-        is_named_tar = file.suffix.lower() == ".tar" and (file == path or not file.name.startswith("."))
+        is_named_tar = file.suffix.lower() == ".tar" and (file == path or not is_hidden(file))
         # a folder and a broken link are reported when they are opened; opening a pipe would wait for ever
         if is_named_tar and (file.is_file() or file.is_dir() or not file.exists()):
             yield file.absolute()
@@ -93,7 +93,7 @@ def _hints(path: Path) -> Iterator[str]:
     """Why a path that matches a pattern has no shard."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
-        if _COMPRESSED.search(file.name) and not file.name.startswith("."):
+        if _COMPRESSED.search(file.name) and not is_hidden(file):
             yield f"; {file} is compressed: unpack it to a .tar"
         elif file.is_dir() and next(_tars(file), None):
             yield f"; the folders in {path} contain shards: add '/*' to the pattern"
